@@ -1,0 +1,42 @@
+# make demo | test | check | venv | clean. Each sets up .venv first, which takes minutes once and nothing afterwards.
+
+PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
+VENV := .venv
+RUN := ./$(VENV)/bin/python
+PIP_INSTALL := $(RUN) -m pip install --no-input --disable-pip-version-check -q
+# Written last: it exists only where an install went through.
+INSTALLED := $(VENV)/.installed
+# Two workers, whole files each, so that a file's fixtures are built once. `make test PYTEST_ARGS=tests/test_lora.py`
+PYTEST_ARGS ?= -n 2 --dist loadfile
+
+.PHONY: demo test check venv clean
+
+demo: venv
+	./.venv/bin/python -m harness -m sweeps=demo && ./.venv/bin/python -m analysis report --sweep demo
+
+test: venv
+	$(RUN) -m pytest $(PYTEST_ARGS)
+
+check: venv
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+venv: $(INSTALLED)
+
+# An install that is out of date is brought up to date in place; one that was interrupted starts over, because pip
+# takes a half-written package for an installed one.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "lora-harness needs Python 3.11 or newer, '$(PYTHON)' is not; name one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; \
+	  exit 1; }
+	@if [ ! -e $@ ]; then echo "setting up $(VENV) with $(PYTHON)"; $(PYTHON) -m venv --clear $(VENV); fi
+	@rm -f $@
+	@echo "installing lora-harness and its dependencies into $(VENV), a few minutes the first time"
+	@$(PIP_INSTALL) -c constraints.txt -e '.[test,dev]'
+	@touch $@
+
+# What make and the tools wrote; never runs/ and reports/.
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find harness analysis hydra_plugins tests -name __pycache__ -type d -prune -exec rm -rf {} +

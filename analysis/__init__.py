@@ -1,0 +1,1 @@
+"""From runs to paper: tables, figures and pages made from result files."""

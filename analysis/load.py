@@ -1,0 +1,263 @@
+"""From result files to one frame with a row per ended run.
+
+A sweep is known by `runs_dir/sweeps/<sweep>.json`, which the launcher writes:
+
+    {"sweep": "demo", "run_ids": ["...", ...], "command": "python -m harness -m sweeps=demo", "created": "2025-..."}
+
+It decides which runs belong to the sweep, their order, and which are still to do. A run that two sweeps share was
+computed by one of them, so the `sweep` in its result file cannot tell; it is looked at only where that file is missing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from harness.results import METRICS, RESULT_FILE, ResultError, RunResult, read_result
+
+SWEEPS_DIR = "sweeps"
+
+# Without these a run has no place in a table.
+_NEEDED_SETTINGS = (
+    "config.model.name",
+    "config.dataset.name",
+    "config.dataset.best_metric",
+    "config.method.name",
+    "config.trainer.learning_rate",
+    "config.seed",
+)
+# The order of runs where no sweep file gives one: equal settings side by side, the placement before the rank.
+_ORDER = (
+    "config.model.name",
+    "config.dataset.name",
+    "config.method.name",
+    "config.target_layers.name",
+    "config.target_layers.blocks",
+    "config.rank.rank",
+    "config.trainer.learning_rate",
+    "config.seed",
+    "run_id",
+)
+
+
+class LoadError(ValueError):
+    """There is nothing to analyse; the message names the setting, its value, what there is, and the fix."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The ended runs of a sweep, or of a whole folder.
+
+    Attributes:
+        frame: a row per run, whatever its status. Columns: `run_id`, `cell_id`, `sweep` (which computed the run first),
+            `status`, `error`, `num_target_modules`; the config under dotted names (`config.rank.rank`), lists as
+            tuples; every metric of the registry as float64; the environment (`environment.versions.torch`). Missing
+            is None, for a metric NaN.
+        sweep: its name; None for a whole folder.
+        command: what started the sweep, None where no sweep file says so.
+        created: when, in ISO format; likewise.
+        to_do: run ids that belong to the sweep and have no result; None where no sweep file lists them.
+        unreadable: run ids that belong to the sweep and whose result is among the problems.
+        problems: one sentence for each file that was left out.
+    """
+
+    frame: pd.DataFrame
+    sweep: str | None = None
+    command: str | None = None
+    created: str | None = None
+    to_do: list[str] | None = None
+    unreadable: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _SweepFile:
+    run_ids: list[str]
+    command: str | None
+    created: str | None
+
+
+def load_runs(runs_dir: Path, *, sweep: str | None = None) -> Runs:
+    """Reads the result files of one sweep, or of all runs in the folder.
+
+    Files that are not result files of this schema are left out and named in `problems`.
+
+    Raises:
+        LoadError: no such folder, no such sweep, no run that has ended, or a sweep file that cannot be read.
+    """
+    if not runs_dir.is_dir():
+        raise LoadError(
+            f"runs_dir={runs_dir}: no such folder. Name the folder that holds the runs with --runs-dir, "
+            "or make runs first: python -m harness -m sweeps=demo"
+        )
+    sweep_file = None if sweep is None else _read_sweep_file(runs_dir, sweep)
+    if sweep is not None and sweep_file is not None:
+        return _load_listed(runs_dir, sweep, sweep_file)
+    rows, problems = _read_rows(sorted(_result_paths(runs_dir)))
+    if not rows:
+        raise LoadError(
+            f"runs_dir={runs_dir}: no {RESULT_FILE} of a run in any of its folders, so no run has ended here. "
+            "Name another folder with --runs-dir, or make runs first: python -m harness -m sweeps=demo"
+            + _listing(problems)
+        )
+    if sweep is not None:
+        known = _known_sweeps(runs_dir, rows)
+        rows = [row for row in rows if row["sweep"] == sweep]
+        if not rows:
+            raise LoadError(
+                f"sweep={sweep!r}: no run in {runs_dir} belongs to a sweep of that name. "
+                f"Sweeps there: {', '.join(known) or 'none'}. Leave --sweep out for all runs in one table."
+                + _listing(problems)
+            )
+    rows.sort(key=_position)
+    return Runs(_frame(rows), sweep=sweep, problems=problems)
+
+
+def _load_listed(runs_dir: Path, sweep: str, sweep_file: _SweepFile) -> Runs:
+    paths = {run_id: runs_dir / run_id / RESULT_FILE for run_id in sweep_file.run_ids}
+    rows, problems = _read_rows([path for path in paths.values() if path.exists()])
+    if not rows:
+        raise LoadError(
+            f"sweep={sweep!r}: none of its {len(paths)} runs has ended in {runs_dir} yet. "
+            f"Its command: {sweep_file.command or 'unknown'}" + _listing(problems)
+        )
+    read = {row["run_id"] for row in rows}
+    return Runs(
+        _frame(rows),
+        sweep=sweep,
+        command=sweep_file.command,
+        created=sweep_file.created,
+        to_do=[run_id for run_id, path in paths.items() if not path.exists()],
+        unreadable=[run_id for run_id, path in paths.items() if path.exists() and run_id not in read],
+        problems=problems,
+    )
+
+
+def _result_paths(runs_dir: Path) -> Iterator[Path]:
+    # A sweep called "result" has its sweep file where a run called "sweeps" would have its result.
+    return (path for path in runs_dir.glob(f"*/{RESULT_FILE}") if path.parent.name != SWEEPS_DIR)
+
+
+def _read_sweep_file(runs_dir: Path, sweep: str) -> _SweepFile | None:
+    path = runs_dir / SWEEPS_DIR / f"{sweep}.json"
+    if not path.is_file():
+        return None
+    remedy = f"Run the sweep again to rewrite it, or delete it: the runs that {sweep} computed itself are then taken."
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{path}: not readable as JSON ({error}). {remedy}") from error
+    run_ids = raw.get("run_ids") if isinstance(raw, dict) else None
+    if not isinstance(run_ids, list) or not all(isinstance(run_id, str) for run_id in run_ids):
+        raise LoadError(f"{path}: expected an object with run_ids, a list of names. {remedy}")
+    if raw.get("sweep") != sweep:
+        raise LoadError(f"{path}: is about sweep {raw.get('sweep')!r}, not {sweep!r}. {remedy}")
+    return _SweepFile(run_ids, raw.get("command"), raw.get("created"))
+
+
+def _known_sweeps(runs_dir: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
+    listed = {path.stem for path in (runs_dir / SWEEPS_DIR).glob("*.json")}
+    return sorted(listed | {row["sweep"] for row in rows if row["sweep"] is not None})
+
+
+def _listing(problems: Sequence[str]) -> str:
+    return "".join(f"\n  left out: {problem}" for problem in problems)
+
+
+# ---------------------------------------------------------------- one result
+
+
+def _read_rows(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[str]]:
+    rows, problems = [], []
+    for path in paths:
+        try:
+            result = read_result(path)
+        except ResultError as error:
+            problems.append(str(error))
+            continue
+        row = _row(result)
+        found = _find_problem(path, row)
+        if found:
+            problems.append(f"{path}: {found}")
+        else:
+            rows.append(row)
+    return rows, problems
+
+
+def _row(result: RunResult) -> dict[str, Any]:
+    return {
+        "run_id": result.run_id,
+        "cell_id": result.cell_id,
+        "sweep": result.sweep,
+        "status": result.status.value,
+        "error": result.error,
+        "num_target_modules": len(result.target_modules),
+        **_flatten("config", result.config),
+        **result.metrics,
+        **_flatten("environment", result.environment),
+    }
+
+
+def _flatten(name: str, value: Any) -> dict[str, Any]:
+    """Leaves of nested objects under dotted names; lists become tuples, which can be compared and grouped by."""
+    if isinstance(value, dict):
+        return {key: leaf for part in value for key, leaf in _flatten(f"{name}.{part}", value[part]).items()}
+    return {name: _as_tuple(value)}
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(_as_tuple(item) for item in value) if isinstance(value, list) else value
+
+
+def _find_problem(path: Path, row: dict[str, Any]) -> str | None:
+    absent = [setting for setting in _NEEDED_SETTINGS if row.get(setting) is None]
+    if absent:
+        return f"its config has no {', '.join(setting.removeprefix('config.') for setting in absent)}"
+    best_metric = row["config.dataset.best_metric"]
+    if f"val_{best_metric}" not in METRICS:
+        return f"its dataset.best_metric {best_metric!r} is not in the METRICS registry"
+    # A copied folder would count a seed twice.
+    if path.parent.name != row["run_id"]:
+        return f"is the result of run {row['run_id']} and belongs into a folder of that name"
+    return None
+
+
+def _position(row: dict[str, Any]) -> tuple[tuple[int, float, str], ...]:
+    """Sorts by `_ORDER`: what is missing first, then numbers by size, then the rest as text."""
+    values = (row.get(column) for column in _ORDER)
+    return tuple(
+        (0, 0.0, "") if value is None else (1, value, "") if isinstance(value, int | float) else (2, 0.0, str(value))
+        for value in values
+    )
+
+
+# ---------------------------------------------------------------- the frame
+
+
+def _frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = [
+        *(name for name in names if not name.startswith(("config", "environment")) and name not in METRICS),
+        *_leaves([name for name in names if name.startswith("config")]),
+        *METRICS,
+        *_leaves([name for name in names if name.startswith("environment")]),
+    ]
+    # Objects keep a rank 8 an 8 beside rows that have none; pandas would make it 8.0.
+    frame = pd.DataFrame([[row.get(column) for column in columns] for row in rows], columns=columns, dtype=object)
+    return frame.astype(dict.fromkeys(METRICS, "float64"))
+
+
+def _leaves(names: Sequence[str]) -> list[str]:
+    """The names without those that are a group elsewhere (`rank: null` beside `rank.rank: 8`), groups kept together."""
+    groups = list(dict.fromkeys(_group(name) for name in names))
+    leaves = [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
+    return sorted(leaves, key=lambda name: groups.index(_group(name)))
+
+
+def _group(name: str) -> str:
+    return ".".join(name.split(".")[:2])

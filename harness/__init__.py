@@ -1,0 +1,1 @@
+"""The instrument: one run, start to end."""

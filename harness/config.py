@@ -1,0 +1,550 @@
+"""The one config schema: every setting of a run, its default, and what makes it wrong.
+
+YAML files under `conf/` hold values only; the dataclasses here are registered in Hydra's ConfigStore and are merged
+under every composed config, so an unknown key or a value of the wrong type fails by name. `from_composed` turns
+what Hydra composed into a plain `RunConfig`; past that line no DictConfig exists.
+
+Enum members are spelled like their values because OmegaConf looks enums up by member name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import StrEnum
+from typing import Any, cast
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from harness import placement
+
+
+class ConfigError(ValueError):
+    """A config that must not be run. `problems` lists everything that is wrong, one sentence or two each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+class Method(StrEnum):
+    """Which parameters are trained beside the task head."""
+
+    lora = "lora"
+    full = "full"
+    head_only = "head_only"
+
+
+class AlphaPolicy(StrEnum):
+    """How alpha, and with it the scaling of the delta weight, follows the rank."""
+
+    fixed = "fixed"
+    proportional = "proportional"
+    rslora = "rslora"
+
+
+class TinyModel(StrEnum):
+    """Architectures of the small random models that tests use."""
+
+    bert = "bert"
+    gpt2 = "gpt2"
+    llama = "llama"
+
+
+class Dtype(StrEnum):
+    """Type in which the weights are held."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Precision(StrEnum):
+    """Type in which a step computes; anything but fp32 is autocast over weights of `model.dtype`."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Task(StrEnum):
+    """What the head predicts."""
+
+    classification = "classification"
+    regression = "regression"
+
+
+class Schedule(StrEnum):
+    """Shape of the learning rate after warm-up."""
+
+    linear = "linear"
+    cosine = "cosine"
+    constant = "constant"
+
+
+class Device(StrEnum):
+    """Where to run; `auto` takes CUDA, then MPS, then the CPU. Choose one of several GPUs with CUDA_VISIBLE_DEVICES."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+    mps = "mps"
+
+
+class WandbMode(StrEnum):
+    """`offline` writes files that `wandb sync` uploads later. Not called `off`, which YAML reads as false."""
+
+    offline = "offline"
+    online = "online"
+    disabled = "disabled"
+
+
+# Marks a field that cannot change a result and is therefore no part of `run_id`.
+NOT_SCIENTIFIC = {"scientific": False}
+
+
+@dataclass
+class ModelConfig:
+    """The base model. One of `asset`, `hub_id` and `tiny` names it; `path`, a local folder, goes before all three."""
+
+    name: str = "???"
+    asset: str | None = None
+    hub_id: str | None = None
+    revision: str | None = None
+    tiny: TinyModel | None = None
+    path: str | None = None
+    attention: str = "sdpa"
+    dtype: Dtype = Dtype.float32
+    dropout: float = 0.0
+
+
+@dataclass
+class DatasetConfig:
+    """Texts, labels and how they are split.
+
+    One of `asset`, `hub_id` and `train_file` names the data. `path` is the folder in which the files are looked up;
+    for an asset it replaces the download. Where there is no validation data, `val_fraction` of the training rows is
+    carved off, stratified, by `split_seed`; where there are no test rows with labels, `test_fraction` likewise.
+    `num_train_examples` takes the first rows of a permutation fixed by `subset_seed`, so smaller subsets lie inside
+    larger ones.
+    """
+
+    name: str = "???"
+    asset: str | None = None
+    hub_id: str | None = None
+    subset: str | None = None
+    revision: str | None = None
+    path: str | None = None
+    train_file: str | None = None
+    val_file: str | None = None
+    test_file: str | None = None
+    train_split: str = "train"
+    val_split: str | None = None
+    test_split: str | None = None
+    text_columns: list[str] = field(default_factory=lambda: ["text"])
+    label_column: str = "label"
+    task: Task = Task.classification
+    metrics: list[str] = field(default_factory=lambda: ["accuracy"])
+    best_metric: str = "accuracy"
+    val_fraction: float = 0.1
+    test_fraction: float = 0.1
+    split_seed: int = 0
+    num_train_examples: int | None = None
+    subset_seed: int = 0
+    max_length: int = 128
+
+
+@dataclass
+class MethodConfig:
+    """What is trained. `learning_rate` is what `trainer.learning_rate` falls back to: methods need different ones."""
+
+    name: Method = Method.lora
+    adapter_dropout: float = 0.0
+    learning_rate: float = field(default=1e-3, metadata=NOT_SCIENTIFIC)
+
+
+@dataclass
+class RankConfig:
+    """Rank of the adapters and the policy that gives alpha.
+
+    `fixed`: scaling = alpha / rank. `proportional`: alpha = alpha_per_rank * rank, so scaling = alpha_per_rank.
+    `rslora`: scaling = alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732).
+    """
+
+    rank: int = 8
+    alpha_policy: AlphaPolicy = AlphaPolicy.fixed
+    alpha: float | None = None
+    alpha_per_rank: float | None = None
+
+    @property
+    def effective_alpha(self) -> float:
+        """The numerator of the scaling."""
+        if self.alpha_policy is AlphaPolicy.proportional:
+            return cast(float, self.alpha_per_rank) * self.rank
+        return cast(float, self.alpha)
+
+    @property
+    def scaling(self) -> float:
+        """The factor in `delta W = scaling * B @ A`."""
+        if self.alpha_policy is AlphaPolicy.rslora:
+            return self.effective_alpha / math.sqrt(self.rank)
+        return self.effective_alpha / self.rank
+
+
+@dataclass
+class TargetLayersConfig:
+    """Placement: which projections of which blocks get an adapter.
+
+    `projections`: roles such as q, k, v, o, up, down, gate, or the groups attention, mlp, all.
+    `blocks`: all, first_half, last_half, first_N, last_N, or a list of block indices.
+    `modules`: for architectures that `placement.py` does not know: regular expressions, each of which must match at
+    least one whole module name; given instead of `projections`.
+    """
+
+    name: str = "???"
+    projections: list[str] = field(default_factory=list)
+    blocks: Any = "all"
+    modules: list[str] = field(default_factory=list)
+
+
+@dataclass
+class TrainerConfig:
+    """The recipe. Exactly one of `num_epochs` and `max_steps` is given; periods count optimizer steps, 0 = never."""
+
+    learning_rate: float = "${method.learning_rate}"  # type: ignore[assignment]
+    num_epochs: float | None = None
+    max_steps: int | None = None
+    batch_size: int = 16
+    micro_batch_size: int | None = None
+    schedule: Schedule = Schedule.linear
+    warmup_fraction: float = 0.06
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_gradient_norm: float | None = 1.0
+    precision: Precision = Precision.fp32
+    gradient_checkpointing: bool = False
+    eval_every: int = 0
+    eval_each_epoch: bool = False
+    eval_batch_size: int = field(default=64, metadata=NOT_SCIENTIFIC)
+
+
+@dataclass
+class TrackingConfig:
+    """Where numbers go beside `metrics.jsonl` and `result.json`, which are always written."""
+
+    wandb: WandbMode = WandbMode.offline
+    project: str = "lora-harness"
+    entity: str | None = None
+    progress: bool = True
+    log_every: int = 10
+
+
+@dataclass
+class RunConfig:
+    """One run. `rank` and `target_layers` belong to method `lora` alone and have no hidden default."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    rank: RankConfig | None = None
+    target_layers: TargetLayersConfig | None = None
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    seed: int = 0
+    tracking: TrackingConfig = field(default_factory=TrackingConfig, metadata=NOT_SCIENTIFIC)
+    sweep: str | None = field(default=None, metadata=NOT_SCIENTIFIC)
+    runs_dir: str = field(default="runs", metadata=NOT_SCIENTIFIC)
+    device: Device = field(default=Device.auto, metadata=NOT_SCIENTIFIC)
+    num_threads: int | None = field(default=None, metadata=NOT_SCIENTIFIC)
+    allow_busy_device: bool = field(default=False, metadata=NOT_SCIENTIFIC)
+    save_weights: bool = field(default=True, metadata=NOT_SCIENTIFIC)
+
+
+# ---------------------------------------------------------------- composing
+
+
+def register() -> None:
+    """Puts the schema where `conf/config.yaml` finds it."""
+    ConfigStore.instance().store(name="schema", node=RunConfig)
+
+_METRICS_OF_TASK = {
+    Task.classification: ("accuracy", "f1", "mcc", "nll"),
+    Task.regression: ("pearson", "spearman", "mse"),
+}
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def from_composed(composed: DictConfig) -> RunConfig:
+    """Turns what Hydra composed into a validated `RunConfig`.
+
+    Raises `ConfigError` for unknown keys, wrong types and every problem that `find_problems` sees.
+    """
+    plain = OmegaConf.to_container(composed, resolve=False)
+    if not isinstance(plain, dict):
+        raise ConfigError([f"a config is a mapping, got {type(plain).__name__}"])
+    return from_dict(cast(dict[str, Any], plain))
+
+
+def from_dict(values: dict[str, Any]) -> RunConfig:
+    """The `RunConfig` with these values over the schema's defaults, validated. Raises `ConfigError`."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), values)
+        config = cast(RunConfig, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        raise ConfigError([_explain_omegaconf(error)]) from error
+    problems = find_problems(config)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The config as JSON types, verbatim: what `config.yaml`, `result.json` and W&B hold."""
+    return cast(dict[str, Any], json.loads(json.dumps(OmegaConf.to_container(OmegaConf.structured(config)))))
+
+
+def _explain_omegaconf(error: OmegaConfBaseException) -> str:
+    first_line = str(error).splitlines()[0]
+    key = error.full_key
+    if not key:
+        return first_line
+    known = sorted(field.name for field in fields(RunConfig))
+    if error.object_type is not None and is_dataclass(error.object_type):
+        known = sorted(field.name for field in fields(error.object_type))
+    if "not in" in first_line:
+        return f"{key}: no such setting. Known here: {', '.join(known)}."
+    if "Missing mandatory value" in first_line:
+        return f"{key}: a value is needed and none was given."
+    return f"{key}: {first_line}."
+
+
+# ---------------------------------------------------------------- validation
+
+
+def find_problems(config: RunConfig) -> list[str]:
+    """Everything that is wrong with a config and can be seen without loading anything; empty when it may be run."""
+    return [
+        *_model_problems(config.model),
+        *_dataset_problems(config.dataset),
+        *_method_problems(config),
+        *_trainer_problems(config.trainer),
+        *_dtype_problems(config),
+        *_run_problems(config),
+    ]
+
+
+def _model_problems(model: ModelConfig) -> list[str]:
+    problems = _name_problems("model.name", model.name)
+    sources = {"model.asset": model.asset, "model.hub_id": model.hub_id, "model.tiny": model.tiny}
+    given = [name for name, value in sources.items() if value is not None]
+    if model.path is None and len(given) != 1:
+        problems.append(
+            f"model: exactly one of {', '.join(sources)} must be set (or model.path, a local folder), "
+            f"got {' and '.join(given) or 'none'}."
+        )
+    if model.path is None and model.hub_id is not None and model.revision is None:
+        problems.append("model.revision: a hub model needs a pinned revision (a commit hash, or main).")
+    if not 0 <= model.dropout < 1:
+        problems.append(f"model.dropout={model.dropout}: allowed is 0 <= dropout < 1.")
+    return problems
+
+
+def _dataset_problems(dataset: DatasetConfig) -> list[str]:
+    problems = _name_problems("dataset.name", dataset.name)
+    if dataset.asset is None and dataset.hub_id is None and dataset.train_file is None and dataset.path is None:
+        problems.append(
+            "dataset: no data named. Set dataset.train_file=FILE (CSV, JSON lines or Parquet), "
+            "or choose a dataset that names an asset or a hub id."
+        )
+    if not 1 <= len(dataset.text_columns) <= 2:
+        problems.append(f"dataset.text_columns={dataset.text_columns}: one or two columns are allowed.")
+    allowed = _METRICS_OF_TASK[dataset.task]
+    for name in [*dataset.metrics, dataset.best_metric]:
+        if name not in allowed:
+            problems.append(
+                f"dataset.metrics / dataset.best_metric: {name!r} is not a metric of task {dataset.task}; "
+                f"allowed: {', '.join(allowed)}."
+            )
+    for name in ("val_fraction", "test_fraction"):
+        value = getattr(dataset, name)
+        if not 0 < value < 1:
+            problems.append(f"dataset.{name}={value}: allowed is 0 < {name} < 1.")
+    if dataset.num_train_examples is not None and dataset.num_train_examples < 2:
+        problems.append(f"dataset.num_train_examples={dataset.num_train_examples}: at least 2, or null for all rows.")
+    if dataset.max_length < 4:
+        problems.append(f"dataset.max_length={dataset.max_length}: at least 4 tokens.")
+    return problems
+
+
+def _method_problems(config: RunConfig) -> list[str]:
+    method, problems = config.method.name, []
+    if method is Method.lora:
+        if config.rank is None:
+            problems.append("method=lora needs a rank and has no hidden default: add rank=r8 (r1 to r256).")
+        if config.target_layers is None:
+            problems.append("method=lora needs target layers: add target_layers=qv (q, v, qkvo, mlp, all, ...).")
+        if not 0 <= config.method.adapter_dropout < 1:
+            problems.append(f"method.adapter_dropout={config.method.adapter_dropout}: allowed is 0 <= dropout < 1.")
+    else:
+        for name, value in (("rank", config.rank), ("target_layers", config.target_layers)):
+            if value is not None:
+                problems.append(f"method={method} takes no {name}: leave {name}=... out, or use method=lora.")
+        if config.method.adapter_dropout != 0:
+            problems.append(f"method={method} has no adapter: method.adapter_dropout must be 0.")
+    if config.rank is not None:
+        problems += _rank_problems(config.rank)
+    if config.target_layers is not None:
+        problems += _target_layers_problems(config.target_layers)
+    return problems
+
+
+def _rank_problems(rank: RankConfig) -> list[str]:
+    problems = []
+    if rank.rank < 1:
+        problems.append(f"rank.rank={rank.rank}: at least 1.")
+    needed, unused = "alpha", "alpha_per_rank"
+    if rank.alpha_policy is AlphaPolicy.proportional:
+        needed, unused = unused, needed
+    value = getattr(rank, needed)
+    if value is None or not value > 0:
+        problems.append(f"rank.{needed}={value}: rank.alpha_policy={rank.alpha_policy} needs a number above 0.")
+    if getattr(rank, unused) is not None:
+        problems.append(
+            f"rank.{unused}={getattr(rank, unused)}: not used with rank.alpha_policy={rank.alpha_policy}; "
+            f"set it to null."
+        )
+    return problems
+
+
+def _target_layers_problems(target_layers: TargetLayersConfig) -> list[str]:
+    problems = _name_problems("target_layers.name", target_layers.name)
+    if bool(target_layers.projections) == bool(target_layers.modules):
+        problems.append("target_layers: set either projections or modules (regular expressions), not both or neither.")
+    problems += placement.projection_problems(target_layers.projections)
+    problems += placement.block_problems(target_layers.blocks)
+    for pattern in target_layers.modules:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            problems.append(f"target_layers.modules: {pattern!r} is not a regular expression ({error}).")
+    return problems
+
+
+def _trainer_problems(trainer: TrainerConfig) -> list[str]:
+    problems = []
+
+    def require(condition: bool, name: str, allowed: str) -> None:
+        if not condition:
+            problems.append(f"trainer.{name}={getattr(trainer, name)}: allowed is {allowed}.")
+
+    if (trainer.num_epochs is None) == (trainer.max_steps is None):
+        problems.append(
+            f"trainer: exactly one of num_epochs={trainer.num_epochs} and max_steps={trainer.max_steps} must be set; "
+            "set the other to null."
+        )
+    require(trainer.num_epochs is None or trainer.num_epochs > 0, "num_epochs", "a number above 0")
+    require(trainer.max_steps is None or trainer.max_steps >= 1, "max_steps", "at least 1")
+    require(0 < trainer.learning_rate < math.inf, "learning_rate", "a finite number above 0")
+    require(trainer.batch_size >= 1, "batch_size", "at least 1")
+    if trainer.micro_batch_size is not None and (
+        trainer.micro_batch_size < 1 or trainer.batch_size % trainer.micro_batch_size
+    ):
+        problems.append(
+            f"trainer.micro_batch_size={trainer.micro_batch_size}: must divide trainer.batch_size={trainer.batch_size}."
+        )
+    require(0 <= trainer.warmup_fraction < 1, "warmup_fraction", "0 <= fraction < 1")
+    require(trainer.weight_decay >= 0, "weight_decay", "0 or more")
+    require(0 <= trainer.beta1 < 1, "beta1", "0 <= beta1 < 1")
+    require(0 <= trainer.beta2 < 1, "beta2", "0 <= beta2 < 1")
+    require(trainer.adam_epsilon > 0, "adam_epsilon", "a number above 0")
+    require(
+        trainer.max_gradient_norm is None or trainer.max_gradient_norm > 0,
+        "max_gradient_norm",
+        "a number above 0, or null for no clipping",
+    )
+    require(trainer.eval_every >= 0, "eval_every", "0 (only at the end) or a number of steps")
+    require(trainer.eval_batch_size >= 1, "eval_batch_size", "at least 1")
+    return problems
+
+
+def _dtype_problems(config: RunConfig) -> list[str]:
+    # Trainable parameters are float32, so a base held in another type computes only under autocast.
+    dtype, precision = config.model.dtype, config.trainer.precision
+    if dtype is Dtype.float32:
+        return []
+    if config.method.name is Method.full:
+        return [
+            f"model.dtype={dtype}: method=full trains float32 weights; set model.dtype=float32 "
+            "(trainer.precision=bf16 computes in bfloat16)."
+        ]
+    if precision is Precision.fp32:
+        return [f"model.dtype={dtype} needs trainer.precision=bf16 or fp16, got {precision}."]
+    return []
+
+
+def _run_problems(config: RunConfig) -> list[str]:
+    problems = []
+    if not 0 <= config.seed < 2**32:
+        problems.append(f"seed={config.seed}: allowed is 0 to {2**32 - 1}.")
+    if config.sweep is not None:
+        problems += _name_problems("sweep", config.sweep)
+    if config.num_threads is not None and config.num_threads < 1:
+        problems.append(f"num_threads={config.num_threads}: at least 1, or null for PyTorch's choice.")
+    if config.tracking.log_every < 1:
+        problems.append(f"tracking.log_every={config.tracking.log_every}: at least 1 step.")
+    return problems
+
+
+def _name_problems(setting: str, name: str) -> list[str]:
+    # Names become folder names and table cells.
+    if _SAFE_NAME.fullmatch(name):
+        return []
+    return [f"{setting}={name!r}: letters, digits, '.', '_' and '-' only, beginning with a letter or digit."]
+
+
+# ---------------------------------------------------------------- identity
+
+
+def scientific(config: RunConfig) -> dict[str, Any]:
+    """What decides a run's result and therefore its identity: no tracking, no paths, no sweep name."""
+    return _scientific_fields(config)
+
+
+def _scientific_fields(node: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for item in fields(node):
+        if item.metadata.get("scientific", True):
+            value = getattr(node, item.name)
+            values[item.name] = _scientific_fields(value) if is_dataclass(value) else value
+    return values
+
+
+def _hash(values: dict[str, Any]) -> str:
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:8]
+
+
+def cell_id(config: RunConfig) -> str:
+    """Identity of the cell: the run without its seed, as `<readable slug>-<8 hex>`."""
+    values = scientific(config)
+    del values["seed"]
+    return f"{_slug(config)}-{_hash(values)}"
+
+
+def run_id(config: RunConfig) -> str:
+    """Identity of the run, `<readable slug>-s<seed>-<8 hex>`; a name for humans, nothing is parsed out of it."""
+    return f"{_slug(config)}-s{config.seed}-{_hash(scientific(config))}"
+
+
+def _slug(config: RunConfig) -> str:
+    parts = [config.model.name, config.dataset.name, str(config.method.name)]
+    if config.rank is not None and config.target_layers is not None:
+        parts += [f"r{config.rank.rank}", config.target_layers.name]
+    parts.append(f"lr{config.trainer.learning_rate:g}")
+    return "-".join(parts)

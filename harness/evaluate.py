@@ -1,0 +1,141 @@
+"""The objective of a task: the loss that is trained on, and the scores on a split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from torch import Tensor, nn
+from torch.nn import functional
+
+from harness.config import DatasetConfig, Task
+from harness.data import Batch, Split
+from harness.results import METRICS, Direction
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one split by metric name (without the split), and the one that decides which step is best.
+
+    `objective` is higher for better whatever the metric's own direction.
+    """
+
+    scores: dict[str, float]
+    objective: float
+
+
+class Objective(Protocol):
+    """What the trainer needs to know of a task."""
+
+    loss_name: str
+
+    def summed_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Loss summed over the batch's targets, a scalar with a graph."""
+        ...
+
+    def evaluate(self, model: nn.Module) -> Evaluation:
+        """Scores on the validation split; changes neither parameters nor random state nor the training mode."""
+        ...
+
+
+class SequenceObjective:
+    """One label per text: classification by cross-entropy, or regression by squared error."""
+
+    def __init__(self, config: DatasetConfig, *, val: Split, eval_batch_size: int) -> None:
+        self._config = config
+        self._val = val
+        self._eval_batch_size = eval_batch_size
+        self.loss_name = "train_mse" if config.task is Task.regression else "train_nll"
+
+    def summed_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Summed cross-entropy in nats, or summed squared error, in float32."""
+        return _summed_loss(self._config.task, _logits(model, batch), batch.labels)
+
+    def evaluate(self, model: nn.Module) -> Evaluation:
+        """Scores on the validation split."""
+        return self.evaluate_split(model, self._val)
+
+    def evaluate_split(self, model: nn.Module, split: Split) -> Evaluation:
+        """Scores on any split."""
+        logits, labels = predict(model, split.batches(self._eval_batch_size))
+        scores = score(logits, labels, config=self._config)
+        best = self._config.best_metric
+        sign = 1.0 if METRICS[f"val_{best}"].direction is Direction.HIGHER else -1.0
+        return Evaluation(scores, sign * scores[best])
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    return model(**batch.inputs).logits.float()
+
+
+def _summed_loss(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
+    if task is Task.regression:
+        return functional.mse_loss(logits.squeeze(-1), labels, reduction="sum")
+    return functional.cross_entropy(logits, labels, reduction="sum")
+
+
+@torch.no_grad()
+def predict(model: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+    """Logits `(examples, labels)` and labels `(examples,)` of all batches, on the CPU, without dropout."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    logits, labels = [], []
+    try:
+        for batch in batches:
+            logits.append(_logits(model, batch.to(device)).cpu())
+            labels.append(batch.labels)
+    finally:
+        model.train(was_training)
+    return torch.cat(logits), torch.cat(labels)
+
+
+def score(logits: Tensor, labels: Tensor, *, config: DatasetConfig) -> dict[str, float]:
+    """The configured metrics, plus always the loss in its reporting unit.
+
+    Classification: `nll` in nats per example, and `majority_share`, the largest share of predictions that fell on
+    one class (1.0: the model has collapsed). Regression: `mse`. `f1` is that of class 1 for two classes, else the
+    macro average. A correlation without variance does not exist and is left out.
+    """
+    mean_loss = float(_summed_loss(config.task, logits, labels)) / len(labels)
+    if config.task is Task.regression:
+        predictions, targets = logits.squeeze(-1).double().numpy(), labels.double().numpy()
+        scores = {"mse": mean_loss}
+        scores |= {name: _CORRELATIONS[name](predictions, targets) for name in config.metrics if name in _CORRELATIONS}
+        return {name: value for name, value in scores.items() if np.isfinite(value)}
+    predicted, truth = logits.argmax(-1).numpy(), labels.numpy()
+    scores = {"nll": mean_loss, "majority_share": float(np.bincount(predicted).max() / len(predicted))}
+    average = "binary" if logits.shape[-1] == 2 else "macro"
+    for name in config.metrics:
+        match name:
+            case "accuracy":
+                scores[name] = float(accuracy_score(truth, predicted))
+            case "f1":
+                scores[name] = float(f1_score(truth, predicted, average=average, zero_division=0.0))
+            case "mcc":
+                scores[name] = float(matthews_corrcoef(truth, predicted))
+    return scores
+
+
+def _pearson(predictions: np.ndarray, targets: np.ndarray) -> float:
+    if np.ptp(predictions) == 0 or np.ptp(targets) == 0:
+        return float("nan")
+    return float(np.corrcoef(predictions, targets)[0, 1])
+
+
+def _spearman(predictions: np.ndarray, targets: np.ndarray) -> float:
+    return _pearson(_ranks(predictions), _ranks(targets))
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks with ties averaged."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2.0)[inverse]
+
+
+_CORRELATIONS = {"pearson": _pearson, "spearman": _spearman}

@@ -1,0 +1,245 @@
+"""Placement: from the names of a model's modules to the names of those that get an adapter.
+
+Names in, names out: nothing here knows torch. A base model is described by where its blocks are and what the
+projections inside one block are called; a placement asks for projections by role (`q`, `v`, `up`, ...) and for
+blocks by index. Names are compared whole: a request that selects nothing is an error, never a smaller adapter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class PlacementError(ValueError):
+    """A placement that a model cannot satisfy; the message lists what the model has."""
+
+
+ATTENTION = ("q", "k", "v", "o", "qkv")
+MLP = ("up", "down", "gate")
+ROLES = (*ATTENTION, *MLP)
+
+# A group stands for those of its roles that an architecture has; a single role must exist.
+GROUPS = {"attention": ATTENTION, "mlp": MLP, "all": ROLES}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where the projections of one family of models are.
+
+    `block` is the path of a block with `{}` for its index, `projections` the path of each role inside a block,
+    `head` the modules of the task head (everything a checkpoint of the base model does not hold), and `fused`
+    says of roles that exist only as part of another role which one that is.
+    """
+
+    block: str
+    projections: dict[str, str]
+    head: tuple[str, ...]
+    fused: dict[str, str] = field(default_factory=dict)
+
+
+_BERT_BLOCK = {
+    "q": "attention.self.query",
+    "k": "attention.self.key",
+    "v": "attention.self.value",
+    "o": "attention.output.dense",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+}
+_DEBERTA_BLOCK = {
+    **_BERT_BLOCK,
+    "q": "attention.self.query_proj",
+    "k": "attention.self.key_proj",
+    "v": "attention.self.value_proj",
+}
+_LLAMA_BLOCK = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+_GPT2_BLOCK = {"qkv": "attn.c_attn", "o": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}
+_LLAMA = Architecture("model.layers.{}", _LLAMA_BLOCK, ("score",))
+
+# Keys are transformers' `config.model_type`. RoBERTa's head has a dense layer of its own; the pooler of DeBERTa is
+# not in its checkpoints and is part of the head, that of BERT is and belongs to the base.
+ARCHITECTURES: dict[str, Architecture] = {
+    "bert": Architecture("bert.encoder.layer.{}", _BERT_BLOCK, ("classifier",)),
+    "roberta": Architecture("roberta.encoder.layer.{}", _BERT_BLOCK, ("classifier",)),
+    "deberta": Architecture(
+        "deberta.encoder.layer.{}",
+        {"qkv": "attention.self.in_proj", **{role: _BERT_BLOCK[role] for role in ("o", "up", "down")}},
+        ("pooler", "classifier"),
+        fused={"q": "qkv", "k": "qkv", "v": "qkv"},
+    ),
+    "deberta-v2": Architecture("deberta.encoder.layer.{}", _DEBERTA_BLOCK, ("pooler", "classifier")),
+    "gpt2": Architecture("transformer.h.{}", _GPT2_BLOCK, ("score",), fused={"q": "qkv", "k": "qkv", "v": "qkv"}),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+}
+
+
+def head_modules(model_type: str) -> tuple[str, ...]:
+    """Names of the task head's modules on an architecture. Raises `PlacementError` for an unknown one."""
+    return _architecture(model_type).head
+
+
+def select_modules(
+    module_names: Iterable[str],
+    *,
+    model_type: str,
+    projections: Sequence[str] = (),
+    blocks: Any = "all",
+    modules: Sequence[str] = (),
+) -> list[str]:
+    """The names of the modules that get an adapter, in the model's own order.
+
+    Args:
+        module_names: every name in `model.named_modules()`.
+        model_type: transformers' name of the architecture, a key of `ARCHITECTURES`.
+        projections: roles or groups of roles; see `ROLES` and `GROUPS`.
+        blocks: `all`, `first_half`, `last_half`, `first_N`, `last_N` or a list of indices.
+        modules: instead of projections, regular expressions over whole names, each matching at least one.
+
+    Raises:
+        PlacementError: a role, block or expression that selects nothing here, with a list of what there is.
+
+    >>> names = [f"bert.encoder.layer.{i}.attention.self.{p}" for i in (0, 1) for p in ("query", "key", "value")]
+    >>> select_modules(names, model_type="bert", projections=["q"], blocks="last_1")
+    ['bert.encoder.layer.1.attention.self.query']
+    """
+    names = list(module_names)
+    if modules:
+        return _match_expressions(names, modules)
+    architecture = _architecture(model_type)
+    present = set(names)
+    num_blocks = _count_blocks(architecture, names)
+    wanted = {
+        f"{architecture.block.format(block)}.{architecture.projections[role]}"
+        for block in resolve_blocks(blocks, num_blocks)
+        for role in _resolve_roles(projections, model_type, architecture)
+    }
+    absent = sorted(wanted - present)
+    if absent:
+        raise PlacementError(f"target_layers: this {model_type} model has no module {', '.join(absent)}.")
+    return [name for name in names if name in wanted]
+
+
+def resolve_blocks(blocks: Any, num_blocks: int) -> list[int]:
+    """Indices of the blocks that `blocks` names in a model of `num_blocks`, ascending. Raises `PlacementError`.
+
+    >>> resolve_blocks("last_half", 6), resolve_blocks("first_2", 6), resolve_blocks([5, 0], 6)
+    ([3, 4, 5], [0, 1], [0, 5])
+    """
+    problems = block_problems(blocks)
+    if problems:
+        raise PlacementError(problems[0])
+    if isinstance(blocks, str):
+        if blocks == "all":
+            return list(range(num_blocks))
+        end, _, amount = blocks.partition("_")
+        # The middle block of an odd number belongs to the last half, so that the two halves are disjoint.
+        first_half = num_blocks // 2
+        count = int(amount) if amount != "half" else (first_half if end == "first" else num_blocks - first_half)
+        if count > num_blocks:
+            raise PlacementError(f"target_layers.blocks={blocks}: this model has {num_blocks} blocks.")
+        return list(range(count)) if end == "first" else list(range(num_blocks - count, num_blocks))
+    outside = [block for block in blocks if block >= num_blocks]
+    if outside:
+        raise PlacementError(
+            f"target_layers.blocks={list(blocks)}: {outside} do not exist; this model has blocks 0 to {num_blocks - 1}."
+        )
+    return sorted(blocks)
+
+
+def block_problems(blocks: Any) -> list[str]:
+    """What is wrong with a value of `target_layers.blocks` on any model; empty when nothing is."""
+    allowed = "allowed: all, first_half, last_half, first_N, last_N (N from 1), or a list of indices such as [0,2,5]."
+    if isinstance(blocks, str):
+        fine = blocks == "all" or re.fullmatch(r"(first|last)_(half|[1-9]\d*)", blocks) is not None
+    else:
+        fine = (
+            isinstance(blocks, list | tuple)
+            and len(blocks) > 0
+            and all(isinstance(block, int) and not isinstance(block, bool) and block >= 0 for block in blocks)
+            and len(set(blocks)) == len(blocks)
+        )
+    return [] if fine else [f"target_layers.blocks={blocks!r}: {allowed}"]
+
+
+def projection_problems(projections: Sequence[str]) -> list[str]:
+    """Roles that exist on no architecture, and roles named twice; empty when there are none."""
+    unknown = [role for role in projections if role not in ROLES and role not in GROUPS]
+    if unknown:
+        known = ", ".join((*ROLES, *GROUPS))
+        return [f"target_layers.projections: {', '.join(unknown)} unknown; known: {known}."]
+    expanded = [role for name in projections for role in GROUPS.get(name, (name,))]
+    twice = sorted({role for role in expanded if expanded.count(role) > 1})
+    return [f"target_layers.projections: {', '.join(twice)} named twice."] if twice else []
+
+
+def _architecture(model_type: str) -> Architecture:
+    try:
+        return ARCHITECTURES[model_type]
+    except KeyError:
+        raise PlacementError(
+            f"model type {model_type!r} is not described in harness/placement.py; described are "
+            f"{', '.join(ARCHITECTURES)}. Add an Architecture with its block path, projections and head."
+        ) from None
+
+
+def _resolve_roles(projections: Sequence[str], model_type: str, architecture: Architecture) -> list[str]:
+    problems = projection_problems(projections)
+    roles: list[str] = []
+    for name in projections:
+        if name in GROUPS:
+            roles += [role for role in GROUPS[name] if role in architecture.projections]
+        elif name in architecture.projections:
+            roles.append(name)
+        elif name in architecture.fused:
+            problems.append(
+                f"{name} is fused with others into {architecture.fused[name]} ({architecture.projections['qkv']})"
+            )
+        elif name in ROLES:
+            problems.append(f"{name} does not exist")
+    if problems:
+        raise PlacementError(
+            f"target_layers.projections={list(projections)} on {model_type}: {'; '.join(problems)}. "
+            f"It has: {', '.join(architecture.projections)} (and the groups {', '.join(GROUPS)})."
+        )
+    return roles
+
+
+def _count_blocks(architecture: Architecture, names: Sequence[str]) -> int:
+    pattern = re.compile(re.escape(architecture.block).replace(re.escape("{}"), r"(\d+)"))
+    indices = {int(match.group(1)) for match in map(pattern.fullmatch, _ancestors(names)) if match}
+    return len(indices)
+
+
+def _ancestors(names: Iterable[str]) -> set[str]:
+    """The names and every dotted prefix of them, so that a list without the containers themselves will do."""
+    found: set[str] = set()
+    for name in names:
+        parts = name.split(".")
+        found.update(".".join(parts[:length]) for length in range(1, len(parts) + 1))
+    return found
+
+
+def _match_expressions(names: Sequence[str], expressions: Sequence[str]) -> list[str]:
+    hits = {expression: [name for name in names if re.fullmatch(expression, name)] for expression in expressions}
+    empty = [expression for expression, found in hits.items() if not found]
+    if empty:
+        leaves = [name for name in names if not any(other.startswith(name + ".") for other in names)]
+        raise PlacementError(
+            f"target_layers.modules: {', '.join(map(repr, empty))} match no whole module name; names here are like "
+            f"{', '.join(leaves[:8])}."
+        )
+    chosen = {name for found in hits.values() for name in found}
+    return [name for name in names if name in chosen]

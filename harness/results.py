@@ -1,0 +1,201 @@
+"""The one results schema: what a run leaves behind, and what its numbers mean.
+
+`runs/<run_id>/result.json` is written once, atomically, at the end of a run: its existence means that the run ended.
+Everything downstream (the analysis package, W&B, the launcher that skips finished work) reads this file and never
+parses a name, a path or a log.
+
+A measurement that could not be made is a key that is absent from `metrics`: never 0, -1 or NaN.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+SCHEMA_VERSION = 1
+RESULT_FILE = "result.json"
+
+
+class Status(StrEnum):
+    """How a run ended."""
+
+    FINISHED = "finished"
+    DIVERGED = "diverged"
+    OUT_OF_MEMORY = "out_of_memory"
+    FAILED = "failed"
+
+
+class Direction(StrEnum):
+    """Which way a metric improves."""
+
+    HIGHER = "higher"
+    LOWER = "lower"
+    NEUTRAL = "neutral"
+
+
+class ResultError(ValueError):
+    """A result file that cannot be read as one of ours; the message names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What one number means.
+
+    `label` is the column title of a table; `format` is a format specification applied to the value divided by
+    `display_divisor`, which turns the stored unit into `display_unit`.
+    """
+
+    unit: str
+    direction: Direction
+    label: str
+    format: str
+    display_unit: str = ""
+    display_divisor: float = 1.0
+
+
+MIB = 1024.0**2
+
+
+def _count(label: str) -> Metric:
+    return Metric("1", Direction.LOWER, label, ",.0f")
+
+
+def _memory(label: str) -> Metric:
+    return Metric("bytes", Direction.LOWER, label, ",.1f", "MiB", MIB)
+
+
+def _score(label: str) -> Metric:
+    return Metric("1", Direction.HIGHER, label, ".4f")
+
+
+METRICS: dict[str, Metric] = {
+    "num_adapter_params": _count("adapter params"),
+    "num_head_params": _count("head params"),
+    "num_trainable_params": _count("trainable params"),
+    "num_total_params": Metric("1", Direction.NEUTRAL, "total params", ",.0f"),
+    "peak_memory_bytes": _memory("peak memory"),
+    "weights_bytes": _memory("weights"),
+    "gradients_bytes": _memory("gradients"),
+    "optimizer_bytes": _memory("optimizer"),
+    "activations_bytes": _memory("activations"),
+    "cuda_peak_allocated_bytes": _memory("CUDA peak allocated"),
+    "cuda_peak_reserved_bytes": _memory("CUDA peak reserved"),
+    "peak_rss_bytes": _memory("peak RSS"),
+    "train_seconds": Metric("s", Direction.LOWER, "training time", ",.1f", "s"),
+    "step_seconds_median": Metric("s", Direction.LOWER, "step time", ",.1f", "ms", 1e-3),
+    "wall_seconds": Metric("s", Direction.LOWER, "wall time", ",.1f", "s"),
+    "train_tokens_per_second": Metric("tokens/s", Direction.HIGHER, "throughput", ",.0f", "tokens/s"),
+    "padding_overhead": Metric("1", Direction.LOWER, "padding overhead", ".3f"),
+    "checkpoint_bytes": Metric("bytes", Direction.LOWER, "checkpoint", ",.2f", "MiB", MIB),
+    "num_steps": Metric("1", Direction.NEUTRAL, "steps", ",.0f"),
+    "best_step": Metric("1", Direction.NEUTRAL, "best step", ",.0f"),
+    "train_nll": Metric("nats", Direction.LOWER, "train nll", ".4f"),
+    "train_mse": Metric("1", Direction.LOWER, "train mse", ".4f"),
+}
+
+# Scores exist on two splits and at two moments: `val_accuracy` belongs to the step that was best on val,
+# `val_accuracy_last` to the last step. No quantity is ever chosen on test.
+_SCORES = {
+    "accuracy": _score("accuracy"),
+    "nll": Metric("nats", Direction.LOWER, "nll", ".4f"),
+    "f1": _score("F1"),
+    "mcc": _score("MCC"),
+    "pearson": _score("Pearson"),
+    "spearman": _score("Spearman"),
+    "mse": Metric("1", Direction.LOWER, "mse", ".4f"),
+    # Largest share of the predictions that one class received: 1.0 marks a collapsed classifier.
+    "majority_share": Metric("1", Direction.NEUTRAL, "share of the most predicted class", ".3f"),
+}
+for _split in ("val", "test"):
+    for _name, _metric in _SCORES.items():
+        METRICS[f"{_split}_{_name}"] = Metric(
+            _metric.unit, _metric.direction, f"{_split} {_metric.label}", _metric.format
+        )
+        METRICS[f"{_split}_{_name}_last"] = Metric(
+            _metric.unit, _metric.direction, f"{_split} {_metric.label} (last step)", _metric.format
+        )
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One ended run. Fields as in the results contract; `config` is the validated config, verbatim.
+
+    Raises `ValueError` for a metric that the registry does not know or whose value is not a finite number: a
+    missing measurement is a missing key.
+    """
+
+    run_id: str
+    cell_id: str
+    sweep: str | None
+    status: Status
+    config: dict[str, Any]
+    target_modules: list[str] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    error: str = ""
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        check_metrics(self.metrics)
+
+
+def check_metrics(metrics: Mapping[str, float]) -> None:
+    """Raises `ValueError` naming every metric that is unknown or not a finite number."""
+    problems = [f"{name!r} is not in the METRICS registry" for name in metrics if name not in METRICS]
+    problems += [
+        f"{name}={value!r} is not a finite number; leave the key out instead"
+        for name, value in metrics.items()
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
+    ]
+    if problems:
+        raise ValueError("metrics: " + "; ".join(problems))
+
+
+def write_json_atomically(path: Path, value: Any) -> None:
+    """Writes `value` as JSON so that a reader sees either the old file or the whole new one, also after a crash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2, sort_keys=False, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_result(run_dir: Path, result: RunResult) -> Path:
+    """Writes `result` to `run_dir/result.json` atomically and returns its path."""
+    path = run_dir / RESULT_FILE
+    write_json_atomically(path, asdict(result))
+    return path
+
+
+def read_result(path: Path) -> RunResult:
+    """Reads one result file.
+
+    Raises `ResultError` when the file is not JSON, not of this schema version, or holds unknown fields or metrics.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ResultError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(raw, dict):
+        raise ResultError(f"{path}: expected a JSON object, got {type(raw).__name__}")
+    version = raw.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise ResultError(f"{path}: schema_version {version!r}, this code reads {SCHEMA_VERSION}")
+    try:
+        return RunResult(**{**raw, "status": Status(raw["status"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ResultError(f"{path}: {error}") from error

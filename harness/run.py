@@ -1,0 +1,388 @@
+"""One run, from a validated config to `result.json`: the only place that wires the modules together."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from harness import lora, models
+from harness.assets import AssetError
+from harness.config import (
+    ConfigError,
+    Device,
+    Method,
+    Precision,
+    RunConfig,
+    cell_id,
+    run_id,
+    to_dict,
+)
+from harness.data import DataError, TextData, TrainingBatches, load_data
+from harness.evaluate import SequenceObjective
+from harness.measure import (
+    DeviceBusyError,
+    device_peaks,
+    environment,
+    peak_rss_bytes,
+    require_free_device,
+    reset_device_peaks,
+)
+from harness.models import ModelError
+from harness.placement import PlacementError, head_modules, select_modules
+from harness.results import RESULT_FILE, RunResult, Status, write_result
+from harness.tracking import Progress, Tracker, open_progress, open_tracker
+from harness.trainer import TrainingDivergedError, TrainingOutcome, train
+
+logger = logging.getLogger("harness")
+
+LOG_FILE = "log.txt"
+CONFIG_FILE = "config.yaml"
+WEIGHTS_DIRS = {Method.lora: "adapter", Method.full: "model", Method.head_only: "head"}
+
+
+class OutputError(OSError):
+    """The runs folder cannot be written."""
+
+
+# What a user can mend: each ends a run before training, with its message and no traceback.
+USER_ERRORS = (
+    ConfigError,
+    PlacementError,
+    lora.LoRAError,
+    ModelError,
+    DataError,
+    AssetError,
+    DeviceBusyError,
+    OutputError,
+)
+
+
+@dataclass
+class PreparedRun:
+    """Everything that training needs, built and checked."""
+
+    config: RunConfig
+    accelerator: Accelerator
+    data: TextData
+    model: models.PreTrainedModel
+    tokenizer: models.PreTrainedTokenizerBase
+    head: tuple[str, ...]
+    target_modules: list[str]
+    environment: dict[str, object]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a config comes to on its model, known without loading a weight."""
+
+    target_modules: list[str]
+    num_adapter_params: int
+
+
+def plan(config: RunConfig) -> Plan:
+    """Resolves the placement and counts the adapter on the meta device.
+
+    Raises `PlacementError`, `LoRAError` or `ModelError` for a placement or rank that the model does not allow.
+    """
+    skeleton = models.build_skeleton(config.model, num_labels=2)
+    target_modules = _adapt(skeleton, config)
+    counts = lora.count_parameters(skeleton, head_modules(skeleton.config.model_type))
+    return Plan(target_modules, counts.num_adapter_params)
+
+
+def run(config: RunConfig) -> RunResult:
+    """Runs one config and returns its result, which lies in `<runs_dir>/<run_id>/result.json`.
+
+    A run that diverges, exhausts the memory or fails in training returns a result that says so.
+
+    Raises one of `USER_ERRORS`, with nothing written, for what can be known before training.
+    """
+    started = time.perf_counter()
+    run_dir = Path(config.runs_dir) / run_id(config)
+    _require_writable(Path(config.runs_dir))
+    plan(config)
+    prepared = prepare(config)
+    # Only now, when nothing is left to go wrong before training, does the run leave a trace.
+    _clear(run_dir)
+    with _logged_to(run_dir / LOG_FILE):
+        (run_dir / CONFIG_FILE).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+        logger.info("%s", run_id(config))
+        tracker = open_tracker(
+            config.tracking,
+            run_dir=run_dir,
+            run_id=run_id(config),
+            cell_id=cell_id(config),
+            job_type=str(config.method.name),
+            sweep=config.sweep,
+            run_config=to_dict(config),
+        )
+        try:
+            result = _train_and_evaluate(prepared, run_dir, tracker, started)
+            write_result(run_dir, result)
+            tracker.finish(result)
+        finally:
+            tracker.close()
+        logger.info("%s: %s %s", result.run_id, result.status, result.error or _headline(config, result))
+    return result
+
+
+def prepare(config: RunConfig) -> PreparedRun:
+    """Loads data and model, applies the method, and checks everything that can be checked before training."""
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    accelerator = _accelerator(config)
+    if not config.allow_busy_device:
+        require_free_device(accelerator.device)
+    tokenizer = models.load_tokenizer(config.model)
+    data = load_data(config.dataset, tokenizer)
+    model = models.load_model(
+        config.model, num_labels=data.num_labels, pad_token_id=tokenizer.pad_token_id, seed=config.seed
+    )
+    target_modules = _adapt(model, config)
+    if config.trainer.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recorded = environment(accelerator.device, num_threads=config.num_threads)
+    recorded["data_fingerprint"] = data.fingerprint
+    head = head_modules(model.config.model_type)
+    return PreparedRun(config, accelerator, data, model, tokenizer, head, target_modules, recorded)
+
+
+def _adapt(model: models.PreTrainedModel, config: RunConfig) -> list[str]:
+    """Applies the method to a model, real or meta; returns the adapted modules."""
+    target_modules: list[str] = []
+    if config.method.name is Method.lora:
+        assert config.rank is not None and config.target_layers is not None
+        target_modules = select_modules(
+            [name for name, _ in model.named_modules()],
+            model_type=model.config.model_type,
+            projections=config.target_layers.projections,
+            blocks=config.target_layers.blocks,
+            modules=config.target_layers.modules,
+        )
+        # A generator of its own: the adapter depends on the seed and not on what was drawn before it.
+        lora.apply_lora(
+            model,
+            target_modules,
+            rank=config.rank,
+            dropout=config.method.adapter_dropout,
+            generator=torch.Generator().manual_seed(config.seed),
+        )
+    lora.set_trainable(model, config.method.name, head_modules(model.config.model_type))
+    return target_modules
+
+
+def _train_and_evaluate(prepared: PreparedRun, run_dir: Path, tracker: Tracker, started: float) -> RunResult:
+    """Trains, scores, saves; whatever happens to training becomes a status."""
+    config, device = prepared.config, prepared.accelerator.device
+    observer = RunObserver(config, tracker)
+    metrics: dict[str, float] = asdict(lora.count_parameters(prepared.model, prepared.head))
+    status, error = Status.FINISHED, ""
+    reset_device_peaks(device)
+    try:
+        outcome = _train(prepared, observer)
+        metrics |= outcome.measured
+        metrics |= device_peaks(device)  # before the test split: peaks are those of training and validation
+        metrics |= _score_test(prepared, outcome)
+        if config.save_weights:
+            metrics["checkpoint_bytes"] = _save(prepared, run_dir)
+    except TrainingDivergedError as problem:
+        status, error = Status.DIVERGED, str(problem)
+    except Exception as problem:
+        status = Status.OUT_OF_MEMORY if is_out_of_memory(problem) else Status.FAILED
+        error = f"{type(problem).__name__}: {problem}"
+        logger.error("%s", traceback.format_exc())
+    finally:
+        observer.close()
+    metrics = observer.measured | metrics
+    metrics["peak_rss_bytes"] = peak_rss_bytes()
+    metrics["wall_seconds"] = time.perf_counter() - started
+    return RunResult(
+        run_id=run_id(config),
+        cell_id=cell_id(config),
+        sweep=config.sweep,
+        status=status,
+        error=error,
+        config=to_dict(config),
+        target_modules=prepared.target_modules,
+        metrics=metrics,
+        environment=prepared.environment,
+    )
+
+
+def _train(prepared: PreparedRun, observer: RunObserver) -> TrainingOutcome:
+    config = prepared.config
+    batches = TrainingBatches(
+        prepared.data.train,
+        batch_size=config.trainer.batch_size,
+        micro_batch_size=config.trainer.micro_batch_size,
+        seed=config.seed,
+    )
+    # After everything is built, so that dropout draws the same numbers whatever the method drew before.
+    torch.manual_seed(config.seed)
+    return train(
+        prepared.model,
+        batches,
+        _objective(prepared),
+        config=config.trainer,
+        accelerator=prepared.accelerator,
+        observer=observer,
+    )
+
+
+def _objective(prepared: PreparedRun) -> SequenceObjective:
+    config = prepared.config
+    return SequenceObjective(
+        config.dataset, val=prepared.data.val, eval_batch_size=config.trainer.eval_batch_size
+    )
+
+
+def _score_test(prepared: PreparedRun, outcome: TrainingOutcome) -> dict[str, float]:
+    """Scores of both splits at the last step and at the step that was best on val; the model ends at the best."""
+    objective, test = _objective(prepared), prepared.data.test
+    last = objective.evaluate_split(prepared.model, test)
+    best = last
+    if outcome.best_state is not None:
+        outcome.restore_best(prepared.model)
+        best = objective.evaluate_split(prepared.model, test)
+    scores: dict[str, float] = {}
+    for split, at_best, at_last in (("val", outcome.best, outcome.last), ("test", best, last)):
+        scores |= {f"{split}_{name}": value for name, value in at_best.scores.items()}
+        scores |= {f"{split}_{name}_last": value for name, value in at_last.scores.items()}
+    return scores
+
+
+def _save(prepared: PreparedRun, run_dir: Path) -> int:
+    """Saves what the method trained, at the best step; returns the bytes of the tensor files."""
+    config = prepared.config
+    directory = run_dir / WEIGHTS_DIRS[config.method.name]
+    if config.method.name is Method.lora:
+        assert config.rank is not None
+        return lora.save_adapter(
+            prepared.model,
+            directory,
+            rank=config.rank,
+            head_modules=prepared.head,
+            dropout=config.method.adapter_dropout,
+            base_model=config.model.path or config.model.hub_id or config.model.asset,
+        )
+    if config.method.name is Method.full:
+        return models.save_model(prepared.model, prepared.tokenizer, directory)
+    return lora.save_tensors(lora.head_state(prepared.model, prepared.head), directory / "head.safetensors")
+
+
+class RunObserver:
+    """Hands what the trainer reports to the tracker and the progress display.
+
+    Curves get the mean loss since the last record, every `tracking.log_every` steps; scores come at once.
+    """
+
+    def __init__(self, config: RunConfig, tracker: Tracker) -> None:
+        self._config = config
+        self._tracker = tracker
+        self._progress: Progress | None = None
+        self._losses: list[float] = []
+        self._num_steps = 0
+        self.measured: dict[str, float] = {}
+
+    def started(self, num_steps: int, measured: dict[str, float]) -> None:
+        """Opens the progress display; keeps what was measured for a run that does not finish."""
+        self._num_steps = num_steps
+        self.measured = measured
+        self._progress = open_progress(self._config.tracking, total_steps=num_steps, description=run_id(self._config))
+
+    def stepped(self, step: int, values: dict[str, float]) -> None:
+        """Shows the step, and records every `log_every`-th and the last."""
+        (loss_name, loss), *rest = values.items()
+        assert self._progress is not None
+        self._progress.update(step, loss, values["train_tokens_per_second"])
+        self._losses.append(loss)
+        if step % self._config.tracking.log_every == 0 or step == self._num_steps:
+            self._tracker.log(step, {loss_name: sum(self._losses) / len(self._losses), **dict(rest)})
+            self._losses.clear()
+
+    def evaluated(self, step: int, scores: dict[str, float]) -> None:
+        """Records and shows scores on the validation split."""
+        named = {f"val_{name}": value for name, value in scores.items()}
+        self._tracker.log(step, named)
+        assert self._progress is not None
+        self._progress.note(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in named.items()))
+
+    def close(self) -> None:
+        """Ends the display."""
+        if self._progress is not None:
+            self._progress.close()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out, on a GPU or on the CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # PyTorch's CPU allocator has no exception of its own.
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def _accelerator(config: RunConfig) -> Accelerator:
+    if config.device is Device.cuda and not torch.cuda.is_available():
+        raise ConfigError(["device=cuda: PyTorch sees no CUDA device here; use device=auto or device=cpu."])
+    if config.device is Device.mps and not torch.backends.mps.is_available():
+        raise ConfigError(["device=mps: PyTorch sees no MPS device here; use device=auto or device=cpu."])
+    # accelerate keeps one state per process; a second run in this process must not inherit the first one's.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    on_cpu = config.device is Device.cpu
+    will_be_cpu = on_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    precision = config.trainer.precision
+    if precision is Precision.fp16 and will_be_cpu:
+        raise ConfigError(["trainer.precision=fp16 needs a GPU; on the CPU use bf16 or fp32."])
+    mixed = "no" if precision is Precision.fp32 else str(precision)
+    return Accelerator(cpu=on_cpu, mixed_precision=mixed)
+
+
+def _require_writable(runs_dir: Path) -> None:
+    probe = runs_dir / f".writable-{os.getpid()}"
+    try:
+        runs_dir.mkdir(parents=True, exist_ok=True)
+        probe.write_text("", encoding="utf-8")
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"runs_dir={runs_dir}: cannot be written ({error.strerror}); give another folder with runs_dir=DIR."
+        ) from error
+
+
+def _clear(run_dir: Path) -> None:
+    """Makes the run's folder and takes out what an earlier attempt left, its result first."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / RESULT_FILE).unlink(missing_ok=True)
+    for name in WEIGHTS_DIRS.values():
+        shutil.rmtree(run_dir / name, ignore_errors=True)
+
+
+@contextmanager
+def _logged_to(path: Path) -> Iterator[None]:
+    handler = logging.FileHandler(path, mode="w", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+def _headline(config: RunConfig, result: RunResult) -> str:
+    best = config.dataset.best_metric
+    shown = {name: result.metrics[name] for name in (f"val_{best}", f"test_{best}") if name in result.metrics}
+    return "  ".join(f"{name} {value:.4f}" for name, value in shown.items())

@@ -1,0 +1,40 @@
+"""What every test may rely on: no network, one torch thread, no W&B account, the working directory it started in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before anything imports torch or transformers, and inherited by the processes that tests start. One thread: the
+# models are tiny, `make test` runs one worker per core, and the order of a parallel sum then cannot change a result.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",
+    MKL_NUM_THREADS="1",
+)
+os.environ.pop("WANDB_API_KEY", None)
+
+
+@pytest.fixture(autouse=True)
+def _contained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """W&B writes below the test's own directory, and a test that changes directory comes back."""
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    before = Path.cwd()
+    yield
+    os.chdir(before)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_tests:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_tests:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

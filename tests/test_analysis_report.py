@@ -1,0 +1,180 @@
+"""The report of a sweep: its page to the letter, its files, and what the command line says when there is none."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from test_analysis_load import ENVIRONMENT, save_json, save_run, save_sweep
+from test_analysis_tables import measured
+
+from analysis.__main__ import main
+from analysis.report import write_report
+
+GOLDEN_PAGE = """\
+# demo
+
+- Command: `python -m harness -m sweeps=demo`, 2025-11
+- Runs: 5 (2 finished, 1 failed, 1 unreadable, 1 to do).
+- To do: `lora-s1`.
+- Selection: best step chosen on val only, by accuracy; test evaluated after training, and used for no choice.
+- Left out: `RUNS/broken/result.json: schema_version 2, this code reads 1`
+
+## Cost and quality
+
+| method   | rank | target layers | adapter params ↓ | trainable (%) ↓ | peak memory (MiB) ↓ | step time (ms) ↓ | checkpoint (MiB) ↓ | val accuracy ↑ | test accuracy ↑ |   n | status     |
+| -------- | ---: | ------------- | ---------------: | --------------: | ------------------: | ---------------: | -----------------: | -------------: | --------------: | --: | ---------- |
+| lora     |    8 | qv            |            2,048 |           0.250 |                10.0 |             10.0 |               0.25 |         0.8000 |          0.7500 |   1 | 1 finished |
+| full [1] |    – | –             |                – |               – |                10.0 |             10.0 |               0.25 |         0.9000 |          0.7500 |   1 | 1 finished |
+| lora     |   64 | qv            |                – |               – |                   – |                – |                  – |              – |               – |   0 | 1 failed   |
+
+- The same in every row: model bert, dataset sst2, learning rate 0.001.
+- n: finished runs, one per seed; only they give numbers. ±: sample standard deviation over them. Step time: median over runs of each run's median step (smallest–largest).
+- Trainable: share of all parameters (base, adapter and head) that were trained (adapter and head; the base too in full fine-tuning). Adapter params leave the head out, which has 512.
+- Peak memory: bytes of live tensors at the peak of a training step. Checkpoint: what the run saved.
+- [1] differs in recipe or environment: `environment.versions.torch=2.9.0 instead of 2.13.0`.
+- Not finished, so without numbers: 1 of 3 runs:
+  - `lora64-s0`: failed: `ValueError: <b>'rank'</b>`
+
+## Environment
+
+- recorded by 2 of 3 runs
+- device_type: `cpu`
+- num_threads: `2`
+- versions.torch: `2.13.0` (n=1), `2.9.0` (n=1)
+- git_commit: `0123abcd`
+- git_dirty: `false`
+
+## Files
+
+- `runs.csv`: every run with its whole config, metrics and environment, in the stored units
+- `tables/tradeoff.csv`: the numbers of the table above, unrounded, in the stored units
+- `tables/tradeoff.md`: the table above
+"""  # noqa: E501, RUF001
+
+
+@pytest.fixture
+def runs_dir(tmp_path: Path) -> Path:
+    """A sweep of five: two finished, one failed, one unreadable, one to do; and a run of another sweep."""
+    runs_dir = tmp_path / "runs"
+    older = {**ENVIRONMENT, "versions": {"torch": "2.9.0"}}
+    counts_unknown: dict[str, float | None] = {"num_adapter_params": None, "num_total_params": None}
+    save_run(runs_dir, "lora-s0", metrics=measured())
+    save_run(
+        runs_dir, "full-s0", method="full", environment=older, metrics=measured(val_accuracy=0.9, **counts_unknown)
+    )
+    failure = "ValueError: <b>`rank`</b>\n  File run.py"
+    save_run(runs_dir, "lora64-s0", rank=64, status="failed", error=failure, environment={})
+    save_json(runs_dir / "broken" / "result.json", {"schema_version": 2})
+    save_run(runs_dir, "other", sweep="other", metrics=measured())
+    save_sweep(runs_dir, "demo", ["lora-s0", "lora-s1", "full-s0", "broken", "lora64-s0"])
+    return runs_dir
+
+
+def quiet() -> Console:
+    return Console(quiet=True)
+
+
+def test_golden_page(runs_dir: Path, tmp_path: Path) -> None:
+    report_dir = write_report(runs_dir, tmp_path / "reports", "demo", console=quiet())
+    assert report_dir == tmp_path / "reports" / "demo"
+    page = (report_dir / "report.md").read_text(encoding="utf-8").replace(str(runs_dir), "RUNS")
+    assert page == GOLDEN_PAGE
+
+
+def test_the_table_alone_says_what_the_page_says_at_its_head(runs_dir: Path, tmp_path: Path) -> None:
+    report_dir = write_report(runs_dir, tmp_path / "reports", "demo", console=quiet())
+    table = (report_dir / "tables" / "tradeoff.md").read_text(encoding="utf-8").replace(str(runs_dir), "RUNS")
+    head, _, rest = GOLDEN_PAGE.removeprefix("# demo\n\n").partition("\n## Cost and quality\n\n")
+    assert table == rest.partition("\n## Environment")[0] + head
+
+
+def test_every_run_is_a_row_of_runs_csv_with_everything(runs_dir: Path, tmp_path: Path) -> None:
+    report_dir = write_report(runs_dir, tmp_path / "reports", "demo", console=quiet())
+    with (report_dir / "runs.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["run_id"] for row in rows] == ["lora-s0", "full-s0", "lora64-s0"]
+    lora, full, failed = rows
+    assert (lora["config.rank.rank"], lora["config.target_layers.projections"]) == ("8", '["q", "v"]')
+    assert (lora["peak_memory_bytes"], lora["step_seconds_median"]) == ("10485760", "0.01")
+    assert (full["config.rank.rank"], full["num_adapter_params"], full["environment.versions.torch"]) == (
+        "",
+        "",
+        "2.9.0",
+    )
+    assert failed["error"] == "ValueError: <b>`rank`</b>\n  File run.py"
+    assert (failed["val_accuracy"], failed["environment.git_dirty"]) == ("", "")
+    assert "cuda_peak_allocated_bytes" not in lora  # no run measured it
+
+
+def test_a_report_can_be_written_again(runs_dir: Path, tmp_path: Path) -> None:
+    def contents() -> dict[str, bytes]:
+        report_dir = write_report(runs_dir, tmp_path / "reports", "demo", console=quiet())
+        return {str(path.relative_to(report_dir)): path.read_bytes() for path in report_dir.rglob("*.*")}
+
+    first = contents()
+    assert sorted(first) == ["report.md", "runs.csv", "tables/tradeoff.csv", "tables/tradeoff.md"]
+    assert contents() == first
+    save_run(runs_dir, "lora-s1", seed=1, cell_id="lora-s0", metrics=measured())
+    assert b"To do" not in contents()["report.md"]
+
+
+# ---------------------------------------------------------------- command line
+
+
+def test_the_command_prints_the_table(
+    runs_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    arguments = ["report", "--sweep", "demo", "--runs-dir", str(runs_dir), "--reports-dir", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "Runs: 5 (2 finished, 1 failed, 1 unreadable, 1 to do)." in printed
+    assert "To do: `lora-s1`." in printed
+    assert "    - `lora64-s0`: failed: `ValueError: <b>'rank'</b>`" in printed
+    assert (tmp_path / "out" / "demo" / "report.md").exists()
+
+
+def test_without_a_sweep_all_runs_are_one_table(runs_dir: Path, tmp_path: Path) -> None:
+    assert main(["report", "--runs-dir", str(runs_dir), "--reports-dir", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "all" / "report.md").read_text(encoding="utf-8")
+    assert page.startswith("# all\n\n- Runs: 4 (3 finished, 1 failed).\n- Selection:")
+
+
+def test_a_sweep_without_a_sweep_file_says_so(runs_dir: Path, tmp_path: Path) -> None:
+    report_dir = write_report(runs_dir, tmp_path / "reports", "other", console=quiet())
+    page = (report_dir / "report.md").read_text(encoding="utf-8")
+    assert "- Runs: 1 (1 finished).\n- What is still to do is not known: no sweep file lists the runs" in page
+
+
+def test_folders_are_runs_and_reports_unless_named(
+    runs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(runs_dir.parent)
+    assert main(["report", "--sweep", "demo"]) == 0
+    assert (tmp_path / "reports" / "demo" / "runs.csv").exists()
+
+
+def test_an_error_is_one_message_and_exit_code_2(
+    runs_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", "--sweep", "dmeo", "--runs-dir", str(runs_dir)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == (
+        f"sweep='dmeo': no run in {runs_dir} belongs to a sweep of that name. Sweeps there: demo, other. "
+        f"Leave --sweep out for all runs in one table.\n"
+        f"  left out: {runs_dir}/broken/result.json: schema_version 2, this code reads 1\n"
+    )
+    (tmp_path / "file").write_text("")
+    assert main(["report", "--runs-dir", str(runs_dir), "--reports-dir", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err == f"{tmp_path}/file/all/tables: Not a directory\n"
+
+
+def test_an_unknown_command_lists_the_known(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(["reprot"])
+    assert error.value.code == 2
+    assert "invalid choice: 'reprot' (choose from" in capsys.readouterr().err
