@@ -9,6 +9,7 @@ from pathlib import Path
 
 from analysis.load import LoadError
 from analysis.report import write_report
+from analysis.status import print_status
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,11 +35,20 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="default: %(default)s")
     report.add_argument("--reports-dir", type=Path, default=Path("reports"), metavar="DIR", help="default: %(default)s")
     report.set_defaults(command=_report)
+
+    status = commands.add_parser("status", help="how far a sweep is, also while it runs")
+    status.add_argument("--sweep", metavar="NAME", help="name of the sweep; without it, all runs in the folder")
+    status.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="default: %(default)s")
+    status.set_defaults(command=_status)
     return parser
 
 
 def _report(options: argparse.Namespace) -> None:
     write_report(options.runs_dir, options.reports_dir, options.sweep)
+
+
+def _status(options: argparse.Namespace) -> None:
+    print_status(options.runs_dir, options.sweep)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,17 @@ Exit codes: 0 finished; 1 a run failed, diverged or ran out of memory; 2 the con
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import traceback
 from pathlib import Path
 
 import hydra
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
-from harness.config import from_composed, register
+from harness.config import ConfigError, explain_omegaconf, from_composed, register
 from harness.results import Status
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
@@ -23,18 +27,19 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("harness").setLevel(logging.INFO)
     register()
-    exit_codes = [0]
+    exit_codes: list[int] = []
+    started = False
 
     def job(composed: DictConfig) -> None:
-        # Imported late: composing, --help and every error in the config come without waiting for torch.
-        from harness.config import ConfigError
-
+        nonlocal started
+        started = True
         try:
             config = from_composed(composed)
         except ConfigError as error:
             _print_problem(error)
             exit_codes.append(2)
             return
+        # Imported late: composing, --help and every error in the config come without waiting for torch.
         from harness.run import USER_ERRORS, run
 
         try:
@@ -45,12 +50,49 @@ def main() -> int:
             return
         exit_codes.append(0 if result.status is Status.FINISHED else 1)
 
-    hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(job)()
-    return max(exit_codes)
+    # Hydra then raises what it would print and exit on: it names a wrong key without saying which keys there are.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(job)()
+    except ConfigError as error:  # from the sweeper
+        _print_problem(error)
+        return 2
+    except (HydraException, AssertionError, ValueError) as error:
+        if not isinstance(error, HydraException) and (started or not _came_from_composing(error)):
+            raise
+        _print_problem(_explain_composing(error))
+        return 2
+    return max(exit_codes, default=0)
 
 
-def _print_problem(error: Exception) -> None:
-    for line in str(error).splitlines():
+def _came_from_composing(error: Exception) -> bool:
+    *_, (innermost, _line) = traceback.walk_tb(error.__traceback__)
+    return innermost.f_globals["__name__"].partition(".")[0] in ("hydra", "omegaconf")
+
+
+def _explain_composing(error: Exception) -> str:
+    """What is wrong with the overrides, and what there is instead; Hydra's own text where nothing is to be added."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        parts = error.missing_cfg_file.split("/")
+        group = "/".join(parts[:2] if parts[0] == "hydra" else parts[:1])
+        # Hydra lists the folder alone and not what is below it.
+        files = (CONF_DIR / group).rglob("*.yaml")
+        options = sorted(path.relative_to(CONF_DIR / group).with_suffix("").as_posix() for path in files)
+        option = error.missing_cfg_file.removeprefix(f"{group}/")
+        return f"{group}={option}: no such option. There are: {', '.join(options or error.options)}."
+    if isinstance(error.__cause__, OmegaConfBaseException):
+        return explain_omegaconf(error.__cause__)
+    if not isinstance(error, HydraException):
+        return (
+            f"these overrides cannot be applied ({error}). A setting in a group needs the group itself, as in "
+            "rank=r8 rank.alpha=32; a group takes the name of an option, not null: leave it out instead."
+        )
+    lines = [line.strip() for line in str(error).splitlines()]
+    return "\n".join(line for line in lines if line and not line.startswith("See https://"))
+
+
+def _print_problem(problem: Exception | str) -> None:
+    for line in str(problem).splitlines():
         print(f"error: {line}", file=sys.stderr)
 
 

@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from harness import placement
 
@@ -94,6 +94,14 @@ class Device(StrEnum):
     cpu = "cpu"
     cuda = "cuda"
     mps = "mps"
+
+
+class Rerun(StrEnum):
+    """Which ended runs are run again. A diverged run is a result: it would diverge again."""
+
+    never = "never"
+    failed = "failed"
+    all = "all"
 
 
 class WandbMode(StrEnum):
@@ -202,8 +210,8 @@ class TargetLayersConfig:
 
     `projections`: roles such as q, k, v, o, up, down, gate, or the groups attention, mlp, all.
     `blocks`: all, first_half, last_half, first_N, last_N, or a list of block indices.
-    `modules`: for architectures that `placement.py` does not know: regular expressions, each of which must match at
-    least one whole module name; given instead of `projections`.
+    `modules`: for modules that no role names: regular expressions, each of which must match at least one whole module
+    name; given instead of `projections` and `blocks`.
     """
 
     name: str = "???"
@@ -233,6 +241,7 @@ class TrainerConfig:
     eval_every: int = 0
     eval_each_epoch: bool = False
     eval_batch_size: int = field(default=64, metadata=NOT_SCIENTIFIC)
+    checkpoint_every: int = field(default=0, metadata=NOT_SCIENTIFIC)
 
 
 @dataclass
@@ -260,6 +269,7 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig, metadata=NOT_SCIENTIFIC)
     sweep: str | None = field(default=None, metadata=NOT_SCIENTIFIC)
     runs_dir: str = field(default="runs", metadata=NOT_SCIENTIFIC)
+    rerun: Rerun = field(default=Rerun.failed, metadata=NOT_SCIENTIFIC)
     device: Device = field(default=Device.auto, metadata=NOT_SCIENTIFIC)
     num_threads: int | None = field(default=None, metadata=NOT_SCIENTIFIC)
     allow_busy_device: bool = field(default=False, metadata=NOT_SCIENTIFIC)
@@ -272,6 +282,7 @@ class RunConfig:
 def register() -> None:
     """Puts the schema where `conf/config.yaml` finds it."""
     ConfigStore.instance().store(name="schema", node=RunConfig)
+
 
 _METRICS_OF_TASK = {
     Task.classification: ("accuracy", "f1", "mcc", "nll"),
@@ -297,7 +308,7 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
         merged = OmegaConf.merge(OmegaConf.structured(RunConfig), values)
         config = cast(RunConfig, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
-        raise ConfigError([_explain_omegaconf(error)]) from error
+        raise ConfigError([explain_omegaconf(error)]) from error
     problems = find_problems(config)
     if problems:
         raise ConfigError(problems)
@@ -309,19 +320,21 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     return cast(dict[str, Any], json.loads(json.dumps(OmegaConf.to_container(OmegaConf.structured(config)))))
 
 
-def _explain_omegaconf(error: OmegaConfBaseException) -> str:
+def explain_omegaconf(error: OmegaConfBaseException) -> str:
+    """One sentence for what OmegaConf did not accept: the setting, what is wrong, and the names that exist."""
     first_line = str(error).splitlines()[0]
     key = error.full_key
     if not key:
         return first_line
-    known = sorted(field.name for field in fields(RunConfig))
-    if error.object_type is not None and is_dataclass(error.object_type):
-        known = sorted(field.name for field in fields(error.object_type))
-    if "not in" in first_line:
+    if isinstance(error, ConfigKeyError | ConfigAttributeError):
+        schema = error.object_type if is_dataclass(error.object_type) else RunConfig
+        known = sorted(field.name for field in fields(schema))
         return f"{key}: no such setting. Known here: {', '.join(known)}."
-    if "Missing mandatory value" in first_line:
+    if isinstance(error, MissingMandatoryValue):
         return f"{key}: a value is needed and none was given."
-    return f"{key}: {first_line}."
+    if "is not a ListConfig" in first_line:
+        return f"{key}: a list is needed, such as {key}=[a,b]."
+    return f"{key}: {first_line.rstrip('.')}."
 
 
 # ---------------------------------------------------------------- validation
@@ -362,15 +375,23 @@ def _dataset_problems(dataset: DatasetConfig) -> list[str]:
             "dataset: no data named. Set dataset.train_file=FILE (CSV, JSON lines or Parquet), "
             "or choose a dataset that names an asset or a hub id."
         )
+    if dataset.asset is not None and dataset.hub_id is not None:
+        problems.append(f"dataset: asset={dataset.asset} and hub_id={dataset.hub_id} both name data; set one to null.")
     if not 1 <= len(dataset.text_columns) <= 2:
         problems.append(f"dataset.text_columns={dataset.text_columns}: one or two columns are allowed.")
     allowed = _METRICS_OF_TASK[dataset.task]
-    for name in [*dataset.metrics, dataset.best_metric]:
+    for name in dict.fromkeys((*dataset.metrics, dataset.best_metric)):
         if name not in allowed:
             problems.append(
                 f"dataset.metrics / dataset.best_metric: {name!r} is not a metric of task {dataset.task}; "
                 f"allowed: {', '.join(allowed)}."
             )
+    always = "mse" if dataset.task is Task.regression else "nll"
+    if dataset.best_metric in allowed and dataset.best_metric not in (*dataset.metrics, always):
+        problems.append(
+            f"dataset.best_metric={dataset.best_metric}: must be {always} or one of dataset.metrics="
+            f"[{','.join(dataset.metrics)}]; add it there."
+        )
     for name in ("val_fraction", "test_fraction"):
         value = getattr(dataset, name)
         if not 0 < value < 1:
@@ -412,8 +433,8 @@ def _rank_problems(rank: RankConfig) -> list[str]:
     if rank.alpha_policy is AlphaPolicy.proportional:
         needed, unused = unused, needed
     value = getattr(rank, needed)
-    if value is None or not value > 0:
-        problems.append(f"rank.{needed}={value}: rank.alpha_policy={rank.alpha_policy} needs a number above 0.")
+    if value is None or not 0 < value < math.inf:
+        problems.append(f"rank.{needed}={value}: rank.alpha_policy={rank.alpha_policy} needs a finite number above 0.")
     if getattr(rank, unused) is not None:
         problems.append(
             f"rank.{unused}={getattr(rank, unused)}: not used with rank.alpha_policy={rank.alpha_policy}; "
@@ -428,6 +449,11 @@ def _target_layers_problems(target_layers: TargetLayersConfig) -> list[str]:
         problems.append("target_layers: set either projections or modules (regular expressions), not both or neither.")
     problems += placement.projection_problems(target_layers.projections)
     problems += placement.block_problems(target_layers.blocks)
+    if target_layers.modules and target_layers.blocks != "all":
+        problems.append(
+            f"target_layers.blocks={target_layers.blocks}: narrows projections alone; with target_layers.modules leave "
+            "it at all and name the blocks in the expressions."
+        )
     for pattern in target_layers.modules:
         try:
             re.compile(pattern)
@@ -448,7 +474,7 @@ def _trainer_problems(trainer: TrainerConfig) -> list[str]:
             f"trainer: exactly one of num_epochs={trainer.num_epochs} and max_steps={trainer.max_steps} must be set; "
             "set the other to null."
         )
-    require(trainer.num_epochs is None or trainer.num_epochs > 0, "num_epochs", "a number above 0")
+    require(trainer.num_epochs is None or 0 < trainer.num_epochs < math.inf, "num_epochs", "a finite number above 0")
     require(trainer.max_steps is None or trainer.max_steps >= 1, "max_steps", "at least 1")
     require(0 < trainer.learning_rate < math.inf, "learning_rate", "a finite number above 0")
     require(trainer.batch_size >= 1, "batch_size", "at least 1")
@@ -459,17 +485,18 @@ def _trainer_problems(trainer: TrainerConfig) -> list[str]:
             f"trainer.micro_batch_size={trainer.micro_batch_size}: must divide trainer.batch_size={trainer.batch_size}."
         )
     require(0 <= trainer.warmup_fraction < 1, "warmup_fraction", "0 <= fraction < 1")
-    require(trainer.weight_decay >= 0, "weight_decay", "0 or more")
+    require(0 <= trainer.weight_decay < math.inf, "weight_decay", "0 or a finite number above")
     require(0 <= trainer.beta1 < 1, "beta1", "0 <= beta1 < 1")
     require(0 <= trainer.beta2 < 1, "beta2", "0 <= beta2 < 1")
-    require(trainer.adam_epsilon > 0, "adam_epsilon", "a number above 0")
+    require(0 < trainer.adam_epsilon < math.inf, "adam_epsilon", "a finite number above 0")
     require(
-        trainer.max_gradient_norm is None or trainer.max_gradient_norm > 0,
+        trainer.max_gradient_norm is None or 0 < trainer.max_gradient_norm < math.inf,
         "max_gradient_norm",
-        "a number above 0, or null for no clipping",
+        "a finite number above 0, or null for no clipping",
     )
     require(trainer.eval_every >= 0, "eval_every", "0 (only at the end) or a number of steps")
     require(trainer.eval_batch_size >= 1, "eval_batch_size", "at least 1")
+    require(trainer.checkpoint_every >= 0, "checkpoint_every", "0 (only when asked to stop) or a number of steps")
     return problems
 
 

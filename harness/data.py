@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import os
-import shutil
+import re
 import tempfile
 import time
 from collections import Counter
@@ -144,11 +144,10 @@ class TrainingBatches:
         self._seed = seed
         self.steps_per_epoch = -(-len(split) // batch_size)
 
-    def epoch(self, epoch: int) -> Iterator[list[Batch]]:
-        """The micro-batches of each step of one epoch (counted from 0)."""
-        for indices in length_bucketed_batches(
-            self._split.lengths, batch_size=self._batch_size, seed=self._seed, epoch=epoch
-        ):
+    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[list[Batch]]:
+        """The micro-batches of each step of one epoch (counted from 0) but its first `start` steps."""
+        order = length_bucketed_batches(self._split.lengths, batch_size=self._batch_size, seed=self._seed, epoch=epoch)
+        for indices in order[start:]:
             yield self._micro_batches(indices)
 
     def longest(self) -> list[Batch]:
@@ -187,7 +186,7 @@ def load_data(config: DatasetConfig, tokenizer: Tokenizer) -> TextData:
             classes or rows; each counted and shown.
     """
     source = _open_source(config)
-    key = _digest(source.fingerprint, _tokenizer_text(tokenizer), _tokenising_settings(config))[:16]
+    key = _digest(source.fingerprint, _tokenizer_text(tokenizer), _tokenising_settings(config, tokenizer))[:16]
     folder = cache_dir() / "tokenised" / f"{config.name}-{key}"
     if not (folder / "labels.json").is_file():
         _tokenise(source, config, tokenizer, folder)
@@ -226,27 +225,22 @@ def _split(rows: dict[str, datasets.Dataset], config: DatasetConfig) -> dict[str
     return splits
 
 
-def _carve(
-    train: datasets.Dataset, fraction: float, name: str, config: DatasetConfig
-) -> tuple[list[int], list[int]]:
+def _carve(train: datasets.Dataset, fraction: float, name: str, config: DatasetConfig) -> tuple[list[int], list[int]]:
     labels = np.asarray(train["label"])
-    stratify = None
+    num_carved = max(1, round(len(labels) * fraction))
+    candidates, num_classes, stratify = np.arange(len(labels)), 1, None
     if config.task is Task.classification:
-        counts = Counter(labels.tolist())
-        num_carved = max(1, round(len(labels) * fraction))
         # A class of one row cannot be in both parts; such rows stay in train, and the rest is stratified.
-        lonely = {label for label, count in counts.items() if count < 2}
-        candidates = np.array([index for index, label in enumerate(labels) if label not in lonely])
-        if num_carved < len(counts) - len(lonely) or len(candidates) - num_carved < len(counts) - len(lonely):
-            raise DataError(
-                f"dataset={config.name}: {len(labels)} training rows are too few to carve a stratified {name} split of "
-                f"{num_carved} rows over {len(counts)} classes; set dataset.{name}_file, or a larger "
-                f"dataset.{name}_fraction (now {fraction})."
-            )
+        counts = Counter(labels.tolist())
+        candidates = candidates[[counts[label] > 1 for label in labels.tolist()]]
+        num_classes = sum(count > 1 for count in counts.values())
         stratify = labels[candidates]
-    else:
-        candidates = np.arange(len(labels))
-        num_carved = max(1, round(len(labels) * fraction))
+    if not num_classes <= num_carved <= len(candidates) - num_classes:
+        over = "" if stratify is None else f" with every one of {num_classes} classes in both parts"
+        raise DataError(
+            f"dataset={config.name}: {len(candidates)} rows are too few to carve a {name} split of {num_carved} off"
+            f"{over}; give more rows, another dataset.{name}_fraction (now {fraction}), or dataset.{name}_file."
+        )
     _, carved = train_test_split(
         candidates, test_size=num_carved, random_state=config.split_seed, shuffle=True, stratify=stratify
     )
@@ -268,32 +262,40 @@ def _tokenizer_text(tokenizer: Any) -> str:
     return repr((type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), tokenizer.init_kwargs))
 
 
-def _tokenising_settings(config: DatasetConfig) -> str:
-    return json.dumps([_FORMAT, config.task, config.text_columns, config.label_column, config.max_length])
+def _tokenising_settings(config: DatasetConfig, tokenizer: Tokenizer) -> str:
+    # The inputs too: BERT and DistilBERT cut texts alike, and only one of them takes token types.
+    inputs = tokenizer.model_input_names
+    return json.dumps([_FORMAT, config.task, config.text_columns, config.label_column, config.max_length, inputs])
 
 
 def _tokenise(source: _Source, config: DatasetConfig, tokenizer: Tokenizer, folder: Path) -> None:
     started = time.perf_counter()
-    tables = source.read()
-    label_names = _check_rows(tables, config, source)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
+    tables, label_names = source.read()
+    label_names = _check_rows(tables, label_names, config, source)
+    columns = {name: _tokenised_columns(table, config, tokenizer, label_names) for name, table in tables.items()}
     try:
-        num_rows = 0
-        with _no_progress_bars():
-            for name, table in tables.items():
-                rows = datasets.Dataset.from_dict(_tokenised_columns(table, config, tokenizer, label_names))
-                rows.save_to_disk(str(building / name))
-                num_rows += len(rows)
-        (building / "labels.json").write_text(json.dumps(label_names), encoding="utf-8")
-        try:
-            os.rename(building, folder)
-        except OSError:
-            # Another process tokenised the same in the meantime: its folder is as good as ours.
-            if not (folder / "labels.json").is_file():
-                raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            tempfile.TemporaryDirectory(dir=folder.parent, prefix=".building-", ignore_cleanup_errors=True) as scratch,
+            _no_progress_bars(),
+        ):
+            # One level down, because a temporary directory is closed to other users and its mode survives a rename.
+            building = Path(scratch) / folder.name
+            for name in tables:
+                datasets.Dataset.from_dict(columns[name]).save_to_disk(str(building / name))
+            (building / "labels.json").write_text(json.dumps(label_names), encoding="utf-8")
+            try:
+                os.rename(building, folder)
+            except OSError:
+                # Another process tokenised the same in the meantime: its folder is as good as ours.
+                if not (folder / "labels.json").is_file():
+                    raise
+    except OSError as error:
+        raise DataError(
+            f"the cache folder {folder.parent} cannot be written ({error.strerror or error}); set LORA_HARNESS_CACHE "
+            "to another one."
+        ) from error
+    num_rows = sum(len(table) for table in tables.values())
     logger.info("tokenised %s: %d rows in %.1f s", config.name, num_rows, time.perf_counter() - started)
 
 
@@ -325,11 +327,20 @@ def _tokenised_columns(
     return columns
 
 
-def _check_rows(tables: dict[str, pd.DataFrame], config: DatasetConfig, source: _Source) -> list[str]:
-    """Checks every row of every split and returns the label names; raises one `DataError` for all problems."""
+def _check_rows(
+    tables: dict[str, pd.DataFrame], label_names: list[str], config: DatasetConfig, source: _Source
+) -> list[str]:
+    """Checks every row of every split and returns the names of the classes; raises one `DataError` for all problems.
+
+    `label_names` are the classes in the order that the source gives them; where it gives none, they are the sorted
+    labels of train.
+    """
     problems: list[str] = []
     for name, table in tables.items():
         where = f"dataset={config.name}, {name} rows of {source.description}"
+        if table.empty:
+            problems.append(f"{where}: no rows.")
+            continue
         absent = [column for column in (*config.text_columns, config.label_column) if column not in table.columns]
         if absent:
             problems.append(
@@ -337,8 +348,6 @@ def _check_rows(tables: dict[str, pd.DataFrame], config: DatasetConfig, source: 
                 "dataset.text_columns (one or two) and dataset.label_column."
             )
             continue
-        if table.empty:
-            problems.append(f"{where}: no rows.")
         for column in config.text_columns:
             not_text = [value for value in table[column] if not isinstance(value, str)]
             empty = table.index[[isinstance(value, str) and not value.strip() for value in table[column]]]
@@ -346,19 +355,28 @@ def _check_rows(tables: dict[str, pd.DataFrame], config: DatasetConfig, source: 
                 shown = ", ".join(repr(value) for value in not_text[:3])
                 problems.append(f"{where}: column {column} has {len(not_text)} values that are not text: {shown}.")
             if len(empty):
-                shown = ", ".join(str(row) for row in empty[:5])
-                problems.append(f"{where}: column {column} is empty in {len(empty)} rows (counted from 0): {shown}.")
+                problems.append(f"{where}: column {column} is empty in {_counted(empty)}.")
+        if config.task is Task.classification:
+            labels = table[config.label_column]
+            missing = table.index[labels.isna() | (labels.astype(str).str.strip() == "")]
+            if len(missing):
+                problems.append(f"{where}: column {config.label_column} has no label in {_counted(missing)}.")
     if problems:
         raise DataError("\n".join(problems))
     if config.task is Task.regression:
         problems = _number_problems(tables, config)
         names: list[str] = []
     else:
-        names = source.label_names or _sorted_labels(tables["train"][config.label_column])
+        names = label_names or _sorted_labels(tables["train"][config.label_column])
         problems = _label_problems(tables, config, names)
     if problems:
         raise DataError("\n".join(problems))
     return names
+
+
+def _counted(rows: pd.Index) -> str:
+    shown = ", ".join(str(row) for row in rows[:5])
+    return f"{len(rows)} rows (counted from 0): {shown}{', ...' if len(rows) > 5 else ''}"
 
 
 def _label_problems(tables: dict[str, pd.DataFrame], config: DatasetConfig, names: list[str]) -> list[str]:
@@ -395,7 +413,7 @@ def _number_problems(tables: dict[str, pd.DataFrame], config: DatasetConfig) -> 
 
 def _sorted_labels(column: pd.Series) -> list[str]:
     names = sorted({str(value) for value in column})
-    return sorted(names, key=int) if all(name.lstrip("-").isdigit() for name in names) else names
+    return sorted(names, key=int) if all(re.fullmatch(r"-?\d+", name) for name in names) else names
 
 
 # ---------------------------------------------------------------- reading
@@ -403,12 +421,14 @@ def _sorted_labels(column: pd.Series) -> list[str]:
 
 @dataclass(frozen=True)
 class _Source:
-    """Rows that are not read yet: the fingerprint is enough to find them in the cache of tokenised data."""
+    """Rows that are not read yet: the fingerprint is enough to find them in the cache of tokenised data.
+
+    `read` returns a table for each split, and the names of the classes in their order where the data have one.
+    """
 
     description: str
     fingerprint: str
-    read: Callable[[], dict[str, pd.DataFrame]]
-    label_names: list[str]
+    read: Callable[[], tuple[dict[str, pd.DataFrame], list[str]]]
 
 
 def _open_source(config: DatasetConfig) -> _Source:
@@ -424,7 +444,7 @@ def _open_files(config: DatasetConfig) -> _Source:
         if folder.is_file() and config.train_file is None:
             folder, given["train"] = folder.parent, folder.name
         elif not folder.is_dir():
-            raise DataError(f"dataset.path={config.path}: no such folder.")
+            raise DataError(f"dataset.path={config.path}: no such folder. Give the folder that holds {_named(given)}.")
     elif config.asset is not None:
         folder = asset_dir(config.asset)
     files: dict[str, Path] = {}
@@ -433,20 +453,37 @@ def _open_files(config: DatasetConfig) -> _Source:
             continue
         path = (folder / name) if folder is not None else Path(name).expanduser()
         if not path.is_file():
-            listing = ", ".join(sorted(entry.name for entry in path.parent.iterdir())[:10]) if path.parent.is_dir() else ""
-            raise DataError(f"dataset.{split}_file={name}: no file {path}. There: {listing or 'nothing'}.")
+            raise DataError(f"dataset.{split}_file={name}: no file {path}. There: {_listing(path.parent)}.")
         if path.suffix not in _READERS:
             raise DataError(f"dataset.{split}_file={name}: known endings are {', '.join(_READERS)}.")
         files[split] = path
     if "train" not in files:
-        raise DataError("dataset.train_file: not set. Name the file with the training rows.")
+        there = f" In {folder}: {_listing(folder)}." if folder is not None else ""
+        raise DataError(f"dataset.train_file: not set. Name the file with the training rows.{there}")
 
-    def read() -> dict[str, pd.DataFrame]:
-        return {split: _read_file(path) for split, path in files.items()}
+    def read() -> tuple[dict[str, pd.DataFrame], list[str]]:
+        return {split: _read_file(path) for split, path in files.items()}, []
 
-    hashes = {split: hashlib.sha256(path.read_bytes()).hexdigest() for split, path in files.items()}
+    hashes = {split: _hash_file(path) for split, path in files.items()}
     description = ", ".join(path.name for path in files.values())
-    return _Source(description, _digest(json.dumps(hashes)), read, label_names=[])
+    return _Source(description, _digest(json.dumps(hashes)), read)
+
+
+def _named(given: dict[str, str | None]) -> str:
+    return ", ".join(name for name in given.values() if name is not None) or "dataset.train_file"
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    return (", ".join(names[:10]) + (", ..." if len(names) > 10 else "")) or "nothing"
+
+
+def _hash_file(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
 
 
 def _open_hub(config: DatasetConfig) -> _Source:
@@ -456,10 +493,10 @@ def _open_hub(config: DatasetConfig) -> _Source:
     def load(name: str) -> datasets.Dataset:
         try:
             return datasets.load_dataset(config.hub_id, config.subset, split=name, revision=config.revision)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             raise DataError(
                 f"dataset={config.name}: split {name} of {config.hub_id} could not be loaded "
-                f"({str(error).splitlines()[0]}). Without network, save the rows as CSV, JSON lines or Parquet and use "
+                f"({_first_line(error)}). Without network, save the rows as CSV, JSON lines or Parquet and use "
                 "dataset=local dataset.train_file=... (and test_file)."
             ) from error
 
@@ -468,47 +505,73 @@ def _open_hub(config: DatasetConfig) -> _Source:
     loaded = {} if pinned else {split: load(name) for split, name in names.items()}
     content = config.revision if pinned else {split: rows._fingerprint for split, rows in loaded.items()}
 
-    def read() -> dict[str, pd.DataFrame]:
-        tables = {}
+    def read() -> tuple[dict[str, pd.DataFrame], list[str]]:
+        tables, label_names = {}, []
         for split, name in names.items():
             rows = loaded.get(split) or load(name)
             feature = rows.features.get(config.label_column)
             table = rows.to_pandas()
             if isinstance(feature, datasets.ClassLabel):
+                # Their order counts: F1 is that of class 1, in MRPC `equivalent` and not the first of the alphabet.
+                label_names = feature.names
                 # GLUE marks hidden labels with -1: they must not become a class.
                 table[config.label_column] = [
-                    feature.int2str(label) if label >= 0 else f"hidden ({label})" for label in table[config.label_column]
+                    feature.int2str(int(label)) if label >= 0 else f"hidden ({label})"
+                    for label in table[config.label_column]
                 ]
             tables[split] = table
-        return tables
+        return tables, label_names
 
     fingerprint = _digest(json.dumps([config.hub_id, config.subset, content, names], sort_keys=True))
-    return _Source(f"{config.hub_id} {config.subset or ''}".strip(), fingerprint, read, label_names=[])
+    return _Source(f"{config.hub_id} {config.subset or ''}".strip(), fingerprint, read)
 
 
 def _read_file(path: Path) -> pd.DataFrame:
     try:
         return _READERS[path.suffix](path)
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}).") from error
-    except (ValueError, pd.errors.ParserError) as error:
-        raise DataError(f"{path}: not readable as {path.suffix} ({str(error).splitlines()[0]}).") from error
+        raise DataError(f"{path}: not UTF-8 text ({_first_bad_line(path)}); save it as UTF-8.") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not readable as {path.suffix} ({_first_line(error)}).") from error
+
+
+def _first_bad_line(path: Path) -> str:
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            return f"line {number}: {line[max(0, error.start - 20) : error.start + 20]!r}"
+    raise AssertionError(f"{path} is UTF-8")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
     # Everything as text: a label "NA" or "007" stays what it is.
-    return pd.read_csv(path, dtype=str, keep_default_na=False, sep="\t" if path.suffix == ".tsv" else ",")
+    table = pd.read_csv(path, dtype=str, keep_default_na=False, sep="\t" if path.suffix == ".tsv" else ",")
+    if not isinstance(table.index, pd.RangeIndex):
+        # pandas would take the first field for the row's name and shift the others.
+        raise ValueError(f"the rows have more fields than the header's {len(table.columns)}")
+    return table
 
 
 def _read_json_lines(path: Path) -> pd.DataFrame:
     rows = []
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
-            if line.strip():
+            if not line.strip():
+                continue
+            try:
                 row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"line {number} is no JSON object")
-                rows.append(row)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"line {number}: {error.msg} at character {error.pos + 1}: {line.strip()[:60]}"
+                ) from error
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} is no JSON object; one object per line: {line.strip()[:60]}")
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -518,11 +581,13 @@ def _read_parquet(path: Path) -> pd.DataFrame:
 
 def _read_orange_tab(path: Path) -> pd.DataFrame:
     """Orange's tab-separated format: three header lines (names, types, flags), then rows; blank rows are skipped."""
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    if len(lines) < 4:
+        raise ValueError("three header lines are needed: names, types and flags of the columns")
     names = lines[0].split("\t")
     rows = [line.split("\t") for line in lines[3:] if line.strip()]
     odd = [row for row in rows if len(row) != len(names)]
-    if len(lines) < 4 or odd:
+    if odd:
         raise ValueError(f"{len(odd)} rows have not the {len(names)} columns {', '.join(names)}")
     return pd.DataFrame(rows, columns=names)
 

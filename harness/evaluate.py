@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,7 +22,8 @@ from harness.results import METRICS, Direction
 class Evaluation:
     """Scores of one split by metric name (without the split), and the one that decides which step is best.
 
-    `objective` is higher for better whatever the metric's own direction.
+    `objective` is higher for better whatever the metric's own direction, and -inf where that score does not exist:
+    such a step is the best only if no other has been scored.
     """
 
     scores: dict[str, float]
@@ -65,7 +67,7 @@ class SequenceObjective:
         scores = score(logits, labels, config=self._config)
         best = self._config.best_metric
         sign = 1.0 if METRICS[f"val_{best}"].direction is Direction.HIGHER else -1.0
-        return Evaluation(scores, sign * scores[best])
+        return Evaluation(scores, sign * scores[best] if best in scores else -math.inf)
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
@@ -95,22 +97,26 @@ def predict(model: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]
 
 
 def score(logits: Tensor, labels: Tensor, *, config: DatasetConfig) -> dict[str, float]:
-    """The configured metrics, plus always the loss in its reporting unit.
+    """The configured metrics and the best one, plus always the loss in its reporting unit.
 
     Classification: `nll` in nats per example, and `majority_share`, the largest share of predictions that fell on
     one class (1.0: the model has collapsed). Regression: `mse`. `f1` is that of class 1 for two classes, else the
-    macro average. A correlation without variance does not exist and is left out.
+    macro average. What does not exist is left out: a correlation without variance, and everything where a logit is
+    not a finite number.
     """
+    if not torch.isfinite(logits).all():
+        return {}
     mean_loss = float(_summed_loss(config.task, logits, labels)) / len(labels)
+    wanted = dict.fromkeys([*config.metrics, config.best_metric])
     if config.task is Task.regression:
         predictions, targets = logits.squeeze(-1).double().numpy(), labels.double().numpy()
         scores = {"mse": mean_loss}
-        scores |= {name: _CORRELATIONS[name](predictions, targets) for name in config.metrics if name in _CORRELATIONS}
-        return {name: value for name, value in scores.items() if np.isfinite(value)}
+        scores |= {name: _CORRELATIONS[name](predictions, targets) for name in wanted if name in _CORRELATIONS}
+        return {name: value for name, value in scores.items() if math.isfinite(value)}
     predicted, truth = logits.argmax(-1).numpy(), labels.numpy()
     scores = {"nll": mean_loss, "majority_share": float(np.bincount(predicted).max() / len(predicted))}
     average = "binary" if logits.shape[-1] == 2 else "macro"
-    for name in config.metrics:
+    for name in wanted:
         match name:
             case "accuracy":
                 scores[name] = float(accuracy_score(truth, predicted))

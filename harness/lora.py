@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -56,20 +57,15 @@ class LoRALayer(nn.Module):
 
     def __init__(self, base: nn.Module, *, rank: int, scaling: float, dropout: float = 0.0) -> None:
         super().__init__()
-        self.in_features, self.out_features = _features(base)
-        if not 1 <= rank <= min(self.in_features, self.out_features):
-            raise LoRAError(
-                f"rank={rank}: a {self.in_features} -> {self.out_features} projection allows "
-                f"1 to {min(self.in_features, self.out_features)}."
-            )
+        self.in_features, self.out_features = _check_rank(base, rank)
         weight = _weight(base)
         self.base = base.requires_grad_(False)
         self.rank = rank
         self.scaling = scaling
         self.dropout = nn.Dropout(dropout)
         # In float32 whatever the base is held in: AdamW's small updates are lost in bfloat16.
-        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=weight.device))
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=torch.float32, device=weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, dtype=torch.float32, device=weight.device))
         self._unmerged_weight: Tensor | None = None
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -120,13 +116,18 @@ class LoRALayer(nn.Module):
         return f"rank={self.rank}, scaling={self.scaling:g}, merged={self.merged}"
 
 
-def _features(base: nn.Module) -> tuple[int, int]:
+def _check_rank(base: nn.Module, rank: int) -> tuple[int, int]:
+    """In and out features of a projection. Raises `LoRAError` when it is none or cannot have this rank."""
     if isinstance(base, nn.Linear):
-        return base.in_features, base.out_features
-    if type(base).__name__ == "Conv1D" and isinstance(getattr(base, "weight", None), Tensor):
+        in_features, out_features = base.in_features, base.out_features
+    elif type(base).__name__ == "Conv1D" and isinstance(getattr(base, "weight", None), Tensor):
         in_features, out_features = _weight(base).shape
-        return in_features, out_features
-    raise LoRAError(f"LoRA adapts nn.Linear and Conv1D, not {type(base).__name__}.")
+    else:
+        raise LoRAError(f"LoRA adapts nn.Linear and Conv1D, not {type(base).__name__}.")
+    largest = min(in_features, out_features)
+    if not 1 <= rank <= largest:
+        raise LoRAError(f"rank={rank}: a {in_features} -> {out_features} projection allows 1 to {largest}.")
+    return in_features, out_features
 
 
 def _weight(base: nn.Module) -> Tensor:
@@ -161,21 +162,23 @@ def apply_lora(
     unknown = [name for name in target_modules if name not in modules]
     if unknown:
         raise LoRAError(f"no module {', '.join(unknown)} in {type(model).__name__}.")
-    layers: dict[str, LoRALayer] = {}
-    for name in target_modules:
+    for name in target_modules:  # all of them, before a layer freezes its base module
         try:
-            layer = LoRALayer(modules[name], rank=rank.rank, scaling=rank.scaling, dropout=dropout)
+            _check_rank(modules[name], rank.rank)
         except LoRAError as error:
             raise LoRAError(f"{name}: {error}") from None
+    for name in target_modules:
+        layer = LoRALayer(modules[name], rank=rank.rank, scaling=rank.scaling, dropout=dropout)
         if not layer.lora_A.is_meta:
             layer.reset_parameters(generator)
-        layers[name] = layer.train(modules[name].training)
-    for name, layer in layers.items():
-        _replace(model, name, layer)
+        _replace(model, name, layer.train(modules[name].training))
 
 
 def remove_lora(model: nn.Module) -> None:
-    """Puts the base modules back in place of the `LoRALayer`s; merged ones are unmerged first."""
+    """Puts the base modules back in place of the `LoRALayer`s; merged ones are unmerged first.
+
+    They stay frozen: what is trained next is for `set_trainable` to say.
+    """
     for name, layer in list(lora_layers(model)):
         layer.unmerge()
         _replace(model, name, layer.base)
@@ -302,8 +305,20 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> int:
     return path.stat().st_size
 
 
-# Settings of a PEFT file under which its tensors do not mean `scaling * B @ A`, with the value that does.
-_UNSUPPORTED = {"use_dora": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}, "lora_bias": False}
+# Settings of a PEFT file under which its tensors do not mean `scaling * B @ A` on top of this base model, with the
+# values that do. null means the default everywhere.
+_SUPPORTED: dict[str, tuple[object, ...]] = {
+    "use_dora": (False,),
+    "use_qalora": (False,),
+    "bias": ("none",),
+    "lora_bias": (False,),
+    "rank_pattern": ({},),
+    "alpha_pattern": ({},),
+    # The others (pissa, olora, corda, ...) change the base weight, too.
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
+    **dict.fromkeys(("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication"), (None,)),
+    **dict.fromkeys(("monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora"), (None,)),
+}
 
 
 def load_adapter(model: nn.Module, directory: Path) -> list[str]:
@@ -316,23 +331,36 @@ def load_adapter(model: nn.Module, directory: Path) -> list[str]:
     for path in (config_path, tensors_path):
         if not path.is_file():
             raise LoRAError(f"{directory} holds no {path.name}.")
-    config = json.loads(config_path.read_text(encoding="utf-8"))
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LoRAError(f"{config_path} is not readable as JSON ({error}).") from error
     if config.get("peft_type") != "LORA":
         raise LoRAError(f"{config_path}: peft_type={config.get('peft_type')!r}, this loads LORA.")
-    for name, plain in _UNSUPPORTED.items():
-        if config.get(name, plain) not in (plain, None):
-            raise LoRAError(f"{config_path}: {name}={config[name]!r} is not supported, only {plain!r}.")
+    for name, supported in _SUPPORTED.items():
+        if config.get(name) is not None and config[name] not in supported:
+            allowed = ", ".join(map(repr, supported))
+            raise LoRAError(f"{config_path}: {name}={config[name]!r} is not supported, only {allowed}.")
+    for name in ("r", "lora_alpha"):
+        if config.get(name) is None:
+            raise LoRAError(f"{config_path}: {name} is missing.")
     rank = RankConfig(
         rank=config["r"],
         alpha_policy=AlphaPolicy.rslora if config.get("use_rslora") else AlphaPolicy.fixed,
         alpha=config["lora_alpha"],
     )
-    tensors = {name.removeprefix(_PEFT_PREFIX): value for name, value in load_file(tensors_path).items()}
-    target_modules = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
+    try:
+        tensors = {name.removeprefix(_PEFT_PREFIX): value for name, value in load_file(tensors_path).items()}
+    except SafetensorError as error:
+        raise LoRAError(f"{tensors_path} is not readable as safetensors ({error}).") from error
+    parts = (".lora_A.weight", ".lora_B.weight")
+    target_modules = sorted({name.rpartition(".lora_")[0] for name in tensors if name.endswith(parts)})
+    if not target_modules:
+        raise LoRAError(f"{tensors_path} holds no LoRA tensors.")
     _check_fits(model, target_modules, tensors, rank, tensors_path)
 
     remove_lora(model)
-    ordered = [name for name, _ in model.named_modules() if name in set(target_modules)]
+    ordered = [name for name, _ in model.named_modules() if name in target_modules]
     apply_lora(model, ordered, rank=rank, dropout=config.get("lora_dropout", 0.0))
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -347,14 +375,17 @@ def _check_fits(
 ) -> None:
     bases = {name: module.base if isinstance(module, LoRALayer) else module for name, module in model.named_modules()}
     shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
-    expected: dict[str, tuple[int, ...]] = {}
+    expected: dict[str, tuple[int, ...] | None] = {}
     for name in target_modules:
         if name not in bases:
             raise LoRAError(f"{path}: the model has no module {name}.")
-        in_features, out_features = _features(bases[name])
+        try:
+            in_features, out_features = _check_rank(bases[name], rank.rank)
+        except LoRAError as error:
+            raise LoRAError(f"{path}: {name}: {error}") from None
         expected[f"{name}.lora_A.weight"] = (rank.rank, in_features)
         expected[f"{name}.lora_B.weight"] = (out_features, rank.rank)
-    expected |= {name: shapes.get(name, ()) for name in tensors if name not in expected}
+    expected |= {name: shapes.get(name) for name in tensors if name not in expected}
     wrong = [
         f"{name} is {tuple(tensors[name].shape) if name in tensors else 'absent'}, the model needs {shape or 'none'}"
         for name, shape in expected.items()

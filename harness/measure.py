@@ -150,7 +150,7 @@ class LiveTensors(TorchDispatchMode):
     def __exit__(self, *exception: Any) -> None:
         """Stops following; `peak` stays."""
         super().__exit__(*exception)
-        self._live.clear()  # drops the weak references, so that no later death of a storage is booked here
+        self._live.clear()  # the callbacks refer to self, and that cycle would keep the model alive until collected
         self._live_bytes = 0
 
     def __torch_dispatch__(
@@ -197,7 +197,10 @@ class LiveTensors(TorchDispatchMode):
             keys = {id(_storage_of(tensor)) for tensor in group} & self._live.keys()
             owned_bytes.append(sum(self._live[key][1] for key in keys - counted))
             counted |= keys
-        self.peak = MemoryPeak(*owned_bytes, self._live_bytes - sum(owned_bytes))
+        weights_bytes, gradients_bytes, optimizer_bytes = owned_bytes
+        self.peak = MemoryPeak(
+            weights_bytes, gradients_bytes, optimizer_bytes, activations_bytes=self._live_bytes - sum(owned_bytes)
+        )
 
 
 def _devices_of(model: nn.Module) -> set[torch.device]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import tokenizers
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -60,6 +61,12 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         return _byte_tokenizer()
     with _explained(config):
         tokenizer = AutoTokenizer.from_pretrained(*_source(config), **_revision(config))
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        # What transformers makes of a folder without tokenizer files: every text becomes unknown tokens.
+        raise ModelError(
+            f"model={config.name}: {_where(config)} has no tokenizer (tokenizer.json, vocab.txt or the like); copy its "
+            "files beside the model's."
+        )
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         # GPT-2 and Llama have none. Padding is masked out, so any token will do.
@@ -81,13 +88,7 @@ def load_model(config: ModelConfig, *, num_labels: int, pad_token_id: int, seed:
                 model_config, dtype=dtype, attn_implementation=config.attention
             )
         else:
-            model = AutoModelForSequenceClassification.from_pretrained(
-                *_source(config),
-                config=model_config,
-                dtype=dtype,
-                attn_implementation=config.attention,
-                **_revision(config),
-            )
+            model = _load_weights(config, model_config, dtype)
     odd = {module.p for module in model.modules() if isinstance(module, nn.Dropout)} - {config.dropout}
     if odd:
         raise ModelError(
@@ -95,6 +96,35 @@ def load_model(config: ModelConfig, *, num_labels: int, pad_token_id: int, seed:
             f"harness/models.py does not know; add it to _DROPOUT_FIELDS."
         )
     return model
+
+
+def _load_weights(config: ModelConfig, model_config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(
+            *_source(config),
+            config=model_config,
+            dtype=dtype,
+            attn_implementation=config.attention,
+            **_revision(config),
+        )
+    except SafetensorError as error:
+        raise ModelError(f"model={config.name}: the tensor file of {_where(config)} is damaged ({error}).") from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ModelError(
+            f"model={config.name}: the tensors of {_where(config)} have other shapes than its config.json with a head "
+            f"of {model_config.num_labels} outputs, which dataset needs. A model with a trained head fits datasets "
+            "with as many classes; to begin with a fresh head, delete the head from its tensor file."
+        ) from error
+
+
+def max_tokens(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The longest input that the model can read, in tokens. Raises `ModelError`."""
+    model_config = load_model_config(config, num_labels=2, pad_token_id=0)
+    # A tokenizer that does not know says 10^30; RoBERTa's configuration counts two positions that cannot be used.
+    limits = (tokenizer.model_max_length, getattr(model_config, "max_position_embeddings", None))
+    return min(int(limit) for limit in limits if limit is not None)
 
 
 def build_skeleton(config: ModelConfig, *, num_labels: int) -> PreTrainedModel:
@@ -113,7 +143,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
 
 
 def load_model_config(config: ModelConfig, *, num_labels: int, pad_token_id: int) -> PreTrainedConfig:
-    """transformers' configuration of the base model, with our dropout and head. Raises `ModelError`."""
+    """The base model's configuration as transformers has it, with our dropout and head. Raises `ModelError`."""
     with _explained(config):
         if _is_tiny(config):
             model_config = _tiny_config(config.tiny)
@@ -132,6 +162,10 @@ def _is_tiny(config: ModelConfig) -> bool:
     return config.tiny is not None and config.path is None
 
 
+def _is_hub(config: ModelConfig) -> bool:
+    return config.hub_id is not None and config.path is None
+
+
 def _source(config: ModelConfig) -> tuple[str]:
     if config.path is not None:
         folder = Path(config.path).expanduser()
@@ -148,8 +182,7 @@ def _source(config: ModelConfig) -> tuple[str]:
 
 
 def _revision(config: ModelConfig) -> dict[str, Any]:
-    from_hub = config.path is None and config.asset is None
-    return {"revision": config.revision or "main"} if from_hub else {"local_files_only": True}
+    return {"revision": config.revision or "main"} if _is_hub(config) else {"local_files_only": True}
 
 
 @contextlib.contextmanager
@@ -161,12 +194,16 @@ def _explained(config: ModelConfig) -> Iterator[None]:
     except ModelError:
         raise
     except (OSError, ValueError, ImportError) as error:
-        where = config.path or config.asset or config.hub_id or config.tiny
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        way_out = "Without network, point model.path at a local folder that `save_pretrained` wrote."
         raise ModelError(
-            f"model={config.name}: {where} could not be loaded with attention={config.attention}. "
-            f"{str(error).splitlines()[0]} "
-            "Without network, point model.path at a local folder that `save_pretrained` wrote."
+            f"model={config.name}: {_where(config)} could not be loaded with attention={config.attention}. {reason}."
+            f"{' ' + way_out if _is_hub(config) else ''}"
         ) from error
+
+
+def _where(config: ModelConfig) -> str:
+    return str(config.path or config.asset or config.hub_id or config.tiny)
 
 
 @contextlib.contextmanager
@@ -191,10 +228,17 @@ def _tiny_config(tiny: TinyModel | None) -> PreTrainedConfig:
     match tiny:
         case TinyModel.bert:
             return BertConfig(
-                hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, **_TINY_SIZES, **_TINY_TOKENS
+                hidden_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                intermediate_size=128,
+                **_TINY_SIZES,
+                **_TINY_TOKENS,
             )
         case TinyModel.gpt2:
-            return GPT2Config(n_embd=64, n_layer=2, n_head=4, n_inner=128, vocab_size=260, n_positions=128, **_TINY_TOKENS)
+            return GPT2Config(
+                n_embd=64, n_layer=2, n_head=4, n_inner=128, vocab_size=260, n_positions=128, **_TINY_TOKENS
+            )
         case TinyModel.llama:
             return LlamaConfig(
                 hidden_size=64,
@@ -216,6 +260,7 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {token: index for index, token in enumerate(specials + alphabet)}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[], unk_token="[UNK]"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
     backend.post_processor = tokenizers.processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",

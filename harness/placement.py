@@ -106,7 +106,8 @@ def select_modules(
         model_type: transformers' name of the architecture, a key of `ARCHITECTURES`.
         projections: roles or groups of roles; see `ROLES` and `GROUPS`.
         blocks: `all`, `first_half`, `last_half`, `first_N`, `last_N` or a list of indices.
-        modules: instead of projections, regular expressions over whole names, each matching at least one.
+        modules: instead of projections, regular expressions over whole names, each matching at least one, and none a
+            part of the task head.
 
     Raises:
         PlacementError: a role, block or expression that selects nothing here, with a list of what there is.
@@ -116,11 +117,18 @@ def select_modules(
     ['bert.encoder.layer.1.attention.self.query']
     """
     names = list(module_names)
-    if modules:
-        return _match_expressions(names, modules)
     architecture = _architecture(model_type)
+    if modules:
+        return _match_expressions(names, modules, architecture.head)
+    if not projections:
+        raise PlacementError("target_layers: neither projections nor modules are given.")
     present = set(names)
     num_blocks = _count_blocks(architecture, names)
+    if num_blocks == 0:
+        raise PlacementError(
+            f"target_layers: a {model_type} model has blocks named {architecture.block}, and there is none here; names "
+            f"here are like {_examples(names)}."
+        )
     wanted = {
         f"{architecture.block.format(block)}.{architecture.projections[role]}"
         for block in resolve_blocks(blocks, num_blocks)
@@ -150,6 +158,8 @@ def resolve_blocks(blocks: Any, num_blocks: int) -> list[int]:
         count = int(amount) if amount != "half" else (first_half if end == "first" else num_blocks - first_half)
         if count > num_blocks:
             raise PlacementError(f"target_layers.blocks={blocks}: this model has {num_blocks} blocks.")
+        if count == 0:
+            raise PlacementError(f"target_layers.blocks={blocks}: that is none of this model's {num_blocks} blocks.")
         return list(range(count)) if end == "first" else list(range(num_blocks - count, num_blocks))
     outside = [block for block in blocks if block >= num_blocks]
     if outside:
@@ -197,6 +207,8 @@ def _architecture(model_type: str) -> Architecture:
 
 def _resolve_roles(projections: Sequence[str], model_type: str, architecture: Architecture) -> list[str]:
     problems = projection_problems(projections)
+    if problems:
+        raise PlacementError(problems[0])
     roles: list[str] = []
     for name in projections:
         if name in GROUPS:
@@ -204,10 +216,9 @@ def _resolve_roles(projections: Sequence[str], model_type: str, architecture: Ar
         elif name in architecture.projections:
             roles.append(name)
         elif name in architecture.fused:
-            problems.append(
-                f"{name} is fused with others into {architecture.fused[name]} ({architecture.projections['qkv']})"
-            )
-        elif name in ROLES:
+            whole = architecture.fused[name]
+            problems.append(f"{name} is fused with others into {whole} ({architecture.projections[whole]})")
+        else:
             problems.append(f"{name} does not exist")
     if problems:
         raise PlacementError(
@@ -232,14 +243,25 @@ def _ancestors(names: Iterable[str]) -> set[str]:
     return found
 
 
-def _match_expressions(names: Sequence[str], expressions: Sequence[str]) -> list[str]:
+def _match_expressions(names: Sequence[str], expressions: Sequence[str], head: Sequence[str]) -> list[str]:
     hits = {expression: [name for name in names if re.fullmatch(expression, name)] for expression in expressions}
     empty = [expression for expression, found in hits.items() if not found]
     if empty:
-        leaves = [name for name in names if not any(other.startswith(name + ".") for other in names)]
         raise PlacementError(
             f"target_layers.modules: {', '.join(map(repr, empty))} match no whole module name; names here are like "
-            f"{', '.join(leaves[:8])}."
+            f"{_examples(names)}."
         )
     chosen = {name for found in hits.values() for name in found}
+    in_head = sorted(name for name in chosen if any(f"{name}.".startswith(f"{module}.") for module in head))
+    if in_head:
+        raise PlacementError(
+            f"target_layers.modules: {', '.join(in_head)} belong to the task head, which is trained whole and takes no "
+            "adapter; name the others alone."
+        )
     return [name for name in names if name in chosen]
+
+
+def _examples(names: Sequence[str]) -> str:
+    # The model itself, whose name is empty, is among `named_modules`.
+    leaves = [name for name in names if name and not any(other.startswith(name + ".") for other in names)]
+    return ", ".join(leaves[:8])

@@ -72,7 +72,7 @@ def _memory(label: str) -> Metric:
 
 
 def _score(label: str) -> Metric:
-    return Metric("1", Direction.HIGHER, label, ".4f")
+    return Metric("1", Direction.HIGHER, label, "z.4f")
 
 
 METRICS: dict[str, Metric] = {
@@ -104,12 +104,12 @@ METRICS: dict[str, Metric] = {
 # `val_accuracy_last` to the last step. No quantity is ever chosen on test.
 _SCORES = {
     "accuracy": _score("accuracy"),
-    "nll": Metric("nats", Direction.LOWER, "nll", ".4f"),
+    "nll": Metric("nats", Direction.LOWER, "nll", "z.4f"),
     "f1": _score("F1"),
     "mcc": _score("MCC"),
     "pearson": _score("Pearson"),
     "spearman": _score("Spearman"),
-    "mse": Metric("1", Direction.LOWER, "mse", ".4f"),
+    "mse": Metric("1", Direction.LOWER, "mse", "z.4f"),
     # Largest share of the predictions that one class received: 1.0 marks a collapsed classifier.
     "majority_share": Metric("1", Direction.NEUTRAL, "share of the most predicted class", ".3f"),
 }
@@ -127,8 +127,8 @@ for _split in ("val", "test"):
 class RunResult:
     """One ended run. Fields as in the results contract; `config` is the validated config, verbatim.
 
-    Raises `ValueError` for a metric that the registry does not know or whose value is not a finite number: a
-    missing measurement is a missing key.
+    Raises `TypeError` for a field of another type, and `ValueError` for a metric that the registry does not know or
+    whose value is not a finite number: a missing measurement is a missing key.
     """
 
     run_id: str
@@ -143,7 +143,26 @@ class RunResult:
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
+        for name, kind in _FIELD_TYPES.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                raise TypeError(f"{name}: expected {kind}, got {value!r:.60}")
+        if not all(isinstance(name, str) for name in self.target_modules):
+            raise TypeError("target_modules: expected a list of names")
         check_metrics(self.metrics)
+
+
+_FIELD_TYPES: dict[str, Any] = {
+    "run_id": str,
+    "cell_id": str,
+    "sweep": str | None,
+    "status": Status,
+    "config": dict,
+    "target_modules": list,
+    "metrics": dict,
+    "environment": dict,
+    "error": str,
+}
 
 
 def check_metrics(metrics: Mapping[str, float]) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import sys
+import signal
+import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,11 +21,14 @@ from accelerate.state import AcceleratorState
 
 from harness import lora, models
 from harness.assets import AssetError
+from harness.checkpoint import CHECKPOINT_FILE
+from harness.claims import Claim, ClaimLostError
 from harness.config import (
     ConfigError,
     Device,
     Method,
     Precision,
+    Rerun,
     RunConfig,
     cell_id,
     run_id,
@@ -32,6 +36,7 @@ from harness.config import (
 )
 from harness.data import DataError, TextData, TrainingBatches, load_data
 from harness.evaluate import SequenceObjective
+from harness.journal import RunJournal
 from harness.measure import (
     DeviceBusyError,
     device_peaks,
@@ -42,9 +47,9 @@ from harness.measure import (
 )
 from harness.models import ModelError
 from harness.placement import PlacementError, head_modules, select_modules
-from harness.results import RESULT_FILE, RunResult, Status, write_result
-from harness.tracking import Progress, Tracker, open_progress, open_tracker
-from harness.trainer import TrainingDivergedError, TrainingOutcome, train
+from harness.results import RESULT_FILE, ResultError, RunResult, Status, read_result, write_result
+from harness.tracking import open_tracker
+from harness.trainer import PreemptedError, TrainingDivergedError, TrainingOutcome, train
 
 logger = logging.getLogger("harness")
 
@@ -103,39 +108,82 @@ def plan(config: RunConfig) -> Plan:
     return Plan(target_modules, counts.num_adapter_params)
 
 
+def kept_result(config: RunConfig) -> RunResult | None:
+    """The result of an earlier run that `config.rerun` lets stand, if there is one.
+
+    `never`: any. `failed`: one that finished or diverged; a run that failed or ran out of memory is tried again.
+    `all`: none.
+    """
+    path = Path(config.runs_dir) / run_id(config) / RESULT_FILE
+    if config.rerun is Rerun.all or not path.is_file():
+        return None
+    try:
+        result = read_result(path)
+    except ResultError as error:
+        logger.warning("%s; the run is made again", error)
+        return None
+    stands = config.rerun is Rerun.never or result.status in (Status.FINISHED, Status.DIVERGED)
+    return result if stands else None
+
+
 def run(config: RunConfig) -> RunResult:
     """Runs one config and returns its result, which lies in `<runs_dir>/<run_id>/result.json`.
 
+    A run that has a result already (see `kept_result`) is not made again; one that left a checkpoint goes on from it.
     A run that diverges, exhausts the memory or fails in training returns a result that says so.
 
-    Raises one of `USER_ERRORS`, with nothing written, for what can be known before training.
+    Raises:
+        PreemptedError: SIGTERM came; the checkpoint is written, and there is no result.
+        RunClaimedError: another process is computing this run.
+        One of `USER_ERRORS`, with nothing written, for what can be known before training.
     """
     started = time.perf_counter()
     run_dir = Path(config.runs_dir) / run_id(config)
+    kept = kept_result(config)
+    if kept is not None:
+        logger.info("%s: %s already; rerun=all makes it again", kept.run_id, kept.status)
+        return kept
     _require_writable(Path(config.runs_dir))
     plan(config)
     prepared = prepare(config)
     # Only now, when nothing is left to go wrong before training, does the run leave a trace.
-    _clear(run_dir)
-    with _logged_to(run_dir / LOG_FILE):
-        (run_dir / CONFIG_FILE).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
-        logger.info("%s", run_id(config))
-        tracker = open_tracker(
-            config.tracking,
-            run_dir=run_dir,
-            run_id=run_id(config),
-            cell_id=cell_id(config),
-            job_type=str(config.method.name),
-            sweep=config.sweep,
-            run_config=to_dict(config),
-        )
-        try:
-            result = _train_and_evaluate(prepared, run_dir, tracker, started)
-            write_result(run_dir, result)
-            tracker.finish(result)
-        finally:
-            tracker.close()
-        logger.info("%s: %s %s", result.run_id, result.status, result.error or _headline(config, result))
+    with Claim.acquire(run_dir) as claim:
+        # Whoever had the claim before may have ended the run while this process prepared.
+        kept = kept_result(config)
+        if kept is not None:
+            return kept
+        _clear(run_dir, keep_checkpoint=config.rerun is not Rerun.all)
+        with _logged_to(run_dir / LOG_FILE):
+            result = _run_claimed(prepared, run_dir, claim, started)
+        claim.release(ended=True)
+    return result
+
+
+def _run_claimed(prepared: PreparedRun, run_dir: Path, claim: Claim, started: float) -> RunResult:
+    config = prepared.config
+    (run_dir / CONFIG_FILE).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    logger.info("%s", run_id(config))
+    tracker = open_tracker(
+        config.tracking,
+        run_dir=run_dir,
+        run_id=run_id(config),
+        cell_id=cell_id(config),
+        job_type=str(config.method.name),
+        sweep=config.sweep,
+        run_config=to_dict(config),
+    )
+    journal = RunJournal(config, run_dir, tracker, claim)
+    try:
+        with _sigterm_calls(journal.ask_to_stop):
+            result = _train_and_evaluate(prepared, run_dir, journal, started)
+        claim.check()
+        write_result(run_dir, result)
+        (run_dir / CHECKPOINT_FILE).unlink(missing_ok=True)
+        tracker.finish(result)
+    finally:
+        journal.close()
+        tracker.close()
+    logger.info("%s: %s %s", result.run_id, result.status, result.error or _headline(config, result))
     return result
 
 
@@ -147,13 +195,18 @@ def prepare(config: RunConfig) -> PreparedRun:
     if not config.allow_busy_device:
         require_free_device(accelerator.device)
     tokenizer = models.load_tokenizer(config.model)
+    max_tokens = models.max_tokens(config.model, tokenizer)
+    if config.dataset.max_length > max_tokens:
+        raise ConfigError(
+            [f"dataset.max_length={config.dataset.max_length}: {config.model.name} reads at most {max_tokens} tokens."]
+        )
     data = load_data(config.dataset, tokenizer)
     model = models.load_model(
         config.model, num_labels=data.num_labels, pad_token_id=tokenizer.pad_token_id, seed=config.seed
     )
     target_modules = _adapt(model, config)
     if config.trainer.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     recorded = environment(accelerator.device, num_threads=config.num_threads)
     recorded["data_fingerprint"] = data.fingerprint
     head = head_modules(model.config.model_type)
@@ -184,31 +237,33 @@ def _adapt(model: models.PreTrainedModel, config: RunConfig) -> list[str]:
     return target_modules
 
 
-def _train_and_evaluate(prepared: PreparedRun, run_dir: Path, tracker: Tracker, started: float) -> RunResult:
+def _train_and_evaluate(prepared: PreparedRun, run_dir: Path, journal: RunJournal, started: float) -> RunResult:
     """Trains, scores, saves; whatever happens to training becomes a status."""
     config, device = prepared.config, prepared.accelerator.device
-    observer = RunObserver(config, tracker)
     metrics: dict[str, float] = asdict(lora.count_parameters(prepared.model, prepared.head))
     status, error = Status.FINISHED, ""
+    started_at = time.time()
     reset_device_peaks(device)
     try:
-        outcome = _train(prepared, observer)
+        outcome = _train(prepared, journal)
         metrics |= outcome.measured
         metrics |= device_peaks(device)  # before the test split: peaks are those of training and validation
         metrics |= _score_test(prepared, outcome)
         if config.save_weights:
             metrics["checkpoint_bytes"] = _save(prepared, run_dir)
+    except (PreemptedError, ClaimLostError):
+        raise
     except TrainingDivergedError as problem:
         status, error = Status.DIVERGED, str(problem)
     except Exception as problem:
         status = Status.OUT_OF_MEMORY if is_out_of_memory(problem) else Status.FAILED
         error = f"{type(problem).__name__}: {problem}"
         logger.error("%s", traceback.format_exc())
-    finally:
-        observer.close()
-    metrics = observer.measured | metrics
+    metrics = journal.measured | metrics
     metrics["peak_rss_bytes"] = peak_rss_bytes()
     metrics["wall_seconds"] = time.perf_counter() - started
+    times = {"started_at": started_at, "first_step_at": journal.first_step_at, "ended_at": time.time()}
+    recorded = {name: value for name, value in times.items() if value is not None}
     return RunResult(
         run_id=run_id(config),
         cell_id=cell_id(config),
@@ -218,11 +273,11 @@ def _train_and_evaluate(prepared: PreparedRun, run_dir: Path, tracker: Tracker, 
         config=to_dict(config),
         target_modules=prepared.target_modules,
         metrics=metrics,
-        environment=prepared.environment,
+        environment=prepared.environment | recorded,
     )
 
 
-def _train(prepared: PreparedRun, observer: RunObserver) -> TrainingOutcome:
+def _train(prepared: PreparedRun, journal: RunJournal) -> TrainingOutcome:
     config = prepared.config
     batches = TrainingBatches(
         prepared.data.train,
@@ -238,15 +293,13 @@ def _train(prepared: PreparedRun, observer: RunObserver) -> TrainingOutcome:
         _objective(prepared),
         config=config.trainer,
         accelerator=prepared.accelerator,
-        observer=observer,
+        journal=journal,
     )
 
 
 def _objective(prepared: PreparedRun) -> SequenceObjective:
     config = prepared.config
-    return SequenceObjective(
-        config.dataset, val=prepared.data.val, eval_batch_size=config.trainer.eval_batch_size
-    )
+    return SequenceObjective(config.dataset, val=prepared.data.val, eval_batch_size=config.trainer.eval_batch_size)
 
 
 def _score_test(prepared: PreparedRun, outcome: TrainingOutcome) -> dict[str, float]:
@@ -281,49 +334,6 @@ def _save(prepared: PreparedRun, run_dir: Path) -> int:
     if config.method.name is Method.full:
         return models.save_model(prepared.model, prepared.tokenizer, directory)
     return lora.save_tensors(lora.head_state(prepared.model, prepared.head), directory / "head.safetensors")
-
-
-class RunObserver:
-    """Hands what the trainer reports to the tracker and the progress display.
-
-    Curves get the mean loss since the last record, every `tracking.log_every` steps; scores come at once.
-    """
-
-    def __init__(self, config: RunConfig, tracker: Tracker) -> None:
-        self._config = config
-        self._tracker = tracker
-        self._progress: Progress | None = None
-        self._losses: list[float] = []
-        self._num_steps = 0
-        self.measured: dict[str, float] = {}
-
-    def started(self, num_steps: int, measured: dict[str, float]) -> None:
-        """Opens the progress display; keeps what was measured for a run that does not finish."""
-        self._num_steps = num_steps
-        self.measured = measured
-        self._progress = open_progress(self._config.tracking, total_steps=num_steps, description=run_id(self._config))
-
-    def stepped(self, step: int, values: dict[str, float]) -> None:
-        """Shows the step, and records every `log_every`-th and the last."""
-        (loss_name, loss), *rest = values.items()
-        assert self._progress is not None
-        self._progress.update(step, loss, values["train_tokens_per_second"])
-        self._losses.append(loss)
-        if step % self._config.tracking.log_every == 0 or step == self._num_steps:
-            self._tracker.log(step, {loss_name: sum(self._losses) / len(self._losses), **dict(rest)})
-            self._losses.clear()
-
-    def evaluated(self, step: int, scores: dict[str, float]) -> None:
-        """Records and shows scores on the validation split."""
-        named = {f"val_{name}": value for name, value in scores.items()}
-        self._tracker.log(step, named)
-        assert self._progress is not None
-        self._progress.note(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in named.items()))
-
-    def close(self) -> None:
-        """Ends the display."""
-        if self._progress is not None:
-            self._progress.close()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -362,17 +372,31 @@ def _require_writable(runs_dir: Path) -> None:
         ) from error
 
 
-def _clear(run_dir: Path) -> None:
-    """Makes the run's folder and takes out what an earlier attempt left, its result first."""
-    run_dir.mkdir(parents=True, exist_ok=True)
+def _clear(run_dir: Path, *, keep_checkpoint: bool) -> None:
+    """Takes out what an earlier attempt left, its result first."""
     (run_dir / RESULT_FILE).unlink(missing_ok=True)
+    if not keep_checkpoint:
+        (run_dir / CHECKPOINT_FILE).unlink(missing_ok=True)
     for name in WEIGHTS_DIRS.values():
         shutil.rmtree(run_dir / name, ignore_errors=True)
 
 
 @contextmanager
+def _sigterm_calls(ask: Callable[[], None]) -> Iterator[None]:
+    """While inside, SIGTERM (what a cluster sends before it takes a machine away) asks instead of killing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: ask())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def _logged_to(path: Path) -> Iterator[None]:
-    handler = logging.FileHandler(path, mode="w", encoding="utf-8")
+    handler = logging.FileHandler(path, mode="a", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
     try:

@@ -52,7 +52,7 @@ MIRROR_LOG = "mirror.log"
 
 # How long the end of a run may wait for W&B, in seconds: for the files, for a server that does not answer the start,
 # for what is not uploaded yet. They bound a wait that normally takes some hundredths of a second.
-FILES_SECONDS = 10.0
+FILES_SECONDS = 20.0
 ONLINE_START_SECONDS = 10.0
 UPLOAD_SECONDS = 15.0
 
@@ -89,7 +89,7 @@ def open_tracker(
 ) -> Tracker:
     """Starts tracking one run.
 
-    `run_dir` then holds the curve of this attempt alone: those of an earlier attempt, W&B's too, are removed.
+    The curve of an earlier attempt in `run_dir` is replaced, and so are its W&B files if W&B is on.
 
     Args:
         config: Which trackers to use; `metrics.jsonl` is always written.

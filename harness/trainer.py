@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from harness.checkpoint import pack_training, unpack_training
 from harness.config import Schedule, TrainerConfig
 from harness.data import Batch
 from harness.evaluate import Evaluation, Objective
@@ -29,13 +30,17 @@ class TrainingDivergedError(RuntimeError):
         super().__init__(f"the loss was {loss} at step {step}; try a lower trainer.learning_rate or a longer warm-up.")
 
 
+class PreemptedError(RuntimeError):
+    """The run was asked to stop. Its checkpoint is written; starting it again goes on from there."""
+
+
 class StepBatches(Protocol):
     """Training data as the loop needs it."""
 
     steps_per_epoch: int
 
-    def epoch(self, epoch: int) -> Iterator[list[Batch]]:
-        """The micro-batches of every step of an epoch, counted from 0."""
+    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[list[Batch]]:
+        """The micro-batches of every step of an epoch (counted from 0) but its first `start` steps."""
         ...
 
     def longest(self) -> list[Batch]:
@@ -43,11 +48,27 @@ class StepBatches(Protocol):
         ...
 
 
-class Observer(Protocol):
-    """Who is told what happens, by metric name."""
+@dataclass
+class Position:
+    """Where training stands, beside its tensors: what a checkpoint holds as JSON."""
+
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    real_tokens: int = 0
+    computed_tokens: int = 0
+    seconds: float = 0.0
+    lap_seconds: list[float] = field(default_factory=list)
+    best: Evaluation | None = None
+    best_step: int = 0
+    scaler: dict[str, Any] = field(default_factory=dict)
+
+
+class Journal(Protocol):
+    """Who is told what happens, by metric name, and who keeps the checkpoints."""
 
     def started(self, num_steps: int, measured: dict[str, float]) -> None:
-        """Training begins; `measured` is what was measured before it."""
+        """Training begins or goes on; `measured` is what was measured before it."""
         ...
 
     def stepped(self, step: int, values: dict[str, float]) -> None:
@@ -56,6 +77,18 @@ class Observer(Protocol):
 
     def evaluated(self, step: int, scores: dict[str, float]) -> None:
         """The validation split was scored after `step`."""
+        ...
+
+    def wants_checkpoint(self, step: int) -> bool:
+        """Whether the state after `step` is to be kept."""
+        ...
+
+    def keep_checkpoint(self, tensors: dict[str, Tensor], position: Position) -> None:
+        """Keeps a state. Raises `PreemptedError` when the run was asked to stop."""
+        ...
+
+    def last_checkpoint(self) -> tuple[dict[str, Tensor], Position] | None:
+        """The state to go on from, if there is one."""
         ...
 
 
@@ -130,25 +163,29 @@ def train(
     *,
     config: TrainerConfig,
     accelerator: Accelerator,
-    observer: Observer,
+    journal: Journal,
 ) -> TrainingOutcome:
     """Trains the parameters that require a gradient; the model ends at its last step.
 
     Before the first step, peak memory is measured on the longest batch with a learning rate of 0: if that does not
     fit, the run ends here and not after an hour. These steps warm the device up as well, so the clock starts after
-    them. It stands still during evaluation.
+    them. It stands still during evaluation and while a checkpoint is written.
 
     The loss of a step is the mean over its targets, whatever they are split into: each micro-batch contributes its sum
     divided by the targets of the whole step.
 
+    A run that goes on from a checkpoint makes the steps that an undisturbed one would have made, bitwise on the CPU.
+
     Raises:
         TrainingDivergedError: the loss was not finite.
+        PreemptedError: the journal was asked to stop; the checkpoint is written.
         torch.OutOfMemoryError: a step does not fit; also RuntimeError on the CPU.
     """
     device = accelerator.device
     model.to(device).train()
     optimizer = build_optimizer(model, config)
     model, optimizer = accelerator.prepare(model, optimizer)
+    bare_model = accelerator.unwrap_model(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     num_steps = count_steps(config, batches.steps_per_epoch)
 
@@ -167,59 +204,69 @@ def train(
 
     memory = measure_peak_memory(lambda: forward_backward(batches.longest()), model, optimizer)
     measured: dict[str, float] = {**memory.as_metrics(), "num_steps": num_steps}
-    observer.started(num_steps, measured)
 
-    stopwatch = Stopwatch(device)
-    best: Evaluation | None = None
-    best_step, best_state = 0, None
-    real_tokens = computed_tokens = 0
-    step, epoch = 0, 0
+    at, best_state, stopwatch = Position(), None, Stopwatch(device)
+    checkpoint = journal.last_checkpoint()
+    if checkpoint is not None:
+        tensors, at = checkpoint
+        best_state = unpack_training(tensors, bare_model, optimizer)
+        stopwatch.seconds, stopwatch.lap_seconds = at.seconds, at.lap_seconds
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(at.scaler)
+    journal.started(num_steps, measured)
+
     stopwatch.start()
-    while step < num_steps:
-        for step_in_epoch, micro_batches in enumerate(batches.epoch(epoch), start=1):
-            step += 1
-            rate = learning_rate_at(step, num_steps, config)
+    while at.step < num_steps:
+        for micro_batches in batches.epoch(at.epoch, start=at.step_in_epoch):
+            at.step += 1
+            at.step_in_epoch += 1
+            rate = learning_rate_at(at.step, num_steps, config)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             loss = forward_backward(micro_batches)
             if not math.isfinite(loss):
-                raise TrainingDivergedError(step, loss)
+                raise TrainingDivergedError(at.step, loss)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             stopwatch.lap()
 
-            real_tokens += sum(batch.num_tokens for batch in micro_batches)
-            computed_tokens += sum(batch.inputs["input_ids"].numel() for batch in micro_batches)
-            is_last = step == num_steps
-            values = {
-                objective.loss_name: loss,
-                "learning_rate": rate,
-                "train_tokens_per_second": real_tokens / stopwatch.seconds,
-            }
+            at.real_tokens += sum(batch.num_tokens for batch in micro_batches)
+            at.computed_tokens += sum(batch.inputs["input_ids"].numel() for batch in micro_batches)
+            is_last, ends_epoch = at.step == num_steps, at.step_in_epoch == batches.steps_per_epoch
             with stopwatch.paused():
-                observer.stepped(step, values)
-                ends_epoch = config.eval_each_epoch and step_in_epoch == batches.steps_per_epoch
-                if is_last or ends_epoch or (config.eval_every and step % config.eval_every == 0):
+                tokens_per_second = at.real_tokens / stopwatch.seconds
+                values = {"learning_rate": rate, "train_tokens_per_second": tokens_per_second}
+                journal.stepped(at.step, {objective.loss_name: loss, **values})
+                if (
+                    is_last
+                    or (config.eval_each_epoch and ends_epoch)
+                    or (config.eval_every and at.step % config.eval_every == 0)
+                ):
                     evaluation = objective.evaluate(model)
-                    observer.evaluated(step, evaluation.scores)
-                    if best is None or evaluation.objective > best.objective:
-                        best, best_step = evaluation, step
-                        best_state = None if is_last else _trainable_state(accelerator.unwrap_model(model))
+                    journal.evaluated(at.step, evaluation.scores)
+                    if at.best is None or evaluation.objective > at.best.objective:
+                        at.best, at.best_step = evaluation, at.step
+                        best_state = None if is_last else _trainable_state(bare_model)
+                if ends_epoch:
+                    at.epoch, at.step_in_epoch = at.epoch + 1, 0
+                if not is_last and journal.wants_checkpoint(at.step):
+                    at.seconds, at.lap_seconds = stopwatch.seconds, stopwatch.lap_seconds
+                    at.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
+                    journal.keep_checkpoint(pack_training(bare_model, optimizer, best_state), at)
             if is_last:
                 break
-        epoch += 1
     stopwatch.stop()
 
-    assert best is not None and stopwatch.median_lap_seconds is not None
+    assert at.best is not None and stopwatch.median_lap_seconds is not None
     measured |= {
         objective.loss_name: loss,
-        "best_step": best_step,
+        "best_step": at.best_step,
         "train_seconds": stopwatch.seconds,
         "step_seconds_median": stopwatch.median_lap_seconds,
-        "train_tokens_per_second": real_tokens / stopwatch.seconds,
-        "padding_overhead": computed_tokens / real_tokens,
+        "train_tokens_per_second": at.real_tokens / stopwatch.seconds,
+        "padding_overhead": at.computed_tokens / at.real_tokens,
     }
-    return TrainingOutcome(measured, best, evaluation, best_state)
+    return TrainingOutcome(measured, at.best, evaluation, best_state)
 
 
 def _trainable_state(model: nn.Module) -> dict[str, Tensor]:

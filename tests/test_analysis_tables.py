@@ -243,13 +243,16 @@ def recipe_notes(runs_dir: Path) -> list[str]:
 
 def test_what_the_table_compares_and_what_changes_no_number_is_no_difference(tmp_path: Path) -> None:
     save_run(tmp_path, "full", method="full", learning_rate=5e-5, metrics=measured())
-    save_run(tmp_path, "a", rank=4, target_layers="q", seed=7, sweep="other", metrics=measured())
-    save_run(tmp_path, "b", tracking__wandb="disabled", environment=ENVIRONMENT | {"hostname": "n1"})
-    save_run(tmp_path, "c", metrics=measured(), environment=ENVIRONMENT | {"hostname": "n2"})
-    save_run(tmp_path, "d", blocks="first_half", metrics=measured())
-    # An adapter's dropout is no setting of full fine-tuning, which must have 0.
-    for run_id in "abcd":
-        save_run(tmp_path, run_id, rank=ord(run_id), method__adapter_dropout=0.1, metrics=measured())
+    runs: dict[str, dict[str, Any]] = {
+        "a": {"rank": 4, "target_layers": "q", "seed": 7, "sweep": "other"},
+        "b": {"tracking__wandb": "disabled", "environment": ENVIRONMENT | {"hostname": "n1"}},
+        "c": {"blocks": "first_half", "environment": ENVIRONMENT | {"hostname": "n2"}},
+        "d": {"model__name": "gpt2", "model__revision": "abc"},
+        "e": {"dataset__name": "cola", "dataset__text_columns": ["text"]},
+    }
+    for run_id, options in runs.items():
+        # An adapter's dropout is no setting of full fine-tuning, which must have 0.
+        save_run(tmp_path, run_id, method__adapter_dropout=0.1, metrics=measured(), **options)
     assert recipe_notes(tmp_path) == []
 
 
@@ -336,6 +339,12 @@ def test_a_narrow_terminal_gets_several_tables_and_loses_nothing(tmp_path: Path,
     for value in ("31.0 (30.0\N{EN DASH}34.0)", "0.8200 ± 0.0265", "0.8000†", "1 out_of_memory"):
         assert value in text
     assert text.count("qv (last_half)") == num_blocks
+
+
+def test_columns_are_dealt_evenly_onto_several_tables() -> None:
+    table = TextTable(["key", *"abcd"], [["k", *["12345678"] * 4]], [False, *[True] * 4], 1)
+    # 3 + 4 * (2 + 8) = 43 for all of them; three would fit into 33, but would leave the fourth alone.
+    assert [line.split() for line in printed(table, 42).splitlines()[::3]] == [["key", "a", "b"], ["key", "c", "d"]]
 
 
 def test_terminal_text(tmp_path: Path) -> None:

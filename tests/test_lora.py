@@ -23,7 +23,6 @@ from transformers import (
     DebertaV2Config,
     GPT2Config,
     LlamaConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     RobertaConfig,
 )
@@ -61,12 +60,11 @@ def _pristine(name: str, wide: bool = False) -> PreTrainedModel:
         model = AutoModelForSequenceClassification.from_config(model_config)
     else:
         model = load_model(config, num_labels=NUM_LABELS, pad_token_id=0, seed=0)
-    if name != "minilm":
-        # At the usual init of 0.02 attention is nearly uniform and every difference hides below the tolerance.
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim == 2:
-                    parameter.mul_(5)
+    # At the usual init of 0.02 attention is nearly uniform, logits are small, and differences hide in the tolerance.
+    with torch.no_grad():
+        for parameter in lora.head_state(model, _head(model)).values() if name == "minilm" else model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(5)
     return model.eval()
 
 
@@ -207,8 +205,8 @@ def test_logits_and_gradients_equal_those_of_peft(name: str, placement: str, ran
     assert all(parameter.grad is None for parameter in ours.parameters() if not parameter.requires_grad)
 
 
-def _curve(model: nn.Module, num_steps: int = 20) -> list[float]:
-    optimizer = torch.optim.AdamW(_trainable(model), lr=2e-3, weight_decay=0.01)
+def _curve(model: nn.Module, *, learning_rate: float, num_steps: int = 20) -> list[float]:
+    optimizer = torch.optim.AdamW(_trainable(model), lr=learning_rate, weight_decay=0.01)
     losses = []
     for step in range(num_steps):
         optimizer.zero_grad()
@@ -226,6 +224,7 @@ CURVES += [("minilm", "qv", 8, "alpha/rank"), ("minilm", "all", 64, "alpha/sqrt(
 
 @pytest.mark.parametrize(("name", "placement", "rank", "scaling"), CURVES)
 def test_a_loss_curve_of_20_steps_equals_that_of_peft(name: str, placement: str, rank: int, scaling: str) -> None:
+    torch.manual_seed(rank)
     base = _base(name, wide=rank == 64)
     targets, settings_ = _targets(base, placement), RankConfig(rank, SCALINGS[scaling], alpha=16)
     theirs = peft.get_peft_model(copy.deepcopy(base), _peft_config(base, targets, settings_)).train()
@@ -233,8 +232,10 @@ def test_a_loss_curve_of_20_steps_equals_that_of_peft(name: str, placement: str,
     lora.apply_lora(ours, targets, rank=settings_)
     lora.set_trainable(ours, Method.lora, _head(ours))
     _copy_adapter(ours, theirs)
-    curve = _curve(ours)
-    assert_close(curve, _curve(theirs), **TOLERANCE)
+    # MiniLM overshoots at a higher rate, and what overshoots multiplies rounding.
+    learning_rate = 2e-4 if name == "minilm" else 2e-3
+    curve = _curve(ours, learning_rate=learning_rate)
+    assert_close(curve, _curve(theirs, learning_rate=learning_rate), **TOLERANCE)
     assert min(curve[-3:]) < curve[0] - 0.05  # it learns
 
 
@@ -261,7 +262,8 @@ def test_an_adapter_saved_here_loads_in_peft(name: str, policy: str, tmp_path: P
     config = theirs.peft_config["default"]
     assert (config.r, config.lora_alpha, config.lora_dropout) == (rank.rank, rank.effective_alpha, 0.1)
     assert config.use_rslora is (policy == "rslora")
-    assert config.target_modules == set(_targets(_base(name), "all"))
+    adapted = [module for module, layer in theirs.base_model.model.named_modules() if hasattr(layer, "lora_A")]
+    assert adapted == _targets(_base(name), "all")
 
 
 @pytest.mark.parametrize("policy", ["fixed", "rslora"])
@@ -292,10 +294,18 @@ def test_an_adapter_saved_by_peft_loads_here(name: str, policy: str, tmp_path: P
 @pytest.mark.parametrize(
     ("targets", "more", "expected"),
     [
-        (["query", "value"], {}, [f"bert.encoder.layer.{i}.attention.self.{p}" for i in (0, 1) for p in ("query", "value")]),
+        (
+            ["query", "value"],
+            {},
+            [f"bert.encoder.layer.{i}.attention.self.{p}" for i in (0, 1) for p in ("query", "value")],
+        ),
         (r".*\.1\.output\.dense", {}, ["bert.encoder.layer.1.output.dense"]),
         (["query"], {"layers_to_transform": [1]}, ["bert.encoder.layer.1.attention.self.query"]),
-        (["query"], {"init_lora_weights": "gaussian"}, [f"bert.encoder.layer.{i}.attention.self.query" for i in (0, 1)]),
+        (
+            ["query"],
+            {"init_lora_weights": "gaussian"},
+            [f"bert.encoder.layer.{i}.attention.self.query" for i in (0, 1)],
+        ),
     ],
     ids=["suffixes", "expression", "one layer", "gaussian"],
 )
@@ -315,32 +325,34 @@ def test_an_adapter_of_peft_may_name_its_targets_in_any_way(
 
 
 @pytest.mark.parametrize(
-    ("setting", "more"),
+    ("setting", "value"),
     [
-        ("use_dora", {"use_dora": True}),
-        ("bias", {"bias": "all"}),
-        ("bias", {"bias": "lora_only"}),
-        ("rank_pattern", {"rank_pattern": {"query": 2}}),
-        ("alpha_pattern", {"alpha_pattern": {"value": 32}}),
-        ("lora_bias", {"lora_bias": True}),
-        ("init_lora_weights", {"init_lora_weights": "pissa"}),
-        ("init_lora_weights", {"init_lora_weights": "olora"}),
-        ("alora_invocation_tokens", {"alora_invocation_tokens": [5]}),
-        ("trainable_token_indices", {"trainable_token_indices": [5]}),
-        ("layer_replication", {"layer_replication": [[0, 2], [1, 2]]}),
+        ("use_dora", True),
+        ("use_qalora", True),
+        ("bias", "all"),
+        ("bias", "lora_only"),
+        ("lora_bias", True),
+        ("rank_pattern", {"query": 2}),
+        ("alpha_pattern", {"value": 32}),
+        ("init_lora_weights", "pissa_niter_4"),
+        ("init_lora_weights", "olora"),
+        ("alora_invocation_tokens", [5]),
+        ("trainable_token_indices", [5]),
+        ("layer_replication", [[0, 2], [1, 2]]),
     ],
 )
 def test_a_variant_of_peft_that_this_layer_does_not_compute_is_refused_by_name(
-    setting: str, more: dict[str, object], tmp_path: Path
+    setting: str, value: object, tmp_path: Path
 ) -> None:
     base = _adapted("tiny_bert", "all")
     _randomise(base)
     before = _state(base)
-    config = _peft_config(base, ["query", "value"], RANKS["fixed"], **more).to_dict()
-    saved = peft.get_peft_model(_base("tiny_bert"), _peft_config(base, ["query", "value"], RANKS["fixed"]))
-    saved.save_pretrained(tmp_path)
-    config = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    config = _peft_config(base, ["query", "value"], RANKS["fixed"])
+    peft.get_peft_model(_base("tiny_bert"), config).save_pretrained(tmp_path)
+    config_path = tmp_path / "adapter_config.json"
+    saved = json.loads(config_path.read_text())
+    assert setting in saved  # peft spells it like this
+    config_path.write_text(json.dumps(saved | {setting: value}))
     with pytest.raises(LoRAError, match=rf"adapter_config\.json: {setting}=.* is not supported, only "):
         lora.load_adapter(base, tmp_path)
     _assert_same_state(base, before)
@@ -754,33 +766,25 @@ def test_an_adapter_takes_the_mode_of_the_module_that_it_wraps(training: bool) -
     assert {layer.dropout.training for _, layer in lora.lora_layers(model)} == {training}
 
 
-QUERY = "bert.encoder.layer.0.attention.self.query"
-
-
 @pytest.mark.parametrize(
     ("module", "rank", "message"),
     [
-        (QUERY, 0, rf"{QUERY}: rank=0: a 64 -> 64 projection allows 1 to 64\."),
-        (QUERY, -1, rf"{QUERY}: rank=-1: a 64 -> 64 projection allows 1 to 64\."),
-        ("bert.encoder.layer.0.output.dense", 65, r"output\.dense: rank=65: a 128 -> 64 projection allows 1 to 64\."),
-        ("bert.encoder.layer.2.attention.self.query", 8, r"no module bert\.encoder\.layer\.2\.\S+ in BertForSequence"),
-        (
-            "bert.embeddings.word_embeddings",
-            8,
-            r"bert\.embeddings\.word_embeddings: LoRA adapts nn\.Linear and Conv1D, not Embedding\.",
-        ),
-        ("bert.encoder.layer.0.output.LayerNorm", 8, r"LoRA adapts nn\.Linear and Conv1D, not LayerNorm\."),
-        ("bert.encoder", 8, r"bert\.encoder: LoRA adapts nn\.Linear and Conv1D, not BertEncoder\."),
+        ("self_attn.q_proj", 0, r"layers\.0\.self_attn\.q_proj: rank=0: a 64 -> 64 projection allows 1 to 64\."),
+        ("self_attn.q_proj", -1, r"layers\.0\.self_attn\.q_proj: rank=-1: a 64 -> 64 projection allows 1 to 64\."),
+        ("self_attn.k_proj", 33, r"layers\.1\.self_attn\.k_proj: rank=33: a 64 -> 32 projection allows 1 to 32\."),
+        ("self_attn.query", 8, r"no module model\.layers\.1\.self_attn\.query in LlamaForSequenceClassification\."),
+        ("input_layernorm", 8, r"LoRA adapts nn\.Linear and Conv1D, not LlamaRMSNorm\."),
+        ("mlp", 8, r"model\.layers\.1\.mlp: LoRA adapts nn\.Linear and Conv1D, not LlamaMLP\."),
+        ("..embed_tokens", 8, r"model\.embed_tokens: LoRA adapts nn\.Linear and Conv1D, not Embedding\."),
     ],
 )
 def test_what_cannot_be_adapted_is_an_error_and_nothing_changes(module: str, rank: int, message: str) -> None:
-    model = _base("tiny_bert")
+    model = _base("tiny_llama")
     before, modules = _state(model), list(model.modules())
+    # A target that allows all ranks but two goes first: it must not be left adapted, or frozen.
+    name = f"model.layers.1.{module}".replace("layers.1...", "")
     with pytest.raises(LoRAError, match=message):
-        # The first target can be adapted at most of these ranks: it must not be left half done.
-        lora.apply_lora(
-            model, ["bert.encoder.layer.1.attention.self.key", module], rank=RankConfig(rank, alpha=16)
-        )
+        lora.apply_lora(model, ["model.layers.0.self_attn.q_proj", name], rank=RankConfig(rank, alpha=16))
     assert list(model.modules()) == modules
     assert all(parameter.requires_grad for parameter in model.parameters())
     _assert_same_state(model, before)
@@ -788,23 +792,12 @@ def test_what_cannot_be_adapted_is_an_error_and_nothing_changes(module: str, ran
 
 def test_an_adapted_module_is_not_adapted_twice() -> None:
     model = _adapted("tiny_bert", "qv")
-    with pytest.raises(LoRAError, match=rf"{QUERY}: LoRA adapts nn\.Linear and Conv1D, not LoRALayer\."):
-        lora.apply_lora(model, [QUERY], rank=RANKS["fixed"])
+    query = _targets(_base("tiny_bert"), "qv")[0]
+    with pytest.raises(LoRAError, match=rf"{query}: LoRA adapts nn\.Linear and Conv1D, not LoRALayer\."):
+        lora.apply_lora(model, [query], rank=RANKS["fixed"])
 
 
 # ---------------------------------------------------------------- counts, on the meta device
-
-
-def _counts(config: PreTrainedConfig, projections: list[str], rank: int) -> lora.ParameterCounts:
-    with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config)
-    targets = select_modules(
-        [name for name, _ in model.named_modules()], model_type=config.model_type, projections=projections
-    )
-    lora.apply_lora(model, targets, rank=RankConfig(rank, alpha=16))
-    lora.set_trainable(model, Method.lora, _head(model))
-    assert all(parameter.is_meta for parameter in model.parameters())
-    return lora.count_parameters(model, _head(model))
 
 
 def _bert(width: int, num_blocks: int, *, vocab_size: int = 30522) -> BertConfig:
@@ -817,7 +810,7 @@ def _bert(width: int, num_blocks: int, *, vocab_size: int = 30522) -> BertConfig
     )
 
 
-def _roberta(width: int, num_blocks: int, num_labels: int = 2) -> RobertaConfig:
+def _roberta(width: int, num_blocks: int, *, num_labels: int = 2) -> RobertaConfig:
     return RobertaConfig(
         hidden_size=width,
         num_hidden_layers=num_blocks,
@@ -825,79 +818,98 @@ def _roberta(width: int, num_blocks: int, num_labels: int = 2) -> RobertaConfig:
         intermediate_size=4 * width,
         vocab_size=50265,
         max_position_embeddings=514,
+        type_vocab_size=1,
         num_labels=num_labels,
     )
 
 
-MINILM = _bert(384, 6)
-DEBERTA_XXL = DebertaV2Config(
-    hidden_size=1536, num_hidden_layers=48, num_attention_heads=24, intermediate_size=6144, vocab_size=128100
-)
-GPT2_MEDIUM = GPT2Config(n_embd=1024, n_layer=24, n_head=16)
-LLAMA_8B = LlamaConfig(
-    hidden_size=4096,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    intermediate_size=14336,
-    vocab_size=128256,
-)
-# Only its block shapes matter: GPT-3 has a vocabulary and an attention of its own.
-GPT3 = _bert(12288, 96, vocab_size=100)
+CONFIGS = {
+    "minilm": _bert(384, 6),
+    "roberta_base": _roberta(768, 12, num_labels=3),
+    "roberta_large": _roberta(1024, 24),
+    "deberta_v2_xxlarge": DebertaV2Config(
+        hidden_size=1536, num_hidden_layers=48, num_attention_heads=24, intermediate_size=6144, vocab_size=128100
+    ),
+    "gpt2_medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16),
+    "as_wide_as_gpt2_medium": _bert(1024, 24),
+    # Of GPT-3 only the shapes of the blocks matter here.
+    "gpt3": _bert(12288, 96, vocab_size=100),
+    "llama3_1_8b": LlamaConfig(
+        hidden_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        intermediate_size=14336,
+        vocab_size=128256,
+    ),
+}
+
+
+@functools.cache
+def _skeleton(name: str) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForSequenceClassification.from_config(CONFIGS[name])
+
+
+def _counts(name: str, projections: list[str], rank: int) -> lora.ParameterCounts:
+    model = _skeleton(name)
+    names = [name for name, _ in model.named_modules()]
+    targets = select_modules(names, model_type=model.config.model_type, projections=projections)
+    lora.apply_lora(model, targets, rank=RankConfig(rank, alpha=16))
+    lora.set_trainable(model, Method.lora, _head(model))
+    counts = lora.count_parameters(model, _head(model))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    lora.remove_lora(model)
+    return counts
+
+
+MLP_8B = 32 * 256 * 3 * (4096 + 14336)  # gate, up, down
+ATTENTION_8B = 32 * 256 * (2 * (4096 + 4096) + 2 * (4096 + 1024))  # q, o; k, v
 
 
 @pytest.mark.parametrize(
-    ("config", "projections", "rank", "expected"),
+    ("model", "projections", "rank", "expected"),
     [
-        (MINILM, ["q", "v"], 8, 6 * 2 * 8 * (384 + 384)),  # 73,728
-        (MINILM, ["all"], 8, 6 * 8 * (4 * (384 + 384) + 2 * (384 + 1536))),  # 331,776
-        (_roberta(768, 12), ["q", "v"], 8, 294_912),
-        (_roberta(1024, 24), ["q", "v"], 8, 786_432),
-        (DEBERTA_XXL, ["q", "v"], 16, 4_718_592),
-        (DEBERTA_XXL, ["q", "v"], 8, 2_359_296),  # what Table 10 of the LoRA paper prints as 4.7 M
-        (GPT2_MEDIUM, ["qkv"], 4, 393_216),
-        (GPT3, ["q", "v"], 1, 4_718_592),
-        (GPT3, ["q", "v"], 2, 9_437_184),
-        (GPT3, ["q"], 8, 18_874_368),
-        (GPT3, ["q", "k"], 4, 18_874_368),
-        (GPT3, ["q", "k", "v", "o"], 2, 18_874_368),
-        (GPT3, ["q", "v"], 64, 301_989_888),
-        (GPT3, ["q", "k", "v", "o"], 64, 603_979_776),
-        (LLAMA_8B, ["mlp"], 256, 32 * 256 * 3 * (4096 + 14336)),  # 0.453 B
-        (LLAMA_8B, ["attention"], 256, 32 * 256 * (2 * (4096 + 4096) + 2 * (4096 + 1024))),  # 0.218 B
-        (LLAMA_8B, ["all"], 256, 671_088_640),
+        ("minilm", ["q", "v"], 8, 73_728),  # 6 * 2 * 8 * (384 + 384)
+        ("minilm", ["all"], 8, 331_776),  # 6 * 8 * (4 * (384 + 384) + 2 * (384 + 1536))
+        ("roberta_base", ["q", "v"], 8, 294_912),
+        ("roberta_large", ["q", "v"], 8, 786_432),
+        ("deberta_v2_xxlarge", ["q", "v"], 16, 4_718_592),
+        ("deberta_v2_xxlarge", ["q", "v"], 8, 2_359_296),  # the rank that the LoRA paper prints beside 4.7 M
+        ("gpt2_medium", ["qkv"], 4, 393_216),
+        ("gpt3", ["q", "v"], 1, 4_718_592),
+        ("gpt3", ["q"], 8, 18_874_368),
+        ("gpt3", ["q", "k"], 4, 18_874_368),
+        ("gpt3", ["q", "k", "v", "o"], 2, 18_874_368),
+        ("gpt3", ["q", "v"], 64, 301_989_888),
+        ("llama3_1_8b", ["mlp"], 256, MLP_8B),
+        ("llama3_1_8b", ["attention"], 256, ATTENTION_8B),
+        ("llama3_1_8b", ["all"], 256, MLP_8B + ATTENTION_8B),
+        ("llama3_1_8b", ["mlp"], 128, MLP_8B // 2),
     ],
 )
-def test_adapter_parameters_by_hand(
-    config: PreTrainedConfig, projections: list[str], rank: int, expected: int
-) -> None:
-    assert _counts(config, projections, rank).num_adapter_params == expected
+def test_adapter_parameters_by_hand(model: str, projections: list[str], rank: int, expected: int) -> None:
+    assert _counts(model, projections, rank).num_adapter_params == expected
 
 
-def test_the_hand_arithmetic_itself() -> None:
-    assert 6 * 2 * 8 * (384 + 384) == 73_728
-    assert 6 * 8 * (4 * (384 + 384) + 2 * (384 + 1536)) == 331_776
-    mlp, attention = 32 * 256 * 3 * (4096 + 14336), 32 * 256 * (2 * (4096 + 4096) + 2 * (4096 + 1024))
-    assert (round(mlp / 1e9, 3), round(attention / 1e9, 3), round((mlp + attention) / 1e9, 3)) == (0.453, 0.218, 0.671)
-    assert mlp + attention == 671_088_640
+def test_counts_of_llama_are_the_published_ones_without_the_unembedding() -> None:
+    billions = [round(count / 1e9, 3) for count in (MLP_8B, ATTENTION_8B, MLP_8B + ATTENTION_8B, MLP_8B // 2)]
+    assert billions == [0.453, 0.218, 0.671, 0.226]
 
 
 def test_a_fused_projection_counts_like_separate_q_and_v() -> None:
-    """The count cannot tell one shared A over q, k and v from two adapters of their own: 4 d r is 2 * 2 d r."""
-    fused = _counts(GPT2_MEDIUM, ["qkv"], 4).num_adapter_params
-    separate = _counts(_bert(1024, 24), ["q", "v"], 4).num_adapter_params
+    """The count cannot tell one shared A over q, k and v from two adapters of their own: r (d + 3d) = 2 r (d + d)."""
+    fused = _counts("gpt2_medium", ["qkv"], 4).num_adapter_params
+    separate = _counts("as_wide_as_gpt2_medium", ["q", "v"], 4).num_adapter_params
     assert fused == separate == 393_216
 
 
 def test_adapter_head_and_base_are_counted_apart() -> None:
-    counts = _counts(_roberta(768, 12, num_labels=3), ["q", "v"], 8)
     head = (768 * 768 + 768) + (768 * 3 + 3)
+    blocks = 12 * (4 * (768 * 768 + 768) + (768 * 3072 + 3072) + (3072 * 768 + 768) + 2 * (768 + 768))
+    embeddings = (50265 + 514 + 1) * 768 + (768 + 768)
     assert head == 592_899
-    blocks = 12 * (4 * (768 * 768 + 768) + (768 * 3072 + 3072) + (3072 * 768 + 768) + 4 * 768)
-    embeddings = (50265 + 514 + 1) * 768 + 2 * 768  # 2 types in our config of RoBERTa would be one more row
-    type_rows = RobertaConfig().type_vocab_size
-    embeddings += (type_rows - 1) * 768
-    assert counts == lora.ParameterCounts(
+    assert _counts("roberta_base", ["q", "v"], 8) == lora.ParameterCounts(
         num_adapter_params=294_912,
         num_head_params=head,
         num_trainable_params=294_912 + head,
@@ -906,9 +918,13 @@ def test_adapter_head_and_base_are_counted_apart() -> None:
 
 
 def test_counts_on_the_meta_device_are_those_of_the_real_model() -> None:
+    model = _base("minilm")
     real = _adapted("minilm", "all")
-    config = copy.deepcopy(_pristine("minilm").config)
-    assert _counts(config, ["all"], 8) == lora.count_parameters(real, _head(real))
+    with torch.device("meta"):
+        skeleton = AutoModelForSequenceClassification.from_config(model.config)
+    lora.apply_lora(skeleton, _targets(skeleton, "all"), rank=RankConfig(8, alpha=16))
+    lora.set_trainable(skeleton, Method.lora, _head(skeleton))
+    assert lora.count_parameters(skeleton, _head(skeleton)) == lora.count_parameters(real, _head(real))
 
 
 def test_full_and_head_only_count_as_trainable_what_they_train() -> None:

@@ -9,7 +9,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -140,13 +141,15 @@ def test_tied_weights_count_once() -> None:
     assert peak.gradients_bytes <= 4 * 40
 
 
-def test_a_weight_that_is_a_view_of_another_counts_once() -> None:
+def test_views_of_weights_count_once_wherever_they_are_kept() -> None:
     model = nn.Module()
     model.flat = nn.Parameter(torch.zeros(100))
     model.register_buffer("part", model.flat.detach()[:10])
-    with LiveTensors(model, sgd(model)) as live:
+    optimizer = sgd(model)
+    optimizer.state[model.flat]["slow_weight"] = model.flat.detach()
+    with LiveTensors(model, optimizer) as live:
         pass
-    assert live.peak.total_bytes == 400
+    assert live.peak == MemoryPeak(weights_bytes=400, gradients_bytes=0, optimizer_bytes=0, activations_bytes=0)
 
 
 def test_copies_on_other_devices_do_not_count() -> None:
@@ -174,26 +177,42 @@ def test_gradient_accumulation_holds_one_set_of_gradients() -> None:
     assert thrice.total_bytes - once.total_bytes == 4 * 64 * 64, "the accumulated ones beside the new ones"
 
 
-def test_reference_cycles_do_not_spoil_repeatability() -> None:
+@pytest.fixture
+def eager_or_no_garbage_collection() -> Iterator[Callable[[bool], None]]:
+    """Makes the collector run at nearly every allocation (True) or never by itself (False)."""
+    before = gc.get_threshold()
+    yield lambda eager: gc.set_threshold(*((1, 1, 1) if eager else (1_000_000, 1, 1)))
+    gc.set_threshold(*before)
+
+
+def test_reference_cycles_do_not_spoil_repeatability(eager_or_no_garbage_collection: Callable[[bool], None]) -> None:
     model = nn.Linear(64, 64)
     x = torch.ones(8, 64)
 
-    def forward_backward() -> None:
-        hidden = model(x)
-        cycle = [hidden]
+    def leave_garbage(tensor: torch.Tensor) -> None:
+        cycle = [tensor]
         cycle.append(cycle)
-        hidden.sum().backward()
+
+    def forward_backward() -> None:
+        leave_garbage(x + 1)
+        model(x).sum().backward()
 
     peaks = set()
-    for threshold in (1, 100_000):  # the collector runs at nearly every allocation, and never
-        before = gc.get_threshold()
-        gc.set_threshold(threshold)
-        try:
-            peaks |= {measure_peak_memory(forward_backward, model, sgd(model), num_steps=n) for n in (2, 3)}
-        finally:
-            gc.set_threshold(*before)
+    for eager in (True, False):
+        eager_or_no_garbage_collection(eager)
+        peaks |= {measure_peak_memory(forward_backward, model, sgd(model), num_steps=n) for n in (2, 3)}
         assert gc.isenabled()
     assert len(peaks) == 1
+
+
+def test_measuring_keeps_nothing_alive(eager_or_no_garbage_collection: Callable[[bool], None]) -> None:
+    def measured_model() -> weakref.ref[nn.Module]:
+        model = nn.Linear(64, 64)
+        measure_peak_memory(lambda: model(torch.ones(8, 64)).sum().backward(), model, sgd(model))
+        return weakref.ref(model)
+
+    eager_or_no_garbage_collection(False)
+    assert measured_model()() is None
 
 
 def test_sparse_tensors_are_refused_by_name() -> None:
@@ -290,7 +309,6 @@ def test_minilm_repeats_to_the_byte(minilm_peak: MemoryPeak) -> None:
     assert MiniLM().measure() == minilm_peak
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft calls transformers
 def test_lora_needs_much_less(minilm_peak: MemoryPeak) -> None:
     lora = MiniLM(lora_rank=8).measure()
     assert lora.total_bytes < 0.5 * minilm_peak.total_bytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,10 @@ from harness.config import Schedule, TrainerConfig
 from harness.data import Batch
 from harness.evaluate import Evaluation
 from harness.trainer import (
+    Position,
+    PreemptedError,
     TrainingDivergedError,
+    TrainingOutcome,
     build_optimizer,
     count_steps,
     learning_rate_at,
@@ -55,11 +59,11 @@ class Rows:
     def _step(self, chosen: list[int]) -> list[Batch]:
         return [self._batch(chosen[start : start + self.size]) for start in range(0, len(chosen), self.size)]
 
-    def epoch(self, epoch: int) -> Iterator[list[Batch]]:
+    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[list[Batch]]:
         self.epochs.append(epoch)
         order = np.random.default_rng(epoch).permutation(len(self.examples)).tolist()
-        for start in range(0, len(order), self.batch_size):
-            yield self._step(order[start : start + self.batch_size])
+        for cut in range(start * self.batch_size, len(order), self.batch_size):
+            yield self._step(order[cut : cut + self.batch_size])
 
     def longest(self) -> list[Batch]:
         order = sorted(range(len(self.examples)), key=lambda index: -len(self.examples[index][0]))
@@ -101,13 +105,27 @@ class Objective:
 
 
 class Record:
-    """An observer that remembers."""
+    """A journal that remembers, and keeps the checkpoints it is told to."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.rates: list[float] = []
         self.evaluated_at: list[int] = []
         self.measured: dict[str, float] = {}
+        self.checkpoint_at = 0
+        self.stop = False
+        self.kept: tuple[dict[str, Tensor], Position] | None = None
+
+    def wants_checkpoint(self, step: int) -> bool:
+        return step == self.checkpoint_at
+
+    def keep_checkpoint(self, tensors: dict[str, Tensor], position: Position) -> None:
+        self.kept = ({name: value.detach().clone() for name, value in tensors.items()}, deepcopy(position))
+        if self.stop:
+            raise PreemptedError("stopped")
+
+    def last_checkpoint(self) -> tuple[dict[str, Tensor], Position] | None:
+        return self.kept
 
     def started(self, num_steps: int, measured: dict[str, float]) -> None:
         self.measured = measured
@@ -120,10 +138,16 @@ class Record:
         self.evaluated_at.append(step)
 
 
-def run(model: nn.Module, rows: Rows, config: TrainerConfig, objective: Objective | None = None):
-    record = Record()
+def run(
+    model: nn.Module,
+    rows: Rows,
+    config: TrainerConfig,
+    objective: Objective | None = None,
+    record: Record | None = None,
+) -> tuple[TrainingOutcome, Record]:
+    record = record or Record()
     outcome = train(
-        model, rows, objective or Objective(), config=config, accelerator=Accelerator(cpu=True), observer=record
+        model, rows, objective or Objective(), config=config, accelerator=Accelerator(cpu=True), journal=record
     )
     return outcome, record
 
@@ -241,7 +265,7 @@ def test_evaluation_at_the_end_is_never_doubled_nor_left_out() -> None:
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_step() -> None:
     # Two losses belong to the measuring of memory, so the fifth is that of step 3.
-    with pytest.raises(TrainingDivergedError, match="the loss was nan at step 3; try a lower trainer.learning_rate"):
+    with pytest.raises(TrainingDivergedError, match=r"the loss was nan at step 3; try a lower trainer\.learning_rate"):
         run(BagOfWords(), Rows(size=8), recipe(), Objective(poison_at=5))
 
 
@@ -289,3 +313,41 @@ def test_measured_numbers_are_those_of_the_loop() -> None:
     assert measured["train_tokens_per_second"] == pytest.approx(real / measured["train_seconds"])
     assert 0 < 4 * measured["step_seconds_median"] < 10 * measured["train_seconds"]
     assert measured["num_steps"] == 4
+
+
+@pytest.mark.parametrize("stop_at", range(1, 6))
+def test_a_run_that_goes_on_from_a_checkpoint_equals_an_undisturbed_one_bitwise(stop_at: int) -> None:
+    """With dropout, clipping and a best step before the stop: everything that a checkpoint has to hold."""
+    config = recipe(eval_every=2, weight_decay=0.1)
+
+    def evaluations() -> Objective:
+        return Objective([0.9, 0.1, 0.5])
+
+    torch.manual_seed(7)
+    whole = BagOfWords(dropout=0.5)
+    torch.manual_seed(7)
+    expected, record = run(whole, Rows(size=4), config, evaluations())
+
+    first = Record()
+    first.checkpoint_at, first.stop = stop_at, True
+    objective = evaluations()
+    torch.manual_seed(7)
+    interrupted = BagOfWords(dropout=0.5)
+    torch.manual_seed(7)
+    with pytest.raises(PreemptedError):
+        run(interrupted, Rows(size=4), config, objective, first)
+    second = Record()
+    second.kept = first.kept
+    resumed = BagOfWords(dropout=0.5)
+    torch.manual_seed(99)  # another process
+    outcome, _ = run(resumed, Rows(size=4), config, objective, second)
+
+    assert first.losses + second.losses == record.losses
+    assert first.rates + second.rates == record.rates
+    assert (outcome.best, outcome.last) == (expected.best, expected.last)
+    for name in ("best_step", "train_nll", "padding_overhead", "num_steps"):
+        assert outcome.measured[name] == expected.measured[name]
+    assert all(torch.equal(value, parameters(whole)[name]) for name, value in parameters(resumed).items())
+    outcome.restore_best(resumed)
+    expected.restore_best(whole)
+    assert all(torch.equal(value, parameters(whole)[name]) for name, value in parameters(resumed).items())

@@ -1,0 +1,86 @@
+"""The state of an unfinished training in one file: safetensors, with what is no tensor as JSON in its header.
+
+One file, replaced atomically: a reader sees the previous checkpoint or this one, never a mixture. No pickle, so a
+checkpoint of unknown origin can be loaded without running code out of it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+CHECKPOINT_FILE = "checkpoint.safetensors"
+
+logger = logging.getLogger("harness")
+
+
+def write_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Writes a checkpoint, atomically and through to the disk."""
+    partial = path.with_name(f".{path.name}.partial")
+    header = {"state": json.dumps(state, allow_nan=False)}
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata=header)
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Tensors and state of a checkpoint; None, with a warning unless there is no file, when it cannot be used."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = json.loads((file.metadata() or {})["state"])
+            return {name: file.get_tensor(name) for name in file.keys()}, state  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        logger.warning("%s cannot be read (%s): the run starts over", path, error)
+        return None
+
+
+def pack_training(
+    model: nn.Module, optimizer: torch.optim.Optimizer, best_state: dict[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """Every tensor that decides how training goes on: trained parameters, optimizer, random states, best so far."""
+    trainable = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+    tensors = {f"model/{name}": value for name, value in trainable}
+    for name, value in trainable:
+        tensors |= {f"optimizer/{name}/{key}": entry for key, entry in optimizer.state[value].items()}
+    tensors |= {f"best/{name}": value for name, value in (best_state or {}).items()}
+    tensors["random/cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors |= {f"random/cuda{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    return tensors
+
+
+def unpack_training(
+    tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor] | None:
+    """Puts model, optimizer and random states back as `pack_training` found them; returns the best state."""
+    groups: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "best": {}, "random": {}}
+    for name, value in tensors.items():
+        group, _, rest = name.partition("/")
+        groups[group][rest] = value
+    parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    with torch.no_grad():
+        for name, value in parameters.items():
+            value.copy_(groups["model"][name])
+    by_identity = {id(value): name for name, value in parameters.items()}
+    ordered = [by_identity[id(value)] for group in optimizer.param_groups for value in group["params"]]
+    states: dict[int, dict[str, Tensor]] = {}
+    for name, value in groups["optimizer"].items():
+        parameter, _, key = name.rpartition("/")
+        states.setdefault(ordered.index(parameter), {})[key] = value
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+    torch.set_rng_state(groups["random"]["cpu"])
+    cuda = [value for name, value in sorted(groups["random"].items()) if name.startswith("cuda")]
+    if cuda and torch.cuda.device_count() == len(cuda):
+        torch.cuda.set_rng_state_all(cuda)
+    return groups["best"] or None

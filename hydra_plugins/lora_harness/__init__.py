@@ -1,0 +1,9 @@
+"""Hydra plug-ins: the sweeper, the launcher, and where sweep files are found.
+
+The modules are imported here because Hydra's scan runs a plug-in's file without putting it into `sys.modules`, unless
+it is there already; dataclasses and pickling need it there.
+"""
+
+from hydra_plugins.lora_harness import launcher, search_path, sweeper
+
+__all__ = ["launcher", "search_path", "sweeper"]

@@ -1,0 +1,323 @@
+"""The default launcher: one fresh process per run, a queue over devices, nothing computed twice.
+
+Each process is forked from a server that has imported PyTorch and the rest once: it starts in a fraction of a second
+and shares nothing with the runs before it, so a run that exhausted its memory cannot spoil the next one's figures. A
+run that fails does not stop the others. Runs that another launcher is computing in the same folder are waited for.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import multiprocessing
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from harness.claims import current_owner
+from harness.config import ConfigError, Device, RunConfig, cell_id, run_id, to_dict
+from harness.results import RESULT_FILE, ResultError, RunResult, Status, read_result, write_result
+from hydra_plugins.lora_harness import worker
+from hydra_plugins.lora_harness.composing import compose_run
+from hydra_plugins.lora_harness.screen import Outcome, RunningRun, Screen, open_screen
+
+logger = logging.getLogger("harness")
+
+# How long a run may take to write its checkpoint when the sweep is interrupted.
+GRACE_SECONDS = 30.0
+_POLL_SECONDS = 0.1
+_LOOK_SECONDS = 2.0
+
+
+@dataclass
+class QueueLauncherConf:
+    """Settings under `hydra.launcher`."""
+
+    _target_: str = "hydra_plugins.lora_harness.launcher.QueueLauncher"
+    runs_per_device: int = 1
+    workers: int | None = None
+
+
+ConfigStore.instance().store(
+    group="hydra/launcher", name="lora_harness", node=QueueLauncherConf, provider="lora_harness"
+)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place where one run at a time computes: what its process gets to see, and how many threads it may use."""
+
+    name: str
+    variables: dict[str, str] = field(default_factory=dict)
+    num_threads: int | None = None
+
+
+@dataclass
+class Job:
+    """A run that a process is computing."""
+
+    config: RunConfig
+    slot: Slot
+    process: Any
+    reply: Connection
+    started: float
+
+    @property
+    def run_id(self) -> str:
+        """Identity of the run."""
+        return run_id(self.config)
+
+
+class QueueLauncher(Launcher):
+    """Keeps every slot busy until all runs have ended.
+
+    Args:
+        runs_per_device: runs at a time on one GPU.
+        workers: runs at a time where there is no GPU; each gets an equal share of the cores. Null: one.
+    """
+
+    def __init__(self, runs_per_device: int, workers: int | None) -> None:
+        self._runs_per_device = runs_per_device
+        self._workers = workers
+        self.config: DictConfig | None = None
+        self.hydra_context: HydraContext | None = None
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Called by Hydra once. The fork server starts here, so that it loads while configs are composed."""
+        self.hydra_context = hydra_context
+        self.config = config
+        # Asks the driver library for the number of GPUs: asking CUDA itself would make every fork unusable.
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+        self._processes = multiprocessing.get_context("forkserver")
+        self._processes.set_forkserver_preload(worker.PRELOAD)
+        multiprocessing.forkserver.ensure_running()
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Runs every config; returns one JobReturn each, whose value is the status or why there is none."""
+        assert self.config is not None and self.hydra_context is not None
+        configs = [compose_run(self.hydra_context, self.config, overrides) for overrides in job_overrides]
+        slots = find_slots(configs, runs_per_device=self._runs_per_device, workers=self._workers)
+        queue = Queue(configs, slots, self._processes)
+        with open_screen(len(configs)) as screen:
+            outcomes = queue.run(screen)
+        return [
+            _job_return(overrides, outcomes[run_id(config)])
+            for overrides, config in zip(job_overrides, configs, strict=True)
+        ]
+
+
+def find_slots(configs: Sequence[RunConfig], *, runs_per_device: int, workers: int | None) -> list[Slot]:
+    """One slot per run at a time: GPUs times `runs_per_device`, or `workers` shares of the cores.
+
+    Raises `ConfigError` when the runs want more threads than there are cores.
+    """
+    import torch
+
+    wants_gpu = {config.device for config in configs} <= {Device.auto, Device.cuda}
+    num_gpus = torch.cuda.device_count() if wants_gpu else 0
+    if num_gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(index) for index in range(num_gpus)]
+        return [Slot(f"gpu {name}", {"CUDA_VISIBLE_DEVICES": name}) for _ in range(runs_per_device) for name in names]
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_workers = 1 if workers is None else workers
+    asked = max((config.num_threads or 1 for config in configs), default=1)
+    if not 1 <= num_workers * asked <= max(num_cores, asked):
+        raise ConfigError(
+            [
+                f"hydra.launcher.workers={num_workers}: with num_threads={asked} that is {num_workers * asked} threads "
+                f"on {num_cores} cores; allowed is at most {max(1, num_cores // asked)}."
+            ]
+        )
+    threads = max(1, num_cores // num_workers)
+    return [Slot(f"cpu {index}", num_threads=threads) for index in range(num_workers)]
+
+
+class Queue:
+    """The runs of one sweep on their way through the slots."""
+
+    def __init__(self, configs: Sequence[RunConfig], slots: Sequence[Slot], processes: Any) -> None:
+        self._todo = deque(configs)
+        self._elsewhere: list[RunConfig] = []
+        self._free = list(slots)
+        self._jobs: list[Job] = []
+        self._processes = processes
+        self._outcomes: dict[str, Outcome] = {}
+        self._looked = 0.0
+        self._last_end: float | None = None
+        self._gaps: list[float] = []
+
+    def run(self, screen: Screen) -> dict[str, Outcome]:
+        """Runs everything; on Ctrl-C ends what is running, keeps what is finished, and raises KeyboardInterrupt."""
+        try:
+            while self._todo or self._jobs or self._elsewhere:
+                self._start(screen)
+                self._reap(screen)
+                self._look_elsewhere(screen)
+                screen.show([_as_running(job) for job in self._jobs], len(self._todo) + len(self._elsewhere))
+                time.sleep(_POLL_SECONDS)
+        except KeyboardInterrupt:
+            self._interrupt(screen)
+            raise
+        finally:
+            for job in self._jobs:
+                job.process.kill()
+        if self._gaps:
+            logger.info("from one run's end to the next one's first step: median %.2f s", median(self._gaps))
+        screen.summarise(self._outcomes)
+        return self._outcomes
+
+    def _start(self, screen: Screen) -> None:
+        while self._free and self._todo:
+            config = self._todo.popleft()
+            kept = kept_result(config)
+            if kept is not None:
+                self._outcomes[run_id(config)] = Outcome(str(kept.status), kept.error, was_kept=True)
+                screen.ended(run_id(config), self._outcomes[run_id(config)])
+                continue
+            if current_owner(run_dir(config)) is not None:
+                self._elsewhere.append(config)
+                continue
+            slot = self._free.pop(0)
+            self._jobs.append(self._spawn(config, slot))
+            screen.started(run_id(config), slot.name)
+
+    def _spawn(self, config: RunConfig, slot: Slot) -> Job:
+        if config.num_threads is None and slot.num_threads is not None:
+            config = replace(config, num_threads=slot.num_threads)
+        receiver, sender = self._processes.Pipe(duplex=False)
+        process = self._processes.Process(
+            target=worker.run_in_process,
+            kwargs={
+                "values": to_dict(config),
+                "log_path": str(run_dir(config) / "log.txt"),
+                "variables": slot.variables,
+                "launcher_pid": os.getpid(),
+                "reply": sender,
+            },
+            daemon=True,
+        )
+        process.start()
+        sender.close()
+        return Job(config, slot, process, receiver, time.time())
+
+    def _reap(self, screen: Screen) -> None:
+        for job in [job for job in self._jobs if not job.process.is_alive()]:
+            job.process.join()
+            self._jobs.remove(job)
+            self._free.append(job.slot)
+            if job.process.exitcode == worker.CLAIMED:
+                self._elsewhere.append(job.config)
+                continue
+            outcome = _outcome(job)
+            self._outcomes[job.run_id] = outcome
+            self._note_gap(job)
+            screen.ended(job.run_id, outcome)
+
+    def _look_elsewhere(self, screen: Screen) -> None:
+        """Takes back runs that another launcher had when it has ended them or let go."""
+        if not self._elsewhere or time.monotonic() - self._looked < _LOOK_SECONDS:
+            return
+        self._looked = time.monotonic()
+        waiting, self._elsewhere = self._elsewhere, []
+        for config in waiting:
+            if current_owner(run_dir(config)) is not None:
+                self._elsewhere.append(config)
+            else:
+                self._todo.append(config)
+
+    def _note_gap(self, job: Job) -> None:
+        """Measures from the end of the previous run to the first step of this one; meaningful with one slot."""
+        try:
+            times = read_result(run_dir(job.config) / RESULT_FILE).environment
+        except ResultError:
+            return
+        first_step = times.get("first_step_at")
+        if self._last_end is not None and first_step is not None and job.started >= self._last_end:
+            self._gaps.append(first_step - self._last_end)
+        self._last_end = times.get("ended_at")
+
+    def _interrupt(self, screen: Screen) -> None:
+        screen.say("interrupted: the running runs write a checkpoint and end (Ctrl-C again: at once)")
+        for job in self._jobs:
+            job.process.terminate()
+        deadline = time.monotonic() + GRACE_SECONDS
+        for job in self._jobs:
+            job.process.join(max(0.0, deadline - time.monotonic()))
+
+
+def run_dir(config: RunConfig) -> Path:
+    """Where a run lies."""
+    return Path(config.runs_dir) / run_id(config)
+
+
+def kept_result(config: RunConfig) -> RunResult | None:
+    """The result that makes a run superfluous under `config.rerun`, if there is one."""
+    from harness.run import kept_result as kept
+
+    return kept(config)
+
+
+def _as_running(job: Job) -> RunningRun:
+    owner = current_owner(run_dir(job.config))
+    return RunningRun(job.run_id, job.slot.name, time.time() - job.started, owner.progress if owner else {})
+
+
+def _outcome(job: Job) -> Outcome:
+    """What became of a run whose process has ended; one that left no result gets a result that says why."""
+    code = job.process.exitcode
+    if code == worker.PREEMPTED:
+        return Outcome("not finished", "stopped by SIGTERM after writing a checkpoint")
+    path = run_dir(job.config) / RESULT_FILE
+    if code in (worker.FINISHED, worker.NOT_FINISHED):
+        result = read_result(path)
+        return Outcome(str(result.status), result.error)
+    if code == worker.REFUSED:
+        error = job.reply.recv() if job.reply.poll() else "refused"
+    elif code is not None and code < 0:
+        error = f"the process was killed by {signal.Signals(-code).name}"
+        if -code == signal.SIGKILL:
+            error += " (Linux does that when memory runs out)"
+    else:
+        error = f"the process ended with exit code {code}; see log.txt"
+    result = RunResult(
+        run_id=job.run_id,
+        cell_id=cell_id(job.config),
+        sweep=job.config.sweep,
+        status=Status.FAILED,
+        config=to_dict(job.config),
+        error=error,
+    )
+    try:
+        write_result(run_dir(job.config), result)
+    except OSError as problem:
+        error += f"; this could not be written down ({problem.strerror})"
+    return Outcome(str(Status.FAILED), error)
+
+
+def _job_return(overrides: Sequence[str], outcome: Outcome) -> JobReturn:
+    fine = outcome.status == Status.FINISHED
+    value = outcome.status if fine else RuntimeError(f"{outcome.status}: {outcome.error}")
+    return JobReturn(
+        overrides=list(overrides),
+        status=JobStatus.COMPLETED if fine else JobStatus.FAILED,
+        _return_value=value,
+    )
+
+
+def now() -> str:
+    """Local time for log lines."""
+    return datetime.datetime.now().strftime("%H:%M:%S")

@@ -1,0 +1,255 @@
+"""The default sweeper: a union of grids, every run composed and checked before the first one starts.
+
+    hydra.sweeper.grids:
+      - {method: lora, rank: [r1, r8], target_layers: [qv, all]}
+      - {method: full, trainer.learning_rate: [1e-4, 2e-4]}
+
+is six runs. Without grids, `-m rank=r1,r4 target_layers=qv` works as under Hydra's own sweeper; with them, an override
+on the command line replaces the axis of the same name in every grid that has it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobStatus
+from hydra.errors import HydraException
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.table import Table
+
+from harness.claims import current_owner
+from harness.config import ConfigError, RunConfig, run_id
+from harness.results import RESULT_FILE, ResultError, Status, read_result, write_json_atomically
+from hydra_plugins.lora_harness.composing import compose_run
+from hydra_plugins.lora_harness.grids import GridError, Overrides, expand
+
+if TYPE_CHECKING:
+    from harness.run import Plan
+
+logger = logging.getLogger("harness")
+
+# `harness.checkpoint` has this name too, and imports torch.
+CHECKPOINT_FILE = "checkpoint.safetensors"
+SWEEPS_DIR = "sweeps"
+
+
+@dataclass
+class GridSweeperConf:
+    """Settings under `hydra.sweeper`."""
+
+    _target_: str = "hydra_plugins.lora_harness.sweeper.GridSweeper"
+    grids: list[dict[str, Any]] = field(default_factory=list)
+    dry_run: bool = False
+
+
+ConfigStore.instance().store(group="hydra/sweeper", name="lora_harness", node=GridSweeperConf, provider="lora_harness")
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One run of a sweep: what makes it, and what it is."""
+
+    overrides: Overrides
+    config: RunConfig
+
+    @property
+    def run_id(self) -> str:
+        """Identity of the run."""
+        return run_id(self.config)
+
+
+class GridSweeper(Sweeper):
+    """Expands, composes, validates and launches. Raises `ConfigError` with every problem of every run."""
+
+    def __init__(self, grids: Sequence[Any], dry_run: bool) -> None:
+        self._grids = OmegaConf.to_container(grids) if OmegaConf.is_config(grids) else list(grids)
+        self._dry_run = dry_run
+        self.hydra_context: HydraContext | None = None
+        self.config: DictConfig | None = None
+        self.launcher: Launcher | None = None
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Called by Hydra once, before `sweep`."""
+        self.hydra_context = hydra_context
+        self.config = config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Runs what the grids and the command line's `arguments` name."""
+        assert self.config is not None and self.launcher is not None
+        runs = self._compose_all(self._expand(arguments))
+        plans = _plan_all(runs)
+        runs = _merge_equal(runs)
+        if self._dry_run:
+            show_plan(runs, plans)
+            return []
+        _write_membership(runs)
+        returns = self.launcher.launch([list(run.overrides) for run in runs], initial_job_idx=0)
+        if any(job.status is not JobStatus.COMPLETED for job in returns):
+            # Every launcher has said by now which runs these are; what is left to say is the exit code.
+            sys.exit(1)
+        return returns
+
+    def _expand(self, arguments: list[str]) -> list[Overrides]:
+        assert self.hydra_context is not None
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        given: dict[str, list[str]] = {}
+        for override in parser.parse_overrides(arguments):
+            given[override.get_key_element()] = _values(override)
+        try:
+            return expand(self._grids, given)
+        except GridError as error:
+            raise ConfigError([str(error)]) from error
+
+    def _compose_all(self, expanded: list[Overrides]) -> list[SweepRun]:
+        assert self.hydra_context is not None and self.config is not None
+        runs: list[SweepRun] = []
+        problems: dict[str, list[Overrides]] = {}
+        for overrides in expanded:
+            try:
+                runs.append(SweepRun(overrides, compose_run(self.hydra_context, self.config, overrides)))
+            except ConfigError as error:
+                for problem in error.problems:
+                    problems.setdefault(problem, []).append(overrides)
+            except (HydraException, OmegaConfBaseException) as error:
+                problems.setdefault(_one_line(error), []).append(overrides)
+        if problems:
+            raise ConfigError(_name_runs(problems, len(expanded)))
+        return runs
+
+
+def _values(override: Override) -> list[str]:
+    if override.is_sweep_override():
+        if not override.is_discrete_sweep():
+            raise ConfigError([f"{override.input_line}: give a list of values (a,b,c) or range(...)."])
+        return [str(value) for value in override.sweep_string_iterator()]
+    return [str(override.get_value_element_as_str())]
+
+
+def _one_line(error: Exception) -> str:
+    cause = error.__cause__ or error
+    lines = [line.strip() for line in (str(error).splitlines() + str(cause).splitlines()) if line.strip()]
+    return " ".join(dict.fromkeys(lines))
+
+
+def _name_runs(problems: dict[str, list[Overrides]], num_runs: int) -> list[str]:
+    named = []
+    for problem, where in problems.items():
+        example = " ".join(where[0])
+        named.append(f"{problem} [{len(where)} of {num_runs} runs, the first: {example}]")
+    return named
+
+
+def _plan_all(runs: Sequence[SweepRun]) -> dict[str, Plan]:
+    """Resolves every placement on its model's skeleton; by run id, what each run comes to.
+
+    Raises `ConfigError` naming every rank or projection that a model has not.
+    """
+    from harness.run import USER_ERRORS, plan
+
+    problems: dict[str, list[Overrides]] = {}
+    known: dict[str, Plan | str] = {}
+    plans: dict[str, Plan] = {}
+    for run in runs:
+        # Runs that differ in seed or recipe alone share a plan.
+        key = repr((run.config.model, run.config.method.name, run.config.rank, run.config.target_layers))
+        if key not in known:
+            try:
+                known[key] = plan(run.config)
+            except USER_ERRORS as error:
+                known[key] = str(error)
+        found = known[key]
+        if isinstance(found, str):
+            problems.setdefault(found, []).append(run.overrides)
+        else:
+            plans[run.run_id] = found
+    if problems:
+        raise ConfigError(_name_runs(problems, len(runs)))
+    return plans
+
+
+def show_plan(runs: Sequence[SweepRun], plans: Mapping[str, Plan]) -> None:
+    """Prints what a sweep would run: each run's overrides, its state in the runs folder, its adapter's size."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("run")
+    table.add_column("state")
+    table.add_column("adapter params", justify="right")
+    table.add_column("overrides")
+    counts: Counter[str] = Counter()
+    for run in runs:
+        state = run_state(run.config)
+        counts[state] += 1
+        note = _code_differs(run.config) if state == Status.FINISHED else ""
+        table.add_row(run.run_id, state + note, f"{plans[run.run_id].num_adapter_params:,}", " ".join(run.overrides))
+    # Wide enough that nothing is cut off in a file; a terminal wraps.
+    console = Console(width=None if sys.stdout.isatty() else 250)
+    console.print(table)
+    console.print(f"{len(runs)} runs: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
+
+
+def run_state(config: RunConfig) -> str:
+    """The status of a run's result, or `running`, `stopped` (it has a checkpoint) or `new`."""
+    run_dir = Path(config.runs_dir) / run_id(config)
+    if (run_dir / RESULT_FILE).is_file():
+        try:
+            return str(read_result(run_dir / RESULT_FILE).status)
+        except ResultError:
+            return "unreadable"
+    if current_owner(run_dir) is not None:
+        return "running"
+    return "stopped" if (run_dir / CHECKPOINT_FILE).is_file() else "new"
+
+
+def _code_differs(config: RunConfig) -> str:
+    """Says when a finished run was made by other code or other versions than those here."""
+    from harness.measure import environment
+
+    then = read_result(Path(config.runs_dir) / run_id(config) / RESULT_FILE).environment
+    here = environment("cpu")
+    differing = [name for name in ("commit", "dirty", "versions") if then.get(name) != here.get(name)]
+    return f" (other {', '.join(differing)})" if differing else ""
+
+
+def _merge_equal(runs: Sequence[SweepRun]) -> list[SweepRun]:
+    merged = {run.run_id: run for run in reversed(runs)}
+    kept = [run for run in runs if merged[run.run_id] is run]
+    if len(kept) < len(runs):
+        logger.info("%d of %d runs are named more than once and are run once", len(runs) - len(kept), len(runs))
+    return kept
+
+
+def _write_membership(runs: Sequence[SweepRun]) -> None:
+    """Says which runs a named sweep has: the report needs it, because two sweeps may share a run."""
+    by_sweep: dict[tuple[str, str], list[str]] = {}
+    for run in runs:
+        if run.config.sweep is not None:
+            by_sweep.setdefault((run.config.runs_dir, run.config.sweep), []).append(run.run_id)
+    for (runs_dir, sweep), run_ids in by_sweep.items():
+        write_json_atomically(
+            Path(runs_dir) / SWEEPS_DIR / f"{sweep}.json",
+            {
+                "sweep": sweep,
+                "run_ids": run_ids,
+                "command": "python -m harness " + shlex.join(sys.argv[1:]),
+                "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            },
+        )

@@ -1,0 +1,379 @@
+"""Every file under conf/ composes into a config that may be run, says what it is, and holds values alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException, MissingConfigException
+from omegaconf import OmegaConf
+
+from harness.assets import ASSETS
+from harness.config import (
+    ConfigError,
+    DatasetConfig,
+    Method,
+    MethodConfig,
+    ModelConfig,
+    RankConfig,
+    RunConfig,
+    TargetLayersConfig,
+    TrackingConfig,
+    TrainerConfig,
+    from_composed,
+    register,
+)
+from harness.models import build_skeleton
+from harness.placement import ARCHITECTURES, head_modules, select_modules
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+SCHEMAS = {
+    "model": ModelConfig,
+    "dataset": DatasetConfig,
+    "method": MethodConfig,
+    "rank": RankConfig,
+    "target_layers": TargetLayersConfig,
+    "trainer": TrainerConfig,
+    "tracking": TrackingConfig,
+}
+FILES = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*") if path.is_file())
+GROUP_FILES = [name for name in FILES if name != "config.yaml"]
+
+
+def _options(group: str) -> list[str]:
+    """What `group=...` may be."""
+    return [
+        name.removeprefix(f"{group}/").removesuffix(".yaml") for name in GROUP_FILES if name.startswith(f"{group}/")
+    ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _hydra() -> Iterator[None]:
+    register()
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        yield
+
+
+@functools.cache  # a tenth of a second each
+def _compose(*overrides: str) -> RunConfig:
+    return from_composed(compose("config", overrides=list(overrides)))
+
+
+@functools.cache
+def _raw(name: str) -> dict[str, Any]:
+    return OmegaConf.to_container(OmegaConf.load(CONF / name))  # unlike PyYAML it reads 2e-4 as a number
+
+
+LORA = ("rank=r8", "target_layers=qv")
+
+# ---------------------------------------------------------------- every file
+
+
+def test_there_is_nothing_else_below_conf() -> None:
+    assert {name.partition("/")[0] for name in GROUP_FILES} == set(SCHEMAS)
+    assert all(name.endswith(".yaml") for name in FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_opens_with_a_comment(name: str) -> None:
+    first, *_ = (CONF / name).read_text(encoding="utf-8").splitlines()
+    assert re.fullmatch(r"# [A-Z].*", first), first
+
+
+@pytest.mark.parametrize("name", GROUP_FILES)
+def test_a_file_holds_values_of_its_groups_settings_and_nothing_else(name: str) -> None:
+    schema = SCHEMAS[name.partition("/")[0]]
+    values = _raw(name)
+    assert set(values) <= {item.name for item in dataclasses.fields(schema)}
+    assert "${" not in (CONF / name).read_text(encoding="utf-8")
+    if "name" in {item.name for item in dataclasses.fields(schema)}:
+        assert values["name"] == Path(name).stem  # what tables print is what the command line says
+
+
+def _command(name: str) -> list[str] | None:
+    """The overrides in a file's comment that stand in a line of their own, indented."""
+    lines = re.findall(r"^#   (\S+=.*)$", (CONF / name).read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(lines) <= 1
+    return lines[0].replace("model=...", "model=deberta_v3_base").split() if lines else None
+
+
+COMMANDS = {name: command for name in GROUP_FILES if (command := _command(name)) is not None}
+
+
+def test_presets_and_local_data_say_how_to_use_them() -> None:
+    assert set(COMMANDS) == {name for name in GROUP_FILES if name.count("/") == 2} | {"dataset/local.yaml"}
+
+
+def _overrides(name: str) -> list[str]:
+    """The command in a file's comment, or else what makes a run of it."""
+    group, _, option = name.removesuffix(".yaml").partition("/")
+    if name in COMMANDS:
+        assert f"{group}={option}" in COMMANDS[name]
+        return [*LORA, *COMMANDS[name]] if group == "dataset" else COMMANDS[name]
+    overrides = {"model": "tiny_bert", "dataset": "reuters_r8", "rank": "r8", "target_layers": "qv", group: option}
+    match group, option:
+        case "model", ("gpt2" | "gpt2_medium" | "tiny_gpt2"):
+            overrides["target_layers"] = "qkv"
+        case "target_layers", "qkv":
+            overrides["model"] = "tiny_gpt2"
+        case "target_layers", "gate":
+            overrides["model"] = "tiny_llama"
+        case "rank", _:
+            overrides["model"] = "minilm"
+        case "method", ("full" | "head_only"):
+            del overrides["rank"], overrides["target_layers"]
+        case _:
+            pass
+    return [f"{name}={value}" for name, value in overrides.items()]
+
+
+def _run_of(name: str) -> RunConfig:
+    return _compose(*_overrides(name))
+
+
+@pytest.mark.parametrize("name", GROUP_FILES)
+def test_a_file_composes_into_a_config_that_may_be_run(name: str) -> None:
+    part = getattr(_run_of(name), name.partition("/")[0])
+    for setting, value in _raw(name).items():
+        assert getattr(part, setting) == value, setting
+
+
+# ---------------------------------------------------------------- config.yaml
+
+
+def test_lora_has_no_hidden_rank_and_placement() -> None:
+    with pytest.raises(ConfigError) as caught:
+        _compose()
+    assert caught.value.problems == [
+        "method=lora needs a rank and has no hidden default: add rank=r8 (r1 to r256).",
+        "method=lora needs target layers: add target_layers=qv (q, v, qkvo, mlp, all, ...).",
+    ]
+
+
+@pytest.mark.parametrize("method", ["full", "head_only"])
+def test_the_baselines_are_valid_alone(method: str) -> None:
+    config = _compose(f"method={method}")
+    assert config.method.name == method and config.rank is None and config.target_layers is None
+
+
+def test_the_defaults_are_what_ships_with_public_wheels() -> None:
+    config = _compose(*LORA)
+    assert config.model.asset == "minilm" and config.dataset.asset == "reuters_r8"
+    assert (config.model.dropout, config.seed, config.sweep) == (0.0, 0, None)
+
+
+def test_each_method_brings_its_learning_rate() -> None:
+    rates = {method: _run_of(f"method/{method}.yaml").trainer.learning_rate for method in _options("method")}
+    assert rates["lora"] == 10 * rates["full"]  # the ratio that section 3.1 of the reference reports
+    assert set(rates) == {str(method) for method in Method}
+    assert _compose(*LORA, "trainer.learning_rate=1e-5").trainer.learning_rate == 1e-5
+
+
+def test_a_stray_key_is_an_error_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"^stray: no such setting\. Known here: allow_busy_device, .*, trainer\.$"):
+        _compose(*LORA, "+stray.key=1")
+    with pytest.raises(ConfigError, match=r"^lora_rank: no such setting\. Known here: .*, rank, "):
+        _compose(*LORA, "++lora_rank=8")
+    with pytest.raises(ConfigCompositionException, match=r"Could not override 'lora_rank'"):
+        _compose(*LORA, "lora_rank=8")
+    with pytest.raises(ConfigError, match=r"^rank\.r: no such setting\. Known here: alpha, alpha_per_rank, "):
+        _compose(*LORA, "+rank.r=8")
+
+
+@pytest.mark.parametrize(("group", "close"), [("rank", "r8"), ("target_layers", "qv"), ("model", "minilm")])
+def test_an_option_that_does_not_exist_is_an_error_that_lists_those_that_do(group: str, close: str) -> None:
+    with pytest.raises(MissingConfigException, match=rf"Could not find '{group}/typo'") as caught:
+        _compose(f"{group}=typo")
+    assert re.search(rf"Available options in '{group}':(\s+\S+)*\s+{close}\s", str(caught.value))
+
+
+def test_a_sweep_that_does_not_exist_is_an_error() -> None:
+    with pytest.raises(MissingConfigException, match=r"Could not find 'sweeps/typo'"):
+        _compose(*LORA, "sweeps=typo")
+
+
+# ---------------------------------------------------------------- models and data
+
+
+@pytest.mark.parametrize("name", [name for name in GROUP_FILES if "hub_id" in _raw(name)])
+def test_what_comes_from_the_hub_is_pinned_to_a_commit(name: str) -> None:
+    assert re.fullmatch(r"[0-9a-f]{40}", _raw(name)["revision"])
+
+
+@pytest.mark.parametrize("name", [name for name in GROUP_FILES if "asset" in _raw(name)])
+def test_what_comes_from_a_wheel_is_registered(name: str) -> None:
+    values = _raw(name)
+    asset = ASSETS[values["asset"]]
+    assert asset.setting == f"{name.partition('/')[0]}.path"
+    assert {values[key] for key in ("train_file", "val_file", "test_file") if key in values} <= set(asset.files)
+
+
+# Of every model its architecture, by hand: those on the hub cannot be asked here.
+MODEL_TYPES = {
+    "bert_base": "bert",
+    "deberta_v3_base": "deberta-v2",
+    "gpt2": "gpt2",
+    "gpt2_medium": "gpt2",
+    "llama3_2_1b": "llama",
+    "minilm": "bert",
+    "qwen3_0_6b": "qwen3",
+    "roberta_base": "roberta",
+    "roberta_large": "roberta",
+    "tiny_bert": "bert",
+    "tiny_gpt2": "gpt2",
+    "tiny_llama": "llama",
+}
+
+
+def test_every_model_is_of_an_architecture_with_a_placement() -> None:
+    assert set(MODEL_TYPES) == set(_options("model"))
+    assert set(MODEL_TYPES.values()) <= set(ARCHITECTURES)
+
+
+HERE = ("minilm", "tiny_bert", "tiny_gpt2", "tiny_llama")
+
+
+@functools.cache
+def _module_names(model: str) -> tuple[str, tuple[str, ...]]:
+    skeleton = build_skeleton(_run_of(f"model/{model}.yaml").model, num_labels=2)
+    return skeleton.config.model_type, tuple(name for name, _ in skeleton.named_modules())
+
+
+@pytest.mark.parametrize("model", HERE)
+def test_the_architecture_of_a_model_is_what_its_config_says(model: str) -> None:
+    model_type, names = _module_names(model)
+    assert model_type == MODEL_TYPES[model]
+    assert set(head_modules(model_type)) <= set(names)
+
+
+# Roles of each placement, by hand. A group stands for those that a model has.
+ROLES = {
+    "q": ["q"],
+    "k": ["k"],
+    "v": ["v"],
+    "o": ["o"],
+    "up": ["up"],
+    "down": ["down"],
+    "gate": ["gate"],
+    "qk": ["q", "k"],
+    "qv": ["q", "v"],
+    "qkv": ["qkv"],
+    "qkvo": ["q", "k", "v", "o"],
+    "attention": ["attention"],
+    "mlp": ["mlp"],
+    "all": ["all"],
+}
+PER_BLOCK = {"tiny_bert": {"attention": 4, "mlp": 2, "all": 6}, "tiny_gpt2": {"attention": 2, "mlp": 2, "all": 4}}
+PER_BLOCK["tiny_llama"] = {"attention": 4, "mlp": 3, "all": 7}
+
+
+@pytest.mark.parametrize("placement", _options("target_layers"))
+def test_a_placement_selects_its_roles_in_every_block(placement: str) -> None:
+    layers = _run_of(f"target_layers/{placement}.yaml").target_layers
+    assert layers is not None and layers.projections == ROLES[placement]
+    models = [model for model in PER_BLOCK if _has(model, placement)]
+    assert models
+    for model in models:
+        model_type, names = _module_names(model)
+        selected = select_modules(names, model_type=model_type, projections=layers.projections, blocks=layers.blocks)
+        assert len(selected) == 2 * PER_BLOCK[model].get(placement, len(ROLES[placement]))
+
+
+def _has(model: str, placement: str) -> bool:
+    architecture = ARCHITECTURES[MODEL_TYPES[model]]
+    return placement in PER_BLOCK[model] or set(ROLES[placement]) <= set(architecture.projections)
+
+
+@pytest.mark.parametrize("name", [name for name in GROUP_FILES if name.startswith("rank/")])
+def test_a_rank_is_what_its_name_says_and_scales_as_its_comment_says(name: str) -> None:
+    rank = _run_of(name).rank
+    assert rank is not None and Path(name).stem == f"r{rank.rank}"
+    said = re.search(r"scaling = ([\d.]+)\.$", (CONF / name).read_text(encoding="utf-8"), re.MULTILINE)
+    assert said is not None and float(said.group(1)) == rank.scaling == 16 / rank.rank
+
+
+def test_ranks_are_the_powers_of_two_up_to_256() -> None:
+    assert {f"r{2**power}" for power in range(9)} == set(_options("rank"))
+
+
+def test_regression_is_scored_by_pearson_cola_by_mcc_and_the_rest_by_accuracy() -> None:
+    best = {option: _run_of(f"dataset/{option}.yaml").dataset.best_metric for option in _options("dataset")}
+    assert best.pop("glue_stsb") == "pearson" and best.pop("glue_cola") == "mcc"
+    assert set(best.values()) == {"accuracy"}
+
+
+def test_local_data_may_be_numbers() -> None:
+    local = ["method=full", "dataset=local", "dataset.train_file=rows.csv"]
+    scores = ["dataset.metrics=[pearson]", "dataset.best_metric=pearson"]
+    assert _compose(*local, "dataset.task=regression", *scores).dataset.task == "regression"
+    with pytest.raises(ConfigError, match=r"^dataset: no data named\. Set dataset\.train_file=FILE "):
+        _compose("method=full", "dataset=local")
+
+
+# ---------------------------------------------------------------- presets of the LoRA paper
+
+# arXiv 2106.09685, appendix D, tables 9 and 10, as transcribed in section 2.3 of the project's reference.
+TASKS = ("mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb")
+PAPER: dict[str, dict[str, list[float]]] = {
+    "roberta_base": {
+        "batch_size": [16, 16, 16, 32, 32, 16, 32, 16],
+        "num_epochs": [30, 60, 30, 80, 25, 25, 80, 40],
+        "learning_rate": [5e-4, 5e-4, 4e-4, 4e-4, 4e-4, 5e-4, 5e-4, 4e-4],
+        "max_length": [512] * 8,
+    },
+    "roberta_large": {
+        "batch_size": [4, 4, 4, 4, 4, 4, 8, 8],
+        "num_epochs": [10, 10, 20, 20, 10, 20, 20, 30],
+        "learning_rate": [3e-4, 4e-4, 3e-4, 2e-4, 2e-4, 3e-4, 4e-4, 2e-4],
+        "max_length": [128, 128, 512, 128, 512, 512, 512, 512],
+    },
+    "deberta_v2_xxlarge": {
+        "batch_size": [8, 8, 32, 4, 6, 8, 4, 4],
+        "num_epochs": [5, 16, 30, 10, 8, 11, 11, 10],
+        "learning_rate": [1e-4, 6e-5, 2e-4, 1e-4, 1e-4, 1e-4, 2e-4, 2e-4],
+    },
+}
+RANK_AND_ALPHA = {"roberta_base": (8, 8), "roberta_large": (8, 16), "deberta_v2_xxlarge": (16, 32)}
+# What the published scripts do differently.
+SCRIPTS: dict[tuple[str, str], dict[str, float]] = {
+    ("roberta_large", "cola"): {"learning_rate": 3e-4},
+    ("roberta_large", "stsb"): {"learning_rate": 3e-4, "num_epochs": 10, "max_length": 128, "batch_size": 4},
+    ("deberta_v2_xxlarge", "cola"): {"learning_rate": 1.3e-4},
+    ("deberta_v2_xxlarge", "rte"): {"learning_rate": 2.6e-4},
+}
+PRESETS: dict[str, dict[str, float]] = {
+    f"lora_paper/{model}_{task}": {setting: column[index] for setting, column in table.items()}
+    for model, table in PAPER.items()
+    for index, task in enumerate(TASKS)
+}
+for (_model, _task), _different in SCRIPTS.items():
+    PRESETS[f"lora_scripts/{_model}_{_task}"] = {**PRESETS[f"lora_paper/{_model}_{_task}"], **_different}
+
+
+def test_every_preset_is_in_the_table() -> None:
+    assert {option for option in _options("trainer") if "/" in option} == set(PRESETS)
+    assert len(PRESETS) == 3 * 8 + 4
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_holds_the_numbers_of_the_paper(preset: str) -> None:
+    source, _, cell = preset.partition("/")
+    model, _, task = cell.rpartition("_")
+    config = _run_of(f"trainer/{preset}.yaml")
+    values = {**dataclasses.asdict(config.trainer), "max_length": config.dataset.max_length}
+    assert {setting: values[setting] for setting in PRESETS[preset]} == PRESETS[preset]
+    assert config.trainer.schedule == "linear"
+    assert config.trainer.warmup_fraction == (0.1 if model == "deberta_v2_xxlarge" else 0.06)
+    assert config.trainer.eval_each_epoch  # the paper reports the best epoch
+    assert (config.rank.rank, config.rank.alpha) == RANK_AND_ALPHA[model]
+    assert config.target_layers.projections == ["q", "v"]
+    assert config.dataset.name == f"glue_{task}"
+    assert config.model.name == ("deberta_v3_base" if model == "deberta_v2_xxlarge" else model)
+    comment = (CONF / f"trainer/{preset}.yaml").read_text(encoding="utf-8").splitlines()[0]
+    assert ("published scripts" in comment) is (source == "lora_scripts") and task.upper() in comment

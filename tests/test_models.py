@@ -1,0 +1,339 @@
+"""Base models: where they come from, what is drawn from the seed, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, RobertaConfig
+
+from harness import models
+from harness.config import Dtype, ModelConfig, TinyModel
+from harness.models import ModelError, build_skeleton, load_model, load_tokenizer, max_tokens, save_model
+from harness.placement import head_modules
+
+TINY = {tiny: ModelConfig(name=f"tiny_{tiny}", tiny=tiny) for tiny in TinyModel}
+HUB = ModelConfig(name="bert_base", hub_id="google-bert/bert-base-uncased", revision="8" * 40)
+
+
+def load(config: ModelConfig, *, num_labels: int = 3, seed: int = 0) -> PreTrainedModel:
+    return load_model(config, num_labels=num_labels, pad_token_id=0, seed=seed)
+
+
+def inputs_of(texts: list[str]) -> dict[str, Tensor]:
+    encoded = load_tokenizer(TINY[TinyModel.bert])(texts, padding=True, return_tensors="pt")
+    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+
+def logits_of(model: nn.Module, texts: list[str] | None = None) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(**inputs_of(texts or ["a text", "a longer text", "x"])).logits
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A folder with a tiny BERT of three classes and its tokenizer, as a run with method=full saves it."""
+    folder = tmp_path / "saved"
+    save_model(load(TINY[TinyModel.bert], seed=5), load_tokenizer(TINY[TinyModel.bert]), folder)
+    return folder
+
+
+# ---------------------------------------------------------------- tiny models
+
+
+@pytest.mark.parametrize("tiny", TinyModel)
+def test_a_tiny_model_of_every_family(tiny: TinyModel) -> None:
+    model = load(TINY[tiny])
+    assert model.config.model_type == tiny
+    assert model.config._attn_implementation == "sdpa"
+    assert logits_of(model).shape == (3, 3)
+    assert sum(parameter.numel() for parameter in model.parameters()) < 200_000
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("tiny", TinyModel)
+def test_padding_does_not_change_what_a_model_says(tiny: TinyModel) -> None:
+    model = load(TINY[tiny])
+    together = logits_of(model, ["short", "a text that is a good deal longer"])
+    assert torch.allclose(together[0], logits_of(model, ["short"])[0], atol=1e-5)
+
+
+def test_the_byte_tokenizer_cuts_as_bert_does() -> None:
+    tokenizer = load_tokenizer(TINY[TinyModel.gpt2])
+    assert tokenizer.convert_ids_to_tokens(tokenizer("ab", "c")["input_ids"]) == [
+        "[CLS]",
+        "a",
+        "b",
+        "[SEP]",
+        "c",
+        "[SEP]",
+    ]
+    text = "größer 😀\ttab"
+    assert len(tokenizer(text)["input_ids"]) == len(text.encode()) + 2
+    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+    assert tokenizer.unk_token_id not in tokenizer(bytes(range(1, 128)).decode())["input_ids"]
+    assert (tokenizer.pad_token_id, tokenizer.padding_side, len(tokenizer)) == (0, "right", 260)
+
+
+def test_weights_come_in_the_configured_type() -> None:
+    model = load(replace(TINY[TinyModel.bert], dtype=Dtype.bfloat16))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+# ---------------------------------------------------------------- the seed
+
+
+def head_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    heads = head_modules(model.config.model_type)
+    return {name: value for name, value in model.state_dict().items() if name.split(".")[0] in heads}
+
+
+@pytest.mark.parametrize("tiny", TinyModel)
+def test_a_fresh_head_is_drawn_from_the_seed_alone(tiny: TinyModel, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    base = load(TINY[tiny])
+    save_model(base, load_tokenizer(TINY[tiny]), folder)
+    drop_tensors(folder, tuple(head_state(base)))  # as pretrained models come
+    config = ModelConfig(name="x", path=str(folder))
+
+    first = load(config, seed=3)
+    torch.rand(100)  # whatever was drawn before
+    again, other = load(config, seed=3), load(config, seed=4)
+    assert head_state(first)
+    for name, value in head_state(first).items():
+        assert torch.equal(value, head_state(again)[name])
+        if value.ndim > 1:
+            assert not torch.equal(value, head_state(other)[name])
+    # The base is the checkpoint's at every seed.
+    for name, value in other.state_dict().items():
+        if name not in head_state(other):
+            assert torch.equal(value, base.state_dict()[name])
+
+
+def drop_tensors(folder: Path, names: tuple[str, ...]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if name not in names}
+    assert len(kept) == len(tensors) - len(names)
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_tiny_model_is_drawn_from_the_seed() -> None:
+    first, again, other = (load(TINY[TinyModel.llama], seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(logits_of(first), logits_of(again))
+    assert not torch.equal(logits_of(first), logits_of(other))
+
+
+# ---------------------------------------------------------------- dropout
+
+
+def dropout_rates(model: nn.Module) -> set[float]:
+    return {module.p for module in model.modules() if isinstance(module, nn.Dropout)}
+
+
+@pytest.mark.parametrize("tiny", TinyModel)
+def test_without_dropout_training_is_deterministic(tiny: TinyModel) -> None:
+    model = load(TINY[tiny]).train()
+    assert dropout_rates(model) <= {0.0}
+    inputs = inputs_of(["a text"])
+    assert torch.equal(model(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("tiny", TinyModel)
+def test_dropout_is_applied_wherever_the_model_has_it(tiny: TinyModel) -> None:
+    model = load(replace(TINY[tiny], dropout=0.3)).train()
+    assert dropout_rates(model) <= {0.3}
+    if tiny is TinyModel.llama:  # attention alone, by a function
+        assert {layer.self_attn.attention_dropout for layer in model.model.layers} == {0.3}
+    else:
+        assert dropout_rates(model)
+    inputs = inputs_of(["a text"])
+    assert not torch.equal(model(**inputs).logits, model(**inputs).logits)
+
+
+def test_a_dropout_that_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = tuple(name for name in models._DROPOUT_FIELDS if name != "hidden_dropout_prob")
+    monkeypatch.setattr(models, "_DROPOUT_FIELDS", known)
+    with pytest.raises(ModelError, match=r"model.dropout=0.0: BertForSequenceClassification keeps dropout \[0.1\]"):
+        load(TINY[TinyModel.bert])
+
+
+# ---------------------------------------------------------------- folders
+
+
+@pytest.mark.parametrize("tiny", TinyModel)
+def test_a_saved_model_loads_by_path_and_says_the_same(tiny: TinyModel, tmp_path: Path) -> None:
+    model, tokenizer = load(TINY[tiny], seed=5), load_tokenizer(TINY[tiny])
+    num_bytes = save_model(model, tokenizer, tmp_path / "saved")
+    assert num_bytes == (tmp_path / "saved" / "model.safetensors").stat().st_size
+    config = ModelConfig(name="x", path=str(tmp_path / "saved"))
+    # Also the head: the seed draws only what the folder lacks.
+    assert torch.equal(logits_of(load(config, seed=6)), logits_of(model))
+    reloaded = load_tokenizer(config)
+    assert reloaded("größer", "b") == tokenizer("größer", "b")
+    assert max_tokens(config, reloaded) == max_tokens(TINY[tiny], tokenizer) == 128
+
+
+def test_path_goes_before_every_other_source(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "asset_dir", lambda name: pytest.fail(f"{name} was asked for"))
+    expected = logits_of(load(ModelConfig(name="x", path=str(saved))))
+    for source in ({"asset": "minilm"}, {"hub_id": "no/such"}, {"tiny": TinyModel.gpt2}):
+        assert torch.equal(logits_of(load(ModelConfig(name="x", path=str(saved), **source))), expected)
+
+
+def test_an_asset_is_loaded_from_its_folder(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "asset_dir", {"minilm": saved}.__getitem__)
+    config = ModelConfig(name="minilm", asset="minilm")
+    assert torch.equal(logits_of(load(config)), logits_of(load(ModelConfig(name="x", path=str(saved)))))
+    assert len(load_tokenizer(config)) == 260
+
+
+def test_a_tokenizer_without_pad_token_pads_with_its_last_one(saved: Path) -> None:
+    settings = json.loads((saved / "tokenizer_config.json").read_text())
+    settings |= {"pad_token": None, "eos_token": "[SEP]", "padding_side": "left"}
+    (saved / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(ModelConfig(name="x", path=str(saved)))
+    assert (tokenizer.pad_token, tokenizer.pad_token_id, tokenizer.padding_side) == ("[SEP]", 3, "right")
+
+
+def test_the_longest_input_is_the_smaller_of_what_model_and_tokenizer_say(saved: Path) -> None:
+    config = ModelConfig(name="x", path=str(saved))
+    tokenizer = load_tokenizer(config)
+    tokenizer.model_max_length = 100
+    assert max_tokens(config, tokenizer) == 100
+    tokenizer.model_max_length = int(1e30)  # a tokenizer that does not know
+    assert max_tokens(config, tokenizer) == 128
+
+
+def without_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def with_half_the_weights(folder: Path) -> None:
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def with_a_broken_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def of_an_unknown_family(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "nope"}')
+
+
+def that_is_no_text_model(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "vit"}')
+
+
+def of_another_size(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (shutil.rmtree, "model.path={folder}: no config.json there. Give a folder that `save_pretrained` wrote: "),
+        (without_config, "model.path={folder}: no config.json there."),
+        (without_weights, "model=x: {folder} could not be loaded with attention=sdpa. Error no file named model.safe"),
+        (with_half_the_weights, "model=x: the tensor file of {folder} is damaged ("),
+        (with_a_broken_config, "is not a valid JSON file."),
+        (of_an_unknown_family, "model type `nope`"),
+        (that_is_no_text_model, "Unrecognized configuration class"),
+        (of_another_size, "model=x: the tensors of {folder} have other shapes than its config.json"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_folder_that_cannot_be_used_is_refused(saved: Path, spoil: Callable[[Path], Any], message: str) -> None:
+    spoil(saved)
+    with pytest.raises(ModelError) as raised:
+        load(ModelConfig(name="x", path=str(saved)))
+    assert message.format(folder=saved) in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert "Without network" not in str(raised.value)
+
+
+def test_a_head_of_another_dataset_is_refused(saved: Path) -> None:
+    with pytest.raises(ModelError, match=r"other shapes than .* with a head of 5 outputs, which dataset needs"):
+        load(ModelConfig(name="x", path=str(saved)), num_labels=5)
+
+
+def test_a_folder_without_tokenizer_is_refused(saved: Path) -> None:
+    """Transformers makes a tokenizer of special tokens alone: everything would be unknown."""
+    for path in saved.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ModelError, match=r"has no tokenizer \(tokenizer.json, vocab.txt or the like\)"):
+        load_tokenizer(ModelConfig(name="x", path=str(saved)))
+
+
+# ---------------------------------------------------------------- skeletons
+
+
+@pytest.mark.parametrize("tiny", TinyModel)
+def test_a_skeleton_allocates_nothing_and_has_the_same_names_and_shapes(tiny: TinyModel) -> None:
+    skeleton, model = build_skeleton(TINY[tiny], num_labels=3), load(TINY[tiny])
+    assert {value.device.type for value in (*skeleton.parameters(), *skeleton.buffers())} == {"meta"}
+    for kind in ("named_parameters", "named_buffers"):
+        shapes = [{name: value.shape for name, value in getattr(one, kind)()} for one in (skeleton, model)]
+        assert shapes[0] == shapes[1]
+    assert [name for name, _ in skeleton.named_modules()] == [name for name, _ in model.named_modules()]
+
+
+def test_a_skeleton_reads_the_configuration_alone(saved: Path) -> None:
+    without_weights(saved)
+    skeleton = build_skeleton(ModelConfig(name="x", path=str(saved)), num_labels=7)
+    assert skeleton.classifier.weight.shape == (7, 64)
+
+
+def test_a_skeleton_of_a_large_model_is_free(tmp_path: Path) -> None:
+    RobertaConfig(
+        hidden_size=8192, num_hidden_layers=48, intermediate_size=32768, num_attention_heads=64
+    ).save_pretrained(tmp_path)
+    skeleton = build_skeleton(ModelConfig(name="large", path=str(tmp_path)), num_labels=2)
+    assert sum(parameter.numel() for parameter in skeleton.parameters()) > 38e9
+
+
+# ---------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize(
+    "call",
+    [lambda: load_tokenizer(HUB), lambda: load(HUB), lambda: build_skeleton(HUB, num_labels=2)],
+    ids=["tokenizer", "model", "skeleton"],
+)
+def test_without_network_the_hub_is_refused(call: Callable[[], Any]) -> None:
+    with pytest.raises(ModelError) as raised:
+        call()
+    message = str(raised.value)
+    assert message.startswith(
+        "model=bert_base: google-bert/bert-base-uncased could not be loaded with attention=sdpa. "
+    )
+    assert message.endswith("Without network, point model.path at a local folder that `save_pretrained` wrote.")
+
+
+def test_an_attention_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"bert could not be loaded with attention=flash.*only possible arguments"):
+        load(replace(TINY[TinyModel.bert], attention="flash"))
+
+
+def test_an_error_without_text_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError
+
+    monkeypatch.setattr(models.AutoConfig, "from_pretrained", fail)
+    with pytest.raises(ModelError, match=r"attention=sdpa\. OSError\. Without network"):
+        load(HUB)

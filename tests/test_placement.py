@@ -1,0 +1,430 @@
+"""Roles find their modules in transformers' real models, names are compared whole, and nothing is selected silently."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    DebertaConfig,
+    DebertaV2Config,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    RobertaConfig,
+)
+from transformers.pytorch_utils import Conv1D
+
+from harness.placement import (
+    ARCHITECTURES,
+    GROUPS,
+    ROLES,
+    PlacementError,
+    block_problems,
+    head_modules,
+    projection_problems,
+    resolve_blocks,
+    select_modules,
+)
+
+NUM_BLOCKS = 3
+BERT_LIKE = {"hidden_size": 32, "num_hidden_layers": NUM_BLOCKS, "num_attention_heads": 2, "intermediate_size": 48}
+# As in the published checkpoints; without it DeBERTa has neither relative positions nor their projections.
+DEBERTA = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "vocab_size": 50}
+LLAMA_LIKE = {**BERT_LIKE, "num_key_value_heads": 1, "vocab_size": 50}
+CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "bert": lambda: BertConfig(**BERT_LIKE, vocab_size=50),
+    "roberta": lambda: RobertaConfig(**BERT_LIKE, vocab_size=50),
+    "deberta": lambda: DebertaConfig(**BERT_LIKE, **DEBERTA),
+    "deberta-v2": lambda: DebertaV2Config(**BERT_LIKE, **DEBERTA, share_att_key=True),
+    "gpt2": lambda: GPT2Config(n_embd=32, n_layer=NUM_BLOCKS, n_head=2, vocab_size=50),
+    "llama": lambda: LlamaConfig(**LLAMA_LIKE),
+    "mistral": lambda: MistralConfig(**LLAMA_LIKE),
+    "qwen2": lambda: Qwen2Config(**LLAMA_LIKE),
+    "qwen3": lambda: Qwen3Config(**LLAMA_LIKE, head_dim=16),
+}
+
+# In a block, linear, and yet no role: DeBERTa's projections of relative positions see no token.
+WITHOUT_ROLE = {"deberta": {"attention.self.pos_proj", "attention.self.pos_q_proj"}}
+
+
+@functools.cache
+def _model(model_type: str) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForSequenceClassification.from_config(CONFIGS[model_type]())
+
+
+@functools.cache
+def _names(model_type: str) -> tuple[str, ...]:
+    return tuple(name for name, _ in _model(model_type).named_modules())
+
+
+def _select(model_type: str, *projections: str, blocks: object = "all", modules: tuple[str, ...] = ()) -> list[str]:
+    return select_modules(
+        _names(model_type), model_type=model_type, projections=projections, blocks=blocks, modules=modules
+    )
+
+
+def _bert_names(num_blocks: int) -> list[str]:
+    return [
+        f"bert.encoder.layer.{block}.attention.self.{projection}"
+        for block in range(num_blocks)
+        for projection in ("query", "key", "value")
+    ]
+
+
+# ---------------------------------------------------------------- every architecture
+
+
+def test_every_architecture_is_tested_against_its_model() -> None:
+    assert list(CONFIGS) == list(ARCHITECTURES)
+    assert all(_model(model_type).config.model_type == model_type for model_type in CONFIGS)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_every_role_is_one_projection_of_every_block(model_type: str) -> None:
+    architecture = ARCHITECTURES[model_type]
+    modules = dict(_model(model_type).named_modules())
+    for role, path in architecture.projections.items():
+        selected = _select(model_type, role)
+        assert selected == [f"{architecture.block.format(block)}.{path}" for block in range(NUM_BLOCKS)]
+        assert all(isinstance(modules[name], nn.Linear | Conv1D) for name in selected)
+    assert set(architecture.projections) <= set(ROLES)
+    assert len(set(architecture.projections.values())) == len(architecture.projections)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_all_is_every_linear_module_of_the_blocks(model_type: str) -> None:
+    prefix = ARCHITECTURES[model_type].block.format("")
+    linear = [name for name, module in _model(model_type).named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    in_blocks = [name for name in linear if name.startswith(prefix)]
+    without_role = {
+        f"{prefix}{block}.{path}" for block in range(NUM_BLOCKS) for path in WITHOUT_ROLE.get(model_type, ())
+    }
+    assert without_role <= set(in_blocks)
+    assert _select(model_type, "all") == [name for name in in_blocks if name not in without_role]
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_attention_and_mlp_share_nothing_and_make_up_all(model_type: str) -> None:
+    attention, mlp = _select(model_type, "attention"), _select(model_type, "mlp")
+    assert attention and mlp and not set(attention) & set(mlp)
+    assert sorted([*attention, *mlp]) == sorted(_select(model_type, "all"))
+    assert all("attn" in name or "attention" in name for name in attention)
+    assert not any("attn" in name or "attention" in name for name in mlp)
+
+
+# Names that mean "query" and so on whatever the model: read off by hand.
+ROLE_BY_HAND = {
+    "q": r"query|query_proj|q_proj",
+    "k": r"key|key_proj|k_proj",
+    "v": r"value|value_proj|v_proj",
+    "o": r"attention\.output\.dense|o_proj|attn\.c_proj",
+    "qkv": r"c_attn|in_proj",
+    "up": r"intermediate\.dense|up_proj|c_fc",
+    "down": r"\d\.output\.dense|down_proj|mlp\.c_proj",
+    "gate": r"gate_proj",
+}
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_roles_mean_what_they_say(model_type: str) -> None:
+    for role in ARCHITECTURES[model_type].projections:
+        assert all(re.search(rf"(^|\.)({ROLE_BY_HAND[role]})$", name) for name in _select(model_type, role)), role
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_the_head_is_all_that_is_outside_the_base_model(model_type: str) -> None:
+    model = _model(model_type)
+    outside = {name for name, _ in model.named_parameters() if not name.startswith(f"{model.base_model_prefix}.")}
+    heads = head_modules(model_type)
+    assert outside == {name for name, _ in model.named_parameters() if name.startswith(tuple(f"{h}." for h in heads))}
+    assert outside
+    assert set(heads) <= set(_names(model_type))
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_a_fused_role_names_a_projection_that_exists(model_type: str) -> None:
+    architecture = ARCHITECTURES[model_type]
+    assert set(architecture.fused.values()) <= set(architecture.projections)
+    assert not set(architecture.fused) & set(architecture.projections)
+    # Query, key and value exist everywhere, by themselves or as a part.
+    assert {"q", "k", "v"} <= set(architecture.fused) | set(architecture.projections)
+
+
+# ---------------------------------------------------------------- blocks
+
+
+@pytest.mark.parametrize(
+    ("blocks", "num_blocks", "expected"),
+    [
+        ("all", 3, [0, 1, 2]),
+        ("first_half", 6, [0, 1, 2]),
+        ("last_half", 6, [3, 4, 5]),
+        ("first_half", 5, [0, 1]),
+        ("last_half", 5, [2, 3, 4]),
+        ("first_1", 12, [0]),
+        ("last_2", 12, [10, 11]),
+        ("first_12", 12, list(range(12))),
+        ("last_half", 1, [0]),
+        ([11, 0, 5], 12, [0, 5, 11]),
+        ((1,), 2, [1]),
+    ],
+)
+def test_blocks_by_hand(blocks: object, num_blocks: int, expected: list[int]) -> None:
+    assert resolve_blocks(blocks, num_blocks) == expected
+
+
+@given(st.integers(2, 200))
+def test_the_halves_are_disjoint_and_make_up_all(num_blocks: int) -> None:
+    first, last = resolve_blocks("first_half", num_blocks), resolve_blocks("last_half", num_blocks)
+    assert first + last == resolve_blocks("all", num_blocks) == list(range(num_blocks))
+    assert len(last) - len(first) in (0, 1)
+
+
+@given(st.integers(1, 100).flatmap(lambda num: st.tuples(st.just(num), st.integers(1, num))))
+def test_first_and_last_n_have_n_blocks_at_their_end(sizes: tuple[int, int]) -> None:
+    num_blocks, count = sizes
+    everything = list(range(num_blocks))
+    assert resolve_blocks(f"first_{count}", num_blocks) == everything[:count]
+    assert resolve_blocks(f"last_{count}", num_blocks) == everything[-count:]
+
+
+@given(st.sets(st.integers(0, 30), min_size=1), st.randoms())
+def test_the_order_of_indices_means_nothing(blocks: set[int], random: object) -> None:
+    shuffled = sorted(blocks, key=lambda _: random.random())
+    assert resolve_blocks(shuffled, 31) == sorted(blocks)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ([0, 3], r"target_layers\.blocks=\[0, 3\]: \[3\] do not exist; this model has blocks 0 to 2\."),
+        ("first_4", r"target_layers\.blocks=first_4: this model has 3 blocks\."),
+        ("last_12", r"target_layers\.blocks=last_12: this model has 3 blocks\."),
+    ],
+)
+def test_blocks_that_the_model_lacks_are_an_error_that_says_how_many_there_are(blocks: object, message: str) -> None:
+    with pytest.raises(PlacementError, match=message):
+        _select("bert", "q", blocks=blocks)
+
+
+def test_half_of_one_block_is_an_error_and_no_empty_placement() -> None:
+    with pytest.raises(PlacementError, match=r"blocks=first_half: that is none of this model's 1 blocks\."):
+        select_modules(_bert_names(1), model_type="bert", projections=["q"], blocks="first_half")
+
+
+NOT_BLOCKS = [
+    "",
+    "ALL",
+    "half",
+    "first",
+    "first_0",
+    "first_-1",
+    "first_01",
+    "middle_2",
+    "last_2 ",
+    "0",
+    [],
+    [-1],
+    [1, 1],
+]
+NOT_BLOCKS += [[True], [0.5], ["0"], 3, None, {"first": 2}]
+
+
+@pytest.mark.parametrize("blocks", NOT_BLOCKS, ids=repr)
+def test_what_is_no_choice_of_blocks_is_an_error_that_lists_the_choices(blocks: object) -> None:
+    expected = (
+        f"target_layers.blocks={blocks!r}: allowed: all, first_half, last_half, first_N, last_N (N from 1), or a list "
+        "of indices such as [0,2,5]."
+    )
+    assert block_problems(blocks) == [expected]
+    with pytest.raises(PlacementError, match=re.escape(expected)):
+        resolve_blocks(blocks, 12)
+
+
+# ---------------------------------------------------------------- whole names
+
+
+def test_a_longer_name_is_not_taken_for_a_shorter_one() -> None:
+    decoys = [
+        "bert.encoder.layer.1.attention.self.query_extra",
+        "bert.encoder.layer.1.attention.self.query.query",
+        "bert.encoder.layer.1.attention.self.my.query",
+        "bert.encoder.layer.1.crossattention.self.query",
+        "other.bert.encoder.layer.1.attention.self.query",
+        "bert.encoder.layer.1x.attention.self.query",
+        "bert.encoder.layers.1.attention.self.query",
+    ]
+    names = [*decoys, *_bert_names(12), *decoys]
+    assert select_modules(names, model_type="bert", projections=["q"], blocks=[1]) == [
+        "bert.encoder.layer.1.attention.self.query"
+    ]
+    everywhere = select_modules(names, model_type="bert", projections=["q"])
+    assert everywhere == [f"bert.encoder.layer.{block}.attention.self.query" for block in range(12)]
+
+
+def test_block_1_is_not_block_10() -> None:
+    names = _bert_names(12)
+    assert select_modules(names, model_type="bert", projections=["v"], blocks=[1, 10]) == [
+        "bert.encoder.layer.1.attention.self.value",
+        "bert.encoder.layer.10.attention.self.value",
+    ]
+    one = select_modules(names, model_type="bert", modules=[r"bert\.encoder\.layer\.1\..*query"])
+    assert one == ["bert.encoder.layer.1.attention.self.query"]
+
+
+def test_the_order_is_that_of_the_model() -> None:
+    assert _select("llama", "v", "q", blocks=[2, 0]) == [
+        f"model.layers.{block}.self_attn.{part}" for block in (0, 2) for part in ("q_proj", "v_proj")
+    ]
+
+
+@given(st.sets(st.sampled_from(["q", "k", "v", "o", "up", "down"]), min_size=1), st.sets(st.integers(0, 2), min_size=1))
+def test_a_placement_is_projections_times_blocks(roles: set[str], blocks: set[int]) -> None:
+    selected = _select("bert", *sorted(roles), blocks=sorted(blocks))
+    one_by_one = [name for role in roles for block in blocks for name in _select("bert", role, blocks=[block])]
+    assert len(selected) == len(roles) * len(blocks)
+    assert sorted(selected) == sorted(one_by_one)
+
+
+def test_expressions_match_whole_names_and_may_overlap() -> None:
+    dense = _select("bert", modules=(r"bert\.encoder\..*\.output\.dense", r".*layer\.2\.output\.dense"))
+    assert dense == [
+        f"bert.encoder.layer.{block}.{path}"
+        for block in range(3)
+        for path in ("attention.output.dense", "output.dense")
+    ]
+    assert _select("bert", modules=(r"bert\.pooler\.dense",)) == ["bert.pooler.dense"]
+
+
+# ---------------------------------------------------------------- what selects nothing is an error
+
+
+@pytest.mark.parametrize(
+    ("model_type", "projections", "message"),
+    [
+        (
+            "bert",
+            ["gate"],
+            r"gate does not exist\. It has: q, k, v, o, up, down \(and the groups attention, mlp, all\)\.",
+        ),
+        ("bert", ["qkv"], r"qkv does not exist\. It has: q, k, v, o, up, down "),
+        ("gpt2", ["q"], r"q is fused with others into qkv \(attn\.c_attn\)\. It has: qkv, o, up, down "),
+        ("gpt2", ["q", "v"], r"q is fused .*; v is fused .*"),
+        ("gpt2", ["gate"], r"gate does not exist\. It has: qkv, o, up, down "),
+        ("deberta", ["k"], r"k is fused with others into qkv \(attention\.self\.in_proj\)\."),
+        ("llama", ["q", "qkv", "v"], r"on llama: qkv does not exist\. It has: q, k, v, o, gate, up, down "),
+    ],
+)
+def test_a_role_that_the_model_lacks_is_an_error_that_lists_what_it_has(
+    model_type: str, projections: list[str], message: str
+) -> None:
+    prefix = re.escape(f"target_layers.projections={projections} on {model_type}: ")
+    with pytest.raises(PlacementError, match=prefix) as caught:
+        _select(model_type, *projections)
+    assert re.search(message, str(caught.value)), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("projections", "message"),
+    [
+        (
+            ["q", "query", "x"],
+            "target_layers.projections: query, x unknown; known: q, k, v, o, qkv, up, down, gate, attention, mlp, all.",
+        ),
+        (["q", "v", "q"], "target_layers.projections: q named twice."),
+        (["attention", "q", "o"], "target_layers.projections: o, q named twice."),
+        (["all", "mlp"], "target_layers.projections: down, gate, up named twice."),
+    ],
+)
+def test_unknown_and_repeated_roles_are_errors_on_every_model(projections: list[str], message: str) -> None:
+    assert projection_problems(projections) == [message]
+    with pytest.raises(PlacementError) as caught:
+        _select("llama", *projections)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("projections", [["q"], ["q", "v"], ["attention", "mlp"], ["all"], ["qkv", "mlp"], []])
+def test_fine_projections_have_no_problems(projections: list[str]) -> None:
+    assert projection_problems(projections) == []
+
+
+def test_groups_consist_of_roles() -> None:
+    assert all(set(roles) <= set(ROLES) for roles in GROUPS.values())
+    assert set(GROUPS["all"]) == set(ROLES) == {*GROUPS["attention"], *GROUPS["mlp"]}
+
+
+def test_a_module_missing_from_one_block_is_an_error_and_no_smaller_adapter() -> None:
+    names = _bert_names(4)
+    names.remove("bert.encoder.layer.2.attention.self.query")
+    with pytest.raises(PlacementError) as caught:
+        select_modules(names, model_type="bert", projections=["q", "v"])
+    message = "target_layers: this bert model has no module bert.encoder.layer.2.attention.self.query."
+    assert str(caught.value) == message
+
+
+def test_a_model_without_its_blocks_is_an_error() -> None:
+    without_prefix = [name.removeprefix("bert.") for name in _bert_names(2)]  # a model without a task head
+    message = (
+        r"a bert model has blocks named bert\.encoder\.layer\.\{\}, and there is none here; names here are like "
+        r"encoder\.layer\.0\.attention\.self\.query, encoder"
+    )
+    with pytest.raises(PlacementError, match=message):
+        select_modules(without_prefix, model_type="bert", projections=["q"])
+
+
+def test_no_request_at_all_is_an_error() -> None:
+    with pytest.raises(PlacementError, match=r"target_layers: neither projections nor modules are given\."):
+        _select("bert")
+
+
+@pytest.mark.parametrize("modules", [(), (r".*query",)])
+def test_an_unknown_architecture_is_an_error_that_says_what_to_add(modules: tuple[str, ...]) -> None:
+    message = (
+        r"model type 'xlnet' is not described in harness/placement\.py; described are bert, .*, qwen3\. "
+        r"Add an Architecture with its block path, projections and head\."
+    )
+    with pytest.raises(PlacementError, match=message):
+        select_modules(["a"], model_type="xlnet", projections=["q"], modules=modules)
+    with pytest.raises(PlacementError, match=message):
+        head_modules("xlnet")
+
+
+@pytest.mark.parametrize("expression", ["query", r"attention\.self\.query", r"bert\.encoder\.layer\.0", r".*\.quer"])
+def test_an_expression_that_matches_no_whole_name_is_an_error(expression: str) -> None:
+    names = [name for name in _names("bert") if name != "bert.encoder.layer.0"]
+    with pytest.raises(PlacementError) as caught:
+        # One of several is enough: it would be missing from the adapter without a word.
+        select_modules(names, model_type="bert", modules=[r".*\.key", expression, r".*\.value"])
+    assert str(caught.value).startswith(
+        f"target_layers.modules: {expression!r} match no whole module name; names here are like "
+        "bert.embeddings.word_embeddings, "
+    )
+
+
+@pytest.mark.parametrize(
+    ("model_type", "expression", "in_head"),
+    [
+        ("roberta", r".*\.dense", "classifier.dense"),
+        ("bert", "classifier", "classifier"),
+        ("deberta-v2", r".*dense", "pooler.dense"),
+        ("llama", ".*", "score"),
+    ],
+)
+def test_the_head_takes_no_adapter(model_type: str, expression: str, in_head: str) -> None:
+    message = f"target_layers.modules: {in_head} belong to the task head, which is trained whole and takes no adapter"
+    with pytest.raises(PlacementError, match=re.escape(message)):
+        _select(model_type, modules=(expression,))

@@ -1,0 +1,322 @@
+"""One run, end to end, on tiny models and a small file: what it leaves behind, whatever happens to it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from harness import run as run_module
+from harness.claims import Claim, RunClaimedError
+from harness.config import RunConfig, from_dict, run_id
+from harness.data import TrainingBatches
+from harness.results import METRICS, Status, read_result
+from harness.run import kept_result, plan, run
+from harness.trainer import PreemptedError
+
+# What a clock or the operating system says differs from run to run; everything else is exact.
+NOT_EXACT = {
+    "train_seconds",
+    "step_seconds_median",
+    "wall_seconds",
+    "train_tokens_per_second",
+    "peak_rss_bytes",
+}
+WORDS = {"fruit": "apple pear plum cherry melon", "metal": "iron zinc lead copper silver", "sea": "tide wave reef gulf"}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of 120 rows in three classes, of unequal length."""
+    path = tmp_path_factory.mktemp("rows") / "train.csv"
+    draw = random.Random(0)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        for number in range(120):
+            label = list(WORDS)[number % 3]
+            writer.writerow([" ".join(draw.choices(WORDS[label].split(), k=draw.randint(2, 9))), label])
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("LORA_HARNESS_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    yield
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def config(rows: Path, runs_dir: Path, method: str = "lora", /, **overrides: Any) -> RunConfig:
+    values: dict[str, Any] = {
+        "model": {"name": "tiny_bert", "tiny": "bert"},
+        "dataset": {"name": "words", "train_file": str(rows), "max_length": 48},
+        "method": {"name": method},
+        "trainer": {"learning_rate": 3e-3, "max_steps": 6, "batch_size": 8, "eval_every": 4},
+        "tracking": {"wandb": "disabled", "progress": False, "log_every": 2},
+        "runs_dir": str(runs_dir),
+        "device": "cpu",
+    }
+    if method == "lora":
+        values["rank"] = {"rank": 4, "alpha": 16.0}
+        values["target_layers"] = {"name": "qv", "projections": ["q", "v"]}
+    for name, value in overrides.items():
+        values[name] = {**values[name], **value} if isinstance(value, dict) and name in values else value
+    return from_dict(values)
+
+
+def exact(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if name not in NOT_EXACT}
+
+
+@pytest.mark.parametrize(("method", "folder"), [("lora", "adapter"), ("full", "model"), ("head_only", "head")])
+def test_a_run_leaves_what_the_contract_says(rows: Path, tmp_path: Path, method: str, folder: str) -> None:
+    wanted = config(rows, tmp_path, method)
+    result = run(wanted)
+    run_dir = tmp_path / run_id(wanted)
+
+    assert result.status is Status.FINISHED
+    assert read_result(run_dir / "result.json") == result
+    assert set(result.metrics) <= set(METRICS)
+    assert {"peak_memory_bytes", "step_seconds_median", "val_accuracy", "test_accuracy", "test_accuracy_last"} <= set(
+        result.metrics
+    )
+    parts = ("weights_bytes", "gradients_bytes", "optimizer_bytes", "activations_bytes")
+    assert sum(result.metrics[part] for part in parts) == result.metrics["peak_memory_bytes"]
+    saved = list((run_dir / folder).glob("*.safetensors"))
+    assert result.metrics["checkpoint_bytes"] == sum(path.stat().st_size for path in saved) > 0
+    assert sorted(path.name for path in run_dir.iterdir()) == sorted(
+        ["config.yaml", "log.txt", "metrics.jsonl", "result.json", folder]
+    )
+    curve = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in curve if "train_nll" in row] == [2, 4, 6]
+    assert [row["step"] for row in curve if "val_accuracy" in row] == [4, 6]
+
+
+def test_counts_of_the_three_methods(rows: Path, tmp_path: Path) -> None:
+    counts = {method: run(config(rows, tmp_path, method)).metrics for method in ("lora", "full", "head_only")}
+    head = 64 * 3 + 3
+    # Two blocks of width 64, q and v, rank 4.
+    assert counts["lora"]["num_adapter_params"] == 2 * 2 * 4 * (64 + 64)
+    assert counts["lora"]["num_trainable_params"] == counts["lora"]["num_adapter_params"] + head
+    assert counts["head_only"]["num_trainable_params"] == head
+    assert counts["full"]["num_trainable_params"] == counts["full"]["num_total_params"]
+    assert all(metrics["num_head_params"] == head for metrics in counts.values())
+    assert counts["full"]["peak_memory_bytes"] > counts["lora"]["peak_memory_bytes"]
+    assert counts["lora"]["checkpoint_bytes"] < counts["full"]["checkpoint_bytes"]
+
+
+def test_the_same_config_gives_bitwise_equal_metrics_and_another_seed_does_not(rows: Path, tmp_path: Path) -> None:
+    dropout = {"model": {"dropout": 0.1}, "method": {"adapter_dropout": 0.1}}
+    first = run(config(rows, tmp_path / "a", **dropout))
+    torch.rand(7)  # whatever the process drew before must not matter
+    second = run(config(rows, tmp_path / "b", **dropout))
+    other = run(config(rows, tmp_path / "a", seed=1, **dropout))
+    assert exact(first.metrics) == exact(second.metrics)
+    assert first.run_id == second.run_id
+    weights = [load_file(tmp_path / at / first.run_id / "adapter/adapter_model.safetensors") for at in "ab"]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert exact(other.metrics) != exact(first.metrics)
+    assert other.cell_id == first.cell_id
+
+
+def test_data_order_and_head_do_not_depend_on_the_method(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[list[int]]] = {}
+    heads: dict[str, torch.Tensor] = {}
+    epoch, train = TrainingBatches.epoch, run_module.train
+
+    def watched_epoch(self: TrainingBatches, number: int, *, start: int = 0) -> Iterator[list[Any]]:
+        for micro_batches in epoch(self, number, start=start):
+            seen[method].append(micro_batches[0].inputs["input_ids"].flatten().tolist())
+            yield micro_batches
+
+    def watched_train(model: Any, *positional: Any, **named: Any) -> Any:
+        heads[method] = model.classifier.weight.detach().clone()
+        return train(model, *positional, **named)
+
+    monkeypatch.setattr(TrainingBatches, "epoch", watched_epoch)
+    monkeypatch.setattr(run_module, "train", watched_train)
+    for method in ("lora", "full", "head_only"):
+        seen[method] = []
+        run(config(rows, tmp_path, method))
+    assert len(seen["lora"]) >= 6
+    assert seen["lora"] == seen["full"] == seen["head_only"]
+    assert torch.equal(heads["lora"], heads["full"])
+    assert torch.equal(heads["lora"], heads["head_only"])
+
+
+def test_a_run_that_diverges_says_so_and_keeps_what_was_measured(rows: Path, tmp_path: Path) -> None:
+    result = run(config(rows, tmp_path, "full", trainer={"learning_rate": 1e30, "max_gradient_norm": None}))
+    assert result.status is Status.DIVERGED
+    assert "try a lower trainer.learning_rate" in result.error
+    assert result.metrics["peak_memory_bytes"] > 0
+    assert "test_accuracy" not in result.metrics
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), Status.OUT_OF_MEMORY),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), "out_of_memory"),
+        (MemoryError(), Status.OUT_OF_MEMORY),
+        (KeyError("surprise"), Status.FAILED),
+    ],
+)
+def test_what_goes_wrong_in_training_becomes_a_status(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, status: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(run_module, "train", fail)
+    result = run(config(rows, tmp_path))
+    assert result.status == status
+    assert type(error).__name__ in result.error
+    assert "num_adapter_params" in result.metrics
+    assert "peak_memory_bytes" not in result.metrics
+    assert "Traceback" in (tmp_path / result.run_id / "log.txt").read_text()
+
+
+def test_a_finished_run_is_not_made_again(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(config(rows, tmp_path))
+    monkeypatch.setattr(run_module, "prepare", lambda _: pytest.fail("prepared a finished run"))
+    assert run(config(rows, tmp_path)) == first
+
+
+@pytest.mark.parametrize(
+    ("status", "rerun", "stands"),
+    [
+        ("finished", "failed", True),
+        ("diverged", "failed", True),
+        ("failed", "failed", False),
+        ("out_of_memory", "failed", False),
+        ("failed", "never", True),
+        ("finished", "all", False),
+    ],
+)
+def test_which_results_stand(rows: Path, tmp_path: Path, status: str, rerun: str, stands: bool) -> None:
+    wanted = config(rows, tmp_path, rerun=rerun)
+    path = tmp_path / run_id(wanted) / "result.json"
+    path.parent.mkdir(parents=True)
+    fields = {"run_id": run_id(wanted), "cell_id": "c", "sweep": None, "config": {}, "schema_version": 1}
+    path.write_text(json.dumps({**fields, "status": status}))
+    assert (kept_result(wanted) is not None) == stands
+
+
+def test_a_half_written_result_does_not_stand(rows: Path, tmp_path: Path) -> None:
+    wanted = config(rows, tmp_path)
+    path = tmp_path / run_id(wanted) / "result.json"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"run_id": ')
+    assert kept_result(wanted) is None
+
+
+def test_a_run_that_another_process_computes_is_left_to_it(rows: Path, tmp_path: Path) -> None:
+    wanted = config(rows, tmp_path)
+    with Claim.acquire(tmp_path / run_id(wanted)), pytest.raises(RunClaimedError, match=f"process {os.getpid()} on"):
+        run(wanted)
+    assert run(wanted).status is Status.FINISHED
+
+
+def test_sigterm_writes_a_checkpoint_and_the_run_goes_on_from_it_bitwise(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = {"max_steps": 9, "eval_every": 2}
+    dropout = {"model": {"dropout": 0.1}, "method": {"adapter_dropout": 0.1}}
+    whole = run(config(rows, tmp_path / "whole", trainer=trainer, **dropout))
+
+    stepped = run_module.RunJournal.stepped
+
+    def terminated_at_5(self: Any, step: int, values: dict[str, float]) -> None:
+        stepped(self, step, values)
+        if step == 5 and not self.resumed_at_step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(run_module.RunJournal, "stepped", terminated_at_5)
+    wanted = config(rows, tmp_path / "cut", trainer=trainer, **dropout)
+    run_dir = tmp_path / "cut" / run_id(wanted)
+    with pytest.raises(PreemptedError, match="stopped after step 5"):
+        run(wanted)
+    assert (run_dir / "checkpoint.safetensors").is_file()
+    assert not (run_dir / "result.json").exists()
+
+    resumed = run(wanted)
+    assert exact(resumed.metrics) == exact(whole.metrics)
+    assert not (run_dir / "checkpoint.safetensors").exists()
+
+    def curve(directory: Path) -> list[dict[str, float]]:
+        lines = (directory / "metrics.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if k not in NOT_EXACT} for line in lines]
+
+    assert curve(run_dir) == curve(tmp_path / "whole" / whole.run_id)
+
+
+def test_a_damaged_checkpoint_is_refused_with_a_word_and_the_run_starts_over(
+    rows: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = config(rows, tmp_path)
+    run_dir = tmp_path / run_id(wanted)
+    run_dir.mkdir()
+    (run_dir / "checkpoint.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0not a header")
+    assert run(wanted).status is Status.FINISHED
+    assert "the run starts over" in caplog.text
+
+
+def test_gradient_checkpointing_and_micro_batches_train_alike(rows: Path, tmp_path: Path) -> None:
+    plain = run(config(rows, tmp_path / "a"))
+    for trainer in ({"gradient_checkpointing": True}, {"micro_batch_size": 2}):
+        other = run(config(rows, tmp_path / "b", trainer=trainer))
+        assert other.run_id != plain.run_id
+        assert other.metrics["train_nll"] == pytest.approx(plain.metrics["train_nll"], abs=1e-5)
+        assert other.metrics["peak_memory_bytes"] < plain.metrics["peak_memory_bytes"]
+
+
+def test_bfloat16_base_and_autocast(rows: Path, tmp_path: Path) -> None:
+    half = run(config(rows, tmp_path, model={"dtype": "bfloat16"}, trainer={"precision": "bf16"}))
+    whole = run(config(rows, tmp_path))
+    assert half.status is Status.FINISHED
+    assert half.metrics["num_total_params"] == whole.metrics["num_total_params"]
+    assert half.metrics["weights_bytes"] < 0.6 * whole.metrics["weights_bytes"]
+    assert half.metrics["train_nll"] == pytest.approx(whole.metrics["train_nll"], abs=0.05)
+
+
+@pytest.mark.parametrize(("model", "projections"), [("gpt2", ["qkv"]), ("llama", ["all"])])
+def test_decoders_classify_too(rows: Path, tmp_path: Path, model: str, projections: list[str]) -> None:
+    wanted = config(
+        rows,
+        tmp_path,
+        model={"name": f"tiny_{model}", "tiny": model},
+        target_layers={"name": "x", "projections": projections},
+    )
+    assert run(wanted).status is Status.FINISHED
+
+
+def test_regression(rows: Path, tmp_path: Path) -> None:
+    path = tmp_path / "lengths.csv"
+    with rows.open() as source, path.open("w", newline="") as target:
+        writer = csv.writer(target)
+        writer.writerow(["text", "label"])
+        writer.writerows([row["text"], str(len(row["text"]) / 60)] for row in csv.DictReader(source))
+    dataset = {"train_file": str(path), "task": "regression", "metrics": ["pearson"], "best_metric": "pearson"}
+    result = run(config(rows, tmp_path / "runs", dataset=dataset, trainer={"max_steps": 20}))
+    assert result.status is Status.FINISHED
+    assert result.metrics["test_mse"] > 0
+    assert result.metrics["num_head_params"] == 65
+
+
+def test_a_plan_needs_no_weights(rows: Path, tmp_path: Path) -> None:
+    planned = plan(config(rows, tmp_path))
+    assert planned.num_adapter_params == 2048
+    assert planned.target_modules == [
+        f"bert.encoder.layer.{block}.attention.self.{name}" for block in (0, 1) for name in ("query", "value")
+    ]
