@@ -150,6 +150,10 @@ class TrainingBatches:
         for indices in order[start:]:
             yield self._micro_batches(indices)
 
+    def shortest(self) -> list[Batch]:
+        """A step made of the shortest example alone."""
+        return [self._split.batch([int(self._split.lengths.argmin())])]
+
     def longest(self) -> list[Batch]:
         """A step made of the longest examples: no step of the run needs more memory."""
         return self._micro_batches(np.argsort(-self._split.lengths, kind="stable")[: self._batch_size])

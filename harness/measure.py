@@ -212,14 +212,15 @@ def measure_peak_memory(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     *,
+    first: Callable[[], object] | None = None,
     num_steps: int = 2,
 ) -> MemoryPeak:
     """Peak live tensor bytes of a training step, measured before training and leaving no trace.
 
     Runs `num_steps` steps: `forward_backward()`, `optimizer.step()`, `optimizer.zero_grad(set_to_none=True)`. The
-    optimizer creates its state in the first one, so the second has the real peak. `forward_backward` does all
-    micro-batches of one step and the clipping, where there is any; it leaves gradients on the parameters and calls
-    neither the optimizer nor a scheduler.
+    optimizer creates its state in the first one, so the second has the real peak; `first`, a `forward_backward` over
+    very little data, makes that first step a short one. `forward_backward` does all micro-batches of one step and the
+    clipping, where there is any; it leaves gradients on the parameters and calls neither the optimizer nor a scheduler.
 
     The optimizer is called here and not by `forward_backward`, because a learning rate of 0 alone does not protect the
     weights: 0 * nan is nan. So the gradients are overwritten with zeros in place before each optimizer step: the same
@@ -234,9 +235,12 @@ def measure_peak_memory(
     if num_steps < 1:
         raise ValueError(f"num_steps={num_steps!r}: must be at least 1; 2 sees the optimizer state as well")
     with without_side_effects(model, optimizer), LiveTensors(model, optimizer) as live:
-        for _ in range(num_steps):
+        for number in range(num_steps):
             with _garbage_collected_before():
-                forward_backward()
+                if number == 0 and first is not None:
+                    first()
+                else:
+                    forward_backward()
                 if _zero_gradients_in_place(model) == 0:
                     raise ValueError(
                         "forward_backward left no gradient on any parameter of the model: it must call "

@@ -43,6 +43,10 @@ class StepBatches(Protocol):
         """The micro-batches of every step of an epoch (counted from 0) but its first `start` steps."""
         ...
 
+    def shortest(self) -> list[Batch]:
+        """A step of one short example."""
+        ...
+
     def longest(self) -> list[Batch]:
         """The step that needs the most memory."""
         ...
@@ -202,7 +206,15 @@ def train(
             accelerator.clip_grad_norm_(parameters, config.max_gradient_norm)
         return total
 
-    memory = measure_peak_memory(lambda: forward_backward(batches.longest()), model, optimizer)
+    scaler_state = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
+    memory = measure_peak_memory(
+        lambda: forward_backward(batches.longest()),
+        model,
+        optimizer,
+        first=lambda: forward_backward(batches.shortest()),
+    )
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(scaler_state)
     measured: dict[str, float] = {**memory.as_metrics(), "num_steps": num_steps}
 
     at, best_state, stopwatch = Position(), None, Stopwatch(device)

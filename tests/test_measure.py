@@ -791,3 +791,18 @@ def test_no_git_is_an_absent_key(checkout: Checkout, tmp_path: Path, monkeypatch
         checkout.commit()
     monkeypatch.setenv("PATH", str(tmp_path))
     assert git_facts() == {}
+
+
+def test_a_short_first_step_gives_the_same_peak() -> None:
+    model = nn.Linear(16, 16)
+    long, short = torch.ones(64, 16), torch.ones(1, 16)
+    plain = measure_peak_memory(lambda: model(long).sum().backward(), model, torch.optim.AdamW(model.parameters()))
+    shortened = measure_peak_memory(
+        lambda: model(long).sum().backward(),
+        model,
+        torch.optim.AdamW(model.parameters()),
+        first=lambda: model(short).sum().backward(),
+    )
+    assert shortened.optimizer_bytes > 0
+    # The short example is alive beside the long ones, because this test holds on to it.
+    assert plain.total_bytes <= shortened.total_bytes <= plain.total_bytes + short.nbytes

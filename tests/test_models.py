@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, RobertaConfig
 
@@ -119,8 +120,6 @@ def test_a_fresh_head_is_drawn_from_the_seed_alone(tiny: TinyModel, tmp_path: Pa
 
 
 def drop_tensors(folder: Path, names: tuple[str, ...]) -> None:
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(folder / "model.safetensors")
     kept = {name: value for name, value in tensors.items() if name not in names}
     assert len(kept) == len(tensors) - len(names)
@@ -203,6 +202,19 @@ def test_a_tokenizer_without_pad_token_pads_with_its_last_one(saved: Path) -> No
     (saved / "tokenizer_config.json").write_text(json.dumps(settings))
     tokenizer = load_tokenizer(ModelConfig(name="x", path=str(saved)))
     assert (tokenizer.pad_token, tokenizer.pad_token_id, tokenizer.padding_side) == ("[SEP]", 3, "right")
+
+
+@pytest.mark.parametrize("tiny", [TinyModel.gpt2, TinyModel.llama])
+def test_a_model_without_pad_token_is_told_the_tokenizers(tiny: TinyModel, tmp_path: Path) -> None:
+    """It reads its answer at the last token that is no padding."""
+    save_model(load(TINY[tiny]), load_tokenizer(TINY[tiny]), tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"pad_token_id": None}))
+    model = load_model(ModelConfig(name="x", path=str(tmp_path)), num_labels=3, pad_token_id=3, seed=0).eval()
+    alone, together = torch.tensor([[2, 9, 8]]), torch.tensor([[2, 9, 8, 3, 3], [2, 9, 8, 7, 6]])
+    with torch.no_grad():
+        logits = model(input_ids=together, attention_mask=(together != 3).long()).logits
+        assert torch.allclose(model(input_ids=alone).logits[0], logits[0], atol=1e-5)
 
 
 def test_the_longest_input_is_the_smaller_of_what_model_and_tokenizer_say(saved: Path) -> None:

@@ -65,6 +65,9 @@ class Rows:
         for cut in range(start * self.batch_size, len(order), self.batch_size):
             yield self._step(order[cut : cut + self.batch_size])
 
+    def shortest(self) -> list[Batch]:
+        return [self._batch([min(range(len(self.examples)), key=lambda index: len(self.examples[index][0]))])]
+
     def longest(self) -> list[Batch]:
         order = sorted(range(len(self.examples)), key=lambda index: -len(self.examples[index][0]))
         return self._step(order[: self.batch_size])

@@ -11,6 +11,7 @@ Overrides = tuple[str, ...]
 
 # What Hydra's override grammar reads as one plain word; anything else is quoted.
 _PLAIN = re.compile(r"[A-Za-z0-9_/][A-Za-z0-9_./:+-]*")
+_KEYWORDS = ("null", "true", "false", "nan", "inf")
 
 
 class GridError(ValueError):
@@ -74,7 +75,8 @@ def as_override_value(value: Any) -> str:
         return "[" + ",".join(as_override_value(item) for item in value) + "]"
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{key}:{as_override_value(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, str) and not _PLAIN.fullmatch(value):
-        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    if isinstance(value, str) and (not _PLAIN.fullmatch(value) or value.lower() in _KEYWORDS):
+        # A backslash means something only before a quotation mark: there it is doubled.
+        escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
         return f"'{escaped}'"
     return str(value)

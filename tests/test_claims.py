@@ -1,0 +1,126 @@
+"""Claims: one owner at a time, dead owners replaced, living ones never."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from harness import claims
+from harness.claims import Claim, ClaimLostError, RunClaimedError, current_owner
+
+
+def dead_owner(run_dir: Path, **changes: object) -> Path:
+    """A claim file like one that an owner left, with some fields changed."""
+    claim = Claim.acquire(run_dir)
+    claim._stop.set()
+    claim._thread.join()
+    path = run_dir / "claims/0.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return path
+
+
+def test_a_run_has_one_owner(tmp_path: Path) -> None:
+    with Claim.acquire(tmp_path) as claim:
+        owner = current_owner(tmp_path)
+        assert owner is not None
+        assert owner.pid == os.getpid()
+        with pytest.raises(RunClaimedError, match=f"is being computed by process {os.getpid()} on"):
+            Claim.acquire(tmp_path)
+        claim.check()
+    assert current_owner(tmp_path) is None
+    with Claim.acquire(tmp_path):
+        assert current_owner(tmp_path) is not None
+
+
+def test_an_ended_run_leaves_no_claims(tmp_path: Path) -> None:
+    with Claim.acquire(tmp_path) as claim:
+        claim.release(ended=True)
+    assert not (tmp_path / "claims").exists()
+
+
+def test_a_dead_process_of_this_host_is_replaced_at_once(tmp_path: Path) -> None:
+    code = "import os, pathlib; from harness import claims; claims.Claim.acquire(pathlib.Path({!r})); os._exit(0)"
+    subprocess.run([sys.executable, "-c", code.format(str(tmp_path))], check=True)
+    assert (tmp_path / "claims/0.json").exists()
+    assert current_owner(tmp_path) is None
+    with Claim.acquire(tmp_path):
+        assert (tmp_path / "claims/1.json").exists()
+
+
+def test_a_later_process_with_the_same_number_is_not_the_owner(tmp_path: Path) -> None:
+    dead_owner(tmp_path, started=1.0)
+    assert current_owner(tmp_path) is None
+
+
+@pytest.mark.parametrize("change", [{"host": "elsewhere"}, {"boot": "another"}])
+def test_a_silent_other_host_is_replaced_after_the_heartbeat_limit(tmp_path: Path, change: dict[str, str]) -> None:
+    path = dead_owner(tmp_path, **change)
+    assert current_owner(tmp_path) is not None
+    with pytest.raises(RunClaimedError):
+        Claim.acquire(tmp_path)
+    past = time.time() - claims.SILENT_SECONDS - 1
+    os.utime(path, (past, past))
+    assert current_owner(tmp_path) is None
+    Claim.acquire(tmp_path).release(ended=True)
+
+
+def test_an_owner_that_was_replaced_notices(tmp_path: Path) -> None:
+    with Claim.acquire(tmp_path) as claim:
+        (tmp_path / "claims/1.json").write_text("{}")
+        with pytest.raises(ClaimLostError, match="taken over by another process"):
+            claim.check()
+
+
+def test_the_heartbeat_carries_the_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "HEARTBEAT_SECONDS", 0.01)
+    with Claim.acquire(tmp_path) as claim:
+        before = (tmp_path / "claims/0.json").stat().st_mtime_ns
+        claim.report({"step": 3})
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline:
+            owner = current_owner(tmp_path)
+            if owner is not None and owner.progress == {"step": 3}:
+                break
+            time.sleep(0.01)
+        else:
+            pytest.fail("no heartbeat")
+        assert (tmp_path / "claims/0.json").stat().st_mtime_ns > before
+
+
+def _race(run_dir: Path, barrier: object, won: object) -> None:
+    barrier.wait()  # type: ignore[attr-defined]
+    try:
+        Claim.acquire(run_dir)
+        won.put(os.getpid())  # type: ignore[attr-defined]
+    except RunClaimedError:
+        won.put(None)  # type: ignore[attr-defined]
+    barrier.wait()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_of_many_that_find_a_dead_owner_one_takes_over(tmp_path: Path, number: int) -> None:
+    dead_owner(tmp_path, started=1.0)
+    context = multiprocessing.get_context("fork")
+    barrier, won = context.Barrier(6), context.Queue()
+    processes = [context.Process(target=_race, args=(tmp_path, barrier, won)) for _ in range(6)]
+    for process in processes:
+        process.start()
+    winners = [won.get(timeout=30) for _ in processes]
+    for process in processes:
+        process.join()
+    assert len([winner for winner in winners if winner]) == 1
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"host": 3}', "[]", "\udcff"])
+def test_a_claim_that_cannot_be_read_does_not_hold(tmp_path: Path, content: str) -> None:
+    (tmp_path / "claims").mkdir()
+    (tmp_path / "claims/0.json").write_text(content, errors="surrogateescape")
+    assert current_owner(tmp_path) is None
+    Claim.acquire(tmp_path).release(ended=True)

@@ -1,0 +1,242 @@
+"""The launcher for real: processes are started, killed and started again, on tiny models and a small file."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from analysis.status import find_status
+from harness.claims import Claim, read_owner
+from harness.results import Status, read_result
+from tests.test_run import NOT_EXACT
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = ("apple pear plum", "iron zinc lead")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """What every sweep here has in common: a tiny model, 60 short rows, few steps."""
+    folder = tmp_path_factory.mktemp("rows")
+    lines = ["text,label", *(f"{WORDS[number % 2]} {number},{number % 2}" for number in range(60))]
+    (folder / "train.csv").write_text("\n".join(lines) + "\n")
+    os.environ["LORA_HARNESS_CACHE"] = str(folder / "cache")
+    yield [
+        "model=tiny_bert",
+        "dataset=local",
+        f"dataset.train_file={folder / 'train.csv'}",
+        "dataset.max_length=32",
+        "trainer.num_epochs=null",
+        "trainer.max_steps=4",
+        "tracking=off",
+        "device=cpu",
+    ]
+    del os.environ["LORA_HARNESS_CACHE"]
+
+
+def launch(runs_dir: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "harness", "-m", *arguments, f"runs_dir={runs_dir}"]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def sweep(runs_dir: Path, *arguments: str) -> tuple[int, str]:
+    process = launch(runs_dir, *arguments)
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+def results(runs_dir: Path) -> dict[str, Any]:
+    return {path.parent.name: read_result(path) for path in runs_dir.glob("*/result.json")}
+
+
+def exact(runs_dir: Path) -> dict[str, dict[str, float]]:
+    return {
+        run_id: {name: value for name, value in result.metrics.items() if name not in NOT_EXACT}
+        for run_id, result in results(runs_dir).items()
+    }
+
+
+def test_failures_are_rows_and_do_not_stop_the_others(base: list[str], tmp_path: Path) -> None:
+    """One axis of learning rates: two runs finish, one diverges; one more cannot write its folder."""
+    arguments = [
+        *base,
+        "rank=r2",
+        "target_layers=qv",
+        "trainer.learning_rate=1e-3,1e30,2e-3",
+        "trainer.max_gradient_norm=null",
+        "sweep=mixed",
+    ]
+    code, output = sweep(tmp_path, *arguments)
+    found = results(tmp_path)
+    assert code == 1
+    assert sorted(result.status for result in found.values()) == ["diverged", "finished", "finished"]
+    assert "3/3 runs: 2 finished, 1 diverged" in output
+    assert "diverged: tiny_bert-local-lora-r2-qv-lr1e+30" in output
+    assert "from one run's end to the next one's first step: median" in output
+    assert not list(tmp_path.glob("*/claims"))
+    assert {status.state for status in find_status(tmp_path, "mixed")} == {"finished", "diverged"}
+
+    # Again: all three results stand, and nothing is computed.
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/result.json")}
+    code, output = sweep(tmp_path, *arguments)
+    assert code == 1
+    assert output.count("already finished") == 3
+    assert times == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/result.json")}
+
+
+def test_data_that_cannot_be_used_is_a_failed_row_with_its_message(base: list[str], tmp_path: Path) -> None:
+    code, output = sweep(tmp_path, *base, "rank=r2", "target_layers=qv", "dataset.label_column=nope,label")
+    by_status = {result.status: result for result in results(tmp_path).values()}
+    assert code == 1
+    assert set(by_status) == {Status.FINISHED, Status.FAILED}
+    assert "no column nope" in by_status[Status.FAILED].error
+    assert "no column nope" in output
+    assert "Traceback" not in output
+
+
+def test_a_killed_worker_is_a_failed_row_and_is_made_again_by_the_next_launch(base: list[str], tmp_path: Path) -> None:
+    arguments = [*base, "trainer.max_steps=150", "rank=r2,r4", "target_layers=qv", "trainer.checkpoint_every=20"]
+    process = launch(tmp_path, *arguments)
+    victim = _wait_for_worker(tmp_path)
+    os.kill(victim, signal.SIGKILL)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 1
+    statuses = sorted(result.status for result in results(tmp_path).values())
+    assert statuses == ["failed", "finished"]
+    assert "the process was killed by SIGKILL" in output
+
+    code, _ = sweep(tmp_path, *arguments)
+    assert code == 0
+    assert {result.status for result in results(tmp_path).values()} == {Status.FINISHED}
+    assert not list(tmp_path.glob("*/checkpoint.safetensors"))
+
+
+def test_ctrl_c_keeps_what_is_finished_and_ends_what_runs(base: list[str], tmp_path: Path) -> None:
+    arguments = [*base, "trainer.max_steps=1000", "rank=r2,r4", "target_layers=qv"]
+    process = launch(tmp_path, *arguments)
+    _wait_for_worker(tmp_path)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode not in (0, None)
+    assert "Traceback" not in output
+    assert "interrupted" in output
+    assert not results(tmp_path)
+    # The run that was running can go on, and nobody holds it.
+    assert len(list(tmp_path.glob("*/checkpoint.safetensors"))) == 1
+    for path in tmp_path.glob("*/claims/*.json"):
+        owner = read_owner(path)
+        assert owner is not None and owner.released
+
+
+def test_two_launchers_on_one_folder_compute_each_run_once(base: list[str], tmp_path: Path) -> None:
+    arguments = [*base, "trainer.max_steps=20", "rank=r1,r2,r4,r8", "target_layers=qv", "num_threads=1"]
+    both = [launch(tmp_path, *arguments) for _ in range(2)]
+    outputs = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert len(results(tmp_path)) == 4
+    # A log that begins once was written by one process.
+    for run_id in results(tmp_path):
+        log = (tmp_path / run_id / "log.txt").read_text()
+        assert log.count(f"INFO {run_id}\n") == 1, log
+
+
+def test_chaos(base: list[str], tmp_path: Path) -> None:
+    """Launchers and workers are killed at random moments until all is done: the same results as undisturbed."""
+    kills = int(os.environ.get("CHAOS_KILLS", "4"))
+    arguments = [
+        *base,
+        "trainer.max_steps=60",
+        "trainer.checkpoint_every=5",
+        "trainer.eval_every=20",
+        "model.dropout=0.1",
+        "rank=r1,r4",
+        "target_layers=qv",
+        "seed=0,1",
+        "num_threads=1",
+        "sweep=chaos",
+    ]
+    code, output = sweep(tmp_path / "calm", *arguments)
+    assert code == 0, output
+
+    draw = random.Random(int(os.environ.get("CHAOS_SEED", "0")))
+    wild = tmp_path / "wild"
+    killed = 0
+    for _ in range(10 * kills):
+        process = launch(wild, *arguments)
+        if killed < kills:
+            try:
+                victim = _wait_for_worker(wild, process)
+            except TimeoutError:
+                process.communicate(timeout=300)
+                continue
+            time.sleep(draw.uniform(0.0, 0.5))
+            target = victim if draw.random() < 0.5 else process.pid
+            try:
+                os.kill(target, signal.SIGKILL)
+                killed += 1
+            except ProcessLookupError:
+                pass
+        output, _ = process.communicate(timeout=300)
+        for path in wild.glob("*/result.json"):
+            read_result(path)  # never half a file
+        if process.returncode == 0 and killed >= kills:
+            break
+        if process.returncode == 0:
+            # Finished before enough was killed: take the results away and let it do some again.
+            for path in wild.glob("*/result.json"):
+                path.unlink()
+    assert killed == kills
+    assert code == 0, output
+    assert exact(wild) == exact(tmp_path / "calm")
+    assert not list(wild.glob("*/.*partial")) and not list(wild.glob("*/checkpoint.safetensors"))
+
+
+def _wait_for_worker(runs_dir: Path, launcher: subprocess.Popen[str] | None = None) -> int:
+    """The process number of a worker that is past its first step."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        for path in runs_dir.glob("*/claims/*.json"):
+            owner = read_owner(path)
+            if owner is not None and not owner.released and owner.progress.get("step"):
+                return owner.pid
+        if launcher is not None and launcher.poll() is not None:
+            break
+        time.sleep(0.05)
+    raise TimeoutError("no worker has made a step")
+
+
+def test_peak_memory_is_the_same_alone_and_after_others(base: list[str], tmp_path: Path) -> None:
+    common = [*base, "rank=r2", "target_layers=qv"]
+    sweep(tmp_path / "after", *common, "seed=0,1,2")
+    sweep(tmp_path / "alone", *common, "seed=2")
+    (alone,) = results(tmp_path / "alone").values()
+    after = results(tmp_path / "after")[alone.run_id]
+    assert after.metrics["peak_memory_bytes"] == alone.metrics["peak_memory_bytes"]
+
+
+def test_a_claimed_run_is_waited_for(base: list[str], tmp_path: Path) -> None:
+    """Another launcher's run: this one does not compute it, and ends when the other has let go."""
+    process = launch(tmp_path, *base, "rank=r2", "target_layers=qv", "hydra.sweeper.dry_run=true")
+    shown, _ = process.communicate(timeout=120)
+    (run_id,) = {word for word in shown.split() if word.startswith("tiny_bert-local-lora")}
+    claim = Claim.acquire(tmp_path / run_id)
+    process = launch(tmp_path, *base, "rank=r2", "target_layers=qv")
+    try:
+        process.wait(timeout=8)
+        pytest.fail("it did not wait: " + process.communicate()[0])
+    except subprocess.TimeoutExpired:
+        assert not results(tmp_path)
+    claim.release(ended=False)
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert json.loads((tmp_path / run_id / "result.json").read_text())["status"] == "finished"

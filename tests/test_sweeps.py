@@ -1,0 +1,171 @@
+"""The sweeper, and every committed sweep file: expanded, composed, validated and counted without running anything."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+from transformers import RobertaConfig
+
+from harness import models
+from harness.__main__ import main
+from hydra_plugins.lora_harness import sweeper as sweeper_module
+
+ROOT = Path(__file__).resolve().parent.parent
+SWEEP_FILES = sorted((ROOT / "sweeps").glob("*.yaml"))
+
+
+class Launched(Exception):
+    """Stands where the launcher would begin."""
+
+    def __init__(self, overrides: list[list[str]]) -> None:
+        self.overrides = overrides
+        super().__init__()
+
+
+@pytest.fixture
+def sweep(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Runs `python -m harness -m ARGUMENTS` up to the launcher; returns exit code, runs and what was launched."""
+    seen: dict[str, Any] = {}
+    merge = sweeper_module._merge_equal
+
+    def watched(runs: Any) -> Any:
+        seen["runs"] = merge(runs)
+        return seen["runs"]
+
+    class Stand:
+        def launch(self, job_overrides: list[list[str]], initial_job_idx: int) -> list[Any]:
+            seen["launched"] = job_overrides
+            return []
+
+    monkeypatch.setattr(sweeper_module, "_merge_equal", watched)
+    monkeypatch.setattr(
+        sweeper_module.GridSweeper,
+        "setup",
+        lambda self, hydra_context, task_function, config: self.__dict__.update(
+            hydra_context=hydra_context, config=config, launcher=Stand()
+        ),
+    )
+
+    def call(*arguments: str) -> tuple[int, dict[str, Any]]:
+        seen.clear()
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr(sys, "argv", ["harness", "-m", f"runs_dir={tmp_path}", *arguments])
+        return main(), seen
+
+    return call
+
+
+def roberta_without_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The published shape of roberta-base, where `load_model_config` would ask the hub."""
+    load = models.load_model_config
+
+    def stand_in(config: Any, *, num_labels: int, pad_token_id: int) -> Any:
+        if config.name != "roberta_base":
+            return load(config, num_labels=num_labels, pad_token_id=pad_token_id)
+        return RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, num_labels=num_labels)
+
+    monkeypatch.setattr(models, "load_model_config", stand_in)
+
+
+def comment_of(path: Path) -> str:
+    lines = path.read_text().splitlines()
+    return "\n".join(line for line in lines if line.startswith("#"))
+
+
+@pytest.mark.parametrize("path", SWEEP_FILES, ids=lambda path: path.stem)
+def test_every_sweep_file_expands_validates_and_counts_right(
+    path: Path, sweep: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    roberta_without_a_hub(monkeypatch)
+    head = comment_of(path)
+    for heading in ("Which table:", "Command:", "Runs:", "Time:"):
+        assert heading in head
+    announced = int(re.search(r"Runs: (\d+)", head)[1])  # type: ignore[index]
+
+    code, seen = sweep(f"sweeps={path.stem}")
+    assert code == 0
+    assert len(seen["launched"]) == announced
+    assert {run.config.sweep for run in seen["runs"]} == {path.stem}
+    membership = (tmp_path / "sweeps" / f"{path.stem}.json").read_text()
+    assert all(run.run_id in membership for run in seen["runs"])
+
+
+def test_the_wandb_sweep_names_what_exists() -> None:
+    values = yaml.safe_load((ROOT / "sweeps/wandb/rank_by_target_layers.yaml").read_text())
+    assert values["command"][:3] == ["python", "-m", "harness"]
+    for group in ("rank", "target_layers"):
+        for option in values["parameters"][group]["values"]:
+            assert (ROOT / "conf" / group / f"{option}.yaml").is_file()
+    own = yaml.safe_load((ROOT / "sweeps/rank_by_target_layers.yaml").read_text())["hydra"]["sweeper"]["grids"][0]
+    assert {name: entry["values"] for name, entry in values["parameters"].items()} == {
+        name: own[name] for name in ("rank", "target_layers", "seed")
+    }
+
+
+def test_a_misspelt_sweep_lists_those_that_exist(sweep: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    code, seen = sweep("sweeps=dmo")
+    assert code == 2
+    assert not seen
+    assert "sweeps=dmo: no such option. There are: demo," in capsys.readouterr().err
+
+
+def test_a_bad_axis_in_one_of_three_grids_names_every_problem_before_anything_starts(
+    sweep: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    grids = (
+        "hydra.sweeper.grids=[{method:lora,rank:[r1,r8],target_layers:qv},"
+        "{method:full,rank:r8},"
+        "{method:lora,rank:r8,target_layers:[gate,nope],trainer.learning_rate:-1}]"
+    )
+    code, seen = sweep(grids, "model=tiny_bert")
+    error = capsys.readouterr().err
+    assert code == 2
+    assert not seen
+    assert "method=full takes no rank" in error
+    assert "trainer.learning_rate=-1.0: allowed is a finite number above 0." in error
+    assert "target_layers/nope" in error
+    assert "of 5 runs, the first: method=full rank=r8" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_placements_and_ranks_are_checked_against_the_model(sweep: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    code, seen = sweep("model=tiny_bert", "rank=r8,r128", "target_layers=qv,gate")
+    error = capsys.readouterr().err
+    assert code == 2
+    assert not seen
+    assert "gate does not exist" in error
+    assert "rank=128: a 64 -> 64 projection allows 1 to 64." in error
+
+
+def test_equal_runs_are_merged_with_a_word(sweep: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    code, seen = sweep("model=tiny_bert", "rank=r8", "target_layers=qv", "seed=0,1", "rank.rank=8,4")
+    assert (code, len(seen["launched"])) == (0, 4)
+    code, seen = sweep("model=tiny_bert", "rank=r8", "target_layers=qv", "trainer.learning_rate=1e-3,0.001")
+    assert (code, len(seen["launched"])) == (0, 1)
+    assert "1 of 2 runs are named more than once and are run once" in caplog.text
+
+
+def test_the_command_line_on_top_of_a_sweep_file(sweep: Any) -> None:
+    _, seen = sweep("sweeps=demo", "rank=r4", "seed=0,1", "model=tiny_bert")
+    runs = seen["runs"]
+    assert len(runs) == 8
+    assert {run.config.rank.rank for run in runs if run.config.rank} == {4}
+    assert {run.config.model.name for run in runs} == {"tiny_bert"}
+
+
+def test_a_dry_run_shows_and_starts_nothing(sweep: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, seen = sweep("sweeps=demo", "model=tiny_bert", "hydra.sweeper.dry_run=true")
+    printed = capsys.readouterr().out
+    assert code == 0
+    assert "launched" not in seen
+    assert "6 runs: 6 new" in printed
+    # Two blocks, q and v, rank 8, 64 -> 64.
+    assert re.search(r"lora-r8-qv-.*new +4,096 ", printed)
+    assert not list(tmp_path.iterdir())
