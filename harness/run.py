@@ -174,7 +174,7 @@ def _run_claimed(prepared: PreparedRun, run_dir: Path, claim: Claim, started: fl
     )
     journal = RunJournal(config, run_dir, tracker, claim)
     try:
-        with _sigterm_calls(journal.ask_to_stop):
+        with _stop_signals_call(journal.ask_to_stop):
             result = _train_and_evaluate(prepared, run_dir, journal, started)
         claim.check()
         write_result(run_dir, result)
@@ -381,17 +381,22 @@ def _clear(run_dir: Path, *, keep_checkpoint: bool) -> None:
         shutil.rmtree(run_dir / name, ignore_errors=True)
 
 
+# What clusters send before they take a machine away: SLURM and Kubernetes the first, submitit the second.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+
+
 @contextmanager
-def _sigterm_calls(ask: Callable[[], None]) -> Iterator[None]:
-    """While inside, SIGTERM (what a cluster sends before it takes a machine away) asks instead of killing."""
+def _stop_signals_call(ask: Callable[[], None]) -> Iterator[None]:
+    """While inside, a stop signal asks instead of killing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: ask())
+    before = {number: signal.signal(number, lambda *_: ask()) for number in STOP_SIGNALS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -37,6 +37,7 @@ LAYERS = {
     "harness.run": 3,
     "harness.__main__": 4,
     "hydra_plugins.lora_harness": 4,
+    "hydra_plugins.lora_harness.clusters": 4,
     "hydra_plugins.lora_harness.composing": 4,
     "hydra_plugins.lora_harness.grids": 4,
     "hydra_plugins.lora_harness.launcher": 4,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
 from transformers import RobertaConfig
 
 from harness import models
@@ -32,6 +33,7 @@ class Launched(Exception):
 def sweep(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Runs `python -m harness -m ARGUMENTS` up to the launcher; returns exit code, runs and what was launched."""
     seen: dict[str, Any] = {}
+    Plugins.instance()  # Hydra's scan runs the plug-in modules once more and would undo what is replaced below
     merge = sweeper_module._merge_equal
 
     def watched(runs: Any) -> Any:

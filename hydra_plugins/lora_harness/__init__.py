@@ -4,6 +4,6 @@ The modules are imported here because Hydra's scan runs a plug-in's file without
 it is there already; dataclasses and pickling need it there.
 """
 
-from hydra_plugins.lora_harness import launcher, search_path, sweeper
+from hydra_plugins.lora_harness import clusters, launcher, search_path, sweeper
 
-__all__ = ["launcher", "search_path", "sweeper"]
+__all__ = ["clusters", "launcher", "search_path", "sweeper"]

@@ -7,7 +7,6 @@ run that fails does not stop the others. Runs that another launcher is computing
 
 from __future__ import annotations
 
-import datetime
 import logging
 import multiprocessing
 import os
@@ -28,11 +27,12 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from harness.claims import current_owner
-from harness.config import ConfigError, Device, RunConfig, cell_id, run_id, to_dict
-from harness.results import RESULT_FILE, ResultError, RunResult, Status, read_result, write_result
+from harness.config import ConfigError, Device, RunConfig, run_id, to_dict
+from harness.results import RESULT_FILE, ResultError, RunResult, Status, read_result
 from hydra_plugins.lora_harness import worker
 from hydra_plugins.lora_harness.composing import compose_run
-from hydra_plugins.lora_harness.screen import Outcome, RunningRun, Screen, open_screen
+from hydra_plugins.lora_harness.screen import RunningRun, Screen, open_screen
+from hydra_plugins.lora_harness.worker import Outcome
 
 logger = logging.getLogger("harness")
 
@@ -114,7 +114,7 @@ class QueueLauncher(Launcher):
         with open_screen(len(configs)) as screen:
             outcomes = queue.run(screen)
         return [
-            _job_return(overrides, outcomes[run_id(config)])
+            job_return(overrides, outcomes[run_id(config)])
             for overrides, config in zip(job_overrides, configs, strict=True)
         ]
 
@@ -219,10 +219,10 @@ class Queue:
             job.process.join()
             self._jobs.remove(job)
             self._free.append(job.slot)
-            if job.process.exitcode == worker.CLAIMED:
+            outcome = _outcome(job)
+            if outcome.status == worker.CLAIMED:
                 self._elsewhere.append(job.config)
                 continue
-            outcome = _outcome(job)
             self._outcomes[job.run_id] = outcome
             self._note_gap(job)
             screen.ended(job.run_id, outcome)
@@ -277,38 +277,25 @@ def _as_running(job: Job) -> RunningRun:
 
 
 def _outcome(job: Job) -> Outcome:
-    """What became of a run whose process has ended; one that left no result gets a result that says why."""
+    """What became of a run whose process has ended; one that was killed gets a result that says so."""
+    # A process that has sent its outcome has nothing more to say, however it ended.
+    if job.reply.poll():
+        try:
+            return job.reply.recv()
+        except EOFError:
+            pass
     code = job.process.exitcode
-    if code == worker.PREEMPTED:
-        return Outcome("not finished", "stopped by SIGTERM after writing a checkpoint")
-    path = run_dir(job.config) / RESULT_FILE
-    if code in (worker.FINISHED, worker.NOT_FINISHED):
-        result = read_result(path)
-        return Outcome(str(result.status), result.error)
-    if code == worker.REFUSED:
-        error = job.reply.recv() if job.reply.poll() else "refused"
-    elif code is not None and code < 0:
+    if code is not None and code < 0:
         error = f"the process was killed by {signal.Signals(-code).name}"
         if -code == signal.SIGKILL:
             error += " (Linux does that when memory runs out)"
     else:
         error = f"the process ended with exit code {code}; see log.txt"
-    result = RunResult(
-        run_id=job.run_id,
-        cell_id=cell_id(job.config),
-        sweep=job.config.sweep,
-        status=Status.FAILED,
-        config=to_dict(job.config),
-        error=error,
-    )
-    try:
-        write_result(run_dir(job.config), result)
-    except OSError as problem:
-        error += f"; this could not be written down ({problem.strerror})"
-    return Outcome(str(Status.FAILED), error)
+    return worker.write_failure(job.config, error)
 
 
-def _job_return(overrides: Sequence[str], outcome: Outcome) -> JobReturn:
+def job_return(overrides: Sequence[str], outcome: Outcome) -> JobReturn:
+    """The outcome in Hydra's terms."""
     fine = outcome.status == Status.FINISHED
     value = outcome.status if fine else RuntimeError(f"{outcome.status}: {outcome.error}")
     return JobReturn(
@@ -316,8 +303,3 @@ def _job_return(overrides: Sequence[str], outcome: Outcome) -> JobReturn:
         status=JobStatus.COMPLETED if fine else JobStatus.FAILED,
         _return_value=value,
     )
-
-
-def now() -> str:
-    """Local time for log lines."""
-    return datetime.datetime.now().strftime("%H:%M:%S")

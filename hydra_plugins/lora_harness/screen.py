@@ -16,20 +16,12 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.results import Status
+from hydra_plugins.lora_harness.worker import Outcome
 
 logger = logging.getLogger("harness")
 
 # Without a terminal, how often a line says how far the running runs are.
 _LINE_EVERY_SECONDS = 60.0
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a run: a status of the results contract, or `not finished`."""
-
-    status: str
-    error: str = ""
-    was_kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,7 +112,7 @@ class PlainScreen:
         self._shown = time.monotonic()
 
     def started(self, run_id: str, slot: str) -> None:
-        """Logs nothing: the end of a run says all that matters."""
+        """One line."""
         logger.info("%s: started on %s", run_id, slot)
 
     def ended(self, run_id: str, outcome: Outcome) -> None:

@@ -1,4 +1,4 @@
-"""What happens inside the process of one run."""
+"""What happens inside the process of one run, under every launcher."""
 
 from __future__ import annotations
 
@@ -7,60 +7,107 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-# Exit codes of a run's process. The launcher reads the result file; these say why there is none.
-FINISHED, NOT_FINISHED, REFUSED, CLAIMED, PREEMPTED = 0, 1, 2, 3, 75
+if TYPE_CHECKING:
+    from harness.config import RunConfig
 
 # Loaded once by the fork server, so that each run starts in a fraction of a second.
 PRELOAD = ["harness.run", "hydra_plugins.lora_harness.worker", "torch.optim.adamw", "sklearn.metrics"]
+
+# What a run can come to beside the statuses of the results contract; it has no result then.
+NOT_FINISHED = "not finished"
+CLAIMED = "claimed"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run: a status of the results contract, `not finished` (stopped) or `claimed` (by another).
+
+    `was_kept`: nothing was computed, because the run had a result already.
+    """
+
+    status: str
+    error: str = ""
+    was_kept: bool = False
+
+
+def compute(values: dict[str, Any]) -> Outcome:
+    """Computes one run in this process, without a progress display.
+
+    Args:
+        values: the run's config, as `to_dict` gives it.
+
+    A run that cannot even begin (data that cannot be used, a model that cannot be had) leaves a failed result with the
+    message: in a sweep it is a row like any other.
+    """
+    from harness.claims import RunClaimedError
+    from harness.config import from_dict
+    from harness.run import USER_ERRORS, PreemptedError, run
+
+    config = from_dict(values)
+    try:
+        result = run(replace(config, tracking=replace(config.tracking, progress=False)))
+    except RunClaimedError as error:
+        return Outcome(CLAIMED, str(error))
+    except PreemptedError as error:
+        return Outcome(NOT_FINISHED, str(error))
+    except USER_ERRORS as error:
+        return write_failure(config, str(error))
+    return Outcome(str(result.status), result.error)
+
+
+def write_failure(config: RunConfig, error: str) -> Outcome:
+    """Leaves a result for a run that could not leave one itself."""
+    from harness.config import cell_id, run_id, to_dict
+    from harness.results import RunResult, Status, write_result
+
+    result = RunResult(
+        run_id=run_id(config),
+        cell_id=cell_id(config),
+        sweep=config.sweep,
+        status=Status.FAILED,
+        config=to_dict(config),
+        error=error,
+    )
+    try:
+        write_result(Path(config.runs_dir) / result.run_id, result)
+    except OSError as problem:
+        error += f" (this could not be written to {config.runs_dir}: {problem.strerror})"
+    return Outcome(str(Status.FAILED), error)
 
 
 def run_in_process(
     values: dict[str, Any], *, log_path: str, variables: dict[str, str], launcher_pid: int, reply: Connection
 ) -> None:
-    """Computes one run in this process and exits with one of the codes above.
+    """Computes one run in a process of the queue launcher and sends the outcome.
 
     Args:
         values: the run's config, as `to_dict` gives it.
         log_path: file that takes everything the process prints.
         variables: environment variables that give the process its device.
         launcher_pid: when this process is gone, the run writes a checkpoint and ends.
-        reply: takes the message of a refused run.
+        reply: takes the outcome.
     """
     # Ctrl-C reaches the whole terminal; what becomes of the runs is the launcher's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(variables)
     _redirect_output(Path(log_path))
     threading.Thread(target=_end_with, args=(launcher_pid,), daemon=True).start()
-
-    from harness.claims import RunClaimedError
-    from harness.config import from_dict
-    from harness.results import Status
-    from harness.run import USER_ERRORS, PreemptedError, run
-
-    try:
-        config = from_dict(values)
-        result = run(replace(config, tracking=replace(config.tracking, progress=False)))
-        code = FINISHED if result.status is Status.FINISHED else NOT_FINISHED
-    except RunClaimedError:
-        code = CLAIMED
-    except PreemptedError:
-        code = PREEMPTED
-    except USER_ERRORS as error:
-        reply.send(str(error))
-        code = REFUSED
-    sys.exit(code)
+    reply.send(compute(values))
 
 
 def _redirect_output(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        os.dup2(file.fileno(), sys.stdout.fileno())
-        os.dup2(file.fileno(), sys.stderr.fileno())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            os.dup2(file.fileno(), sys.stdout.fileno())
+            os.dup2(file.fileno(), sys.stderr.fileno())
+    except OSError as error:
+        print(f"{path}: {error.strerror}; what this run prints is not kept", file=sys.stderr)
 
 
 def _end_with(launcher_pid: int) -> None:
