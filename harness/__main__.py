@@ -1,6 +1,7 @@
 """`python -m harness ...`: Hydra's entry. Composes a config, runs it, and exits with what became of it.
 
-Exit codes: 0 finished; 1 a run failed, diverged or ran out of memory; 2 the config or the data cannot be used.
+Exit codes: 0 finished; 1 a run failed, diverged or ran out of memory; 2 the config or the data cannot be used; 75
+stopped by SIGTERM, with a checkpoint to go on from; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -40,13 +41,18 @@ def main() -> int:
             exit_codes.append(2)
             return
         # Imported late: composing, --help and every error in the config come without waiting for torch.
-        from harness.run import USER_ERRORS, run
+        from harness.claims import RunClaimedError
+        from harness.run import USER_ERRORS, PreemptedError, run
 
         try:
             result = run(config)
-        except USER_ERRORS as error:
+        except (*USER_ERRORS, RunClaimedError) as error:
             _print_problem(error)
             exit_codes.append(2)
+            return
+        except PreemptedError as error:
+            _print_problem(error)
+            exit_codes.append(75)
             return
         exit_codes.append(0 if result.status is Status.FINISHED else 1)
 
@@ -57,6 +63,9 @@ def main() -> int:
     except ConfigError as error:  # from the sweeper
         _print_problem(error)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     except (HydraException, AssertionError, ValueError) as error:
         if not isinstance(error, HydraException) and (started or not _came_from_composing(error)):
             raise

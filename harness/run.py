@@ -401,12 +401,16 @@ def _stop_signals_call(ask: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def _logged_to(path: Path) -> Iterator[None]:
+    """While inside, what the harness logs goes into the file too."""
     handler = logging.FileHandler(path, mode="a", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    level = logger.level
     logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     try:
         yield
     finally:
+        logger.setLevel(level)
         logger.removeHandler(handler)
         handler.close()
 

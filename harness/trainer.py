@@ -23,11 +23,11 @@ from harness.measure import Stopwatch, measure_peak_memory
 
 
 class TrainingDivergedError(RuntimeError):
-    """The loss stopped being a finite number. `step` says when."""
+    """The model stopped giving finite numbers. `what` names which, `step` says when."""
 
-    def __init__(self, step: int, loss: float) -> None:
+    def __init__(self, step: int, what: str) -> None:
         self.step = step
-        super().__init__(f"the loss was {loss} at step {step}; try a lower trainer.learning_rate or a longer warm-up.")
+        super().__init__(f"{what} at step {step}; try a lower trainer.learning_rate or a longer warm-up.")
 
 
 class PreemptedError(RuntimeError):
@@ -181,7 +181,7 @@ def train(
     A run that goes on from a checkpoint makes the steps that an undisturbed one would have made, bitwise on the CPU.
 
     Raises:
-        TrainingDivergedError: the loss was not finite.
+        TrainingDivergedError: a loss or the predictions on val were not finite.
         PreemptedError: the journal was asked to stop; the checkpoint is written.
         torch.OutOfMemoryError: a step does not fit; also RuntimeError on the CPU.
     """
@@ -237,7 +237,7 @@ def train(
                 group["lr"] = rate
             loss = forward_backward(micro_batches)
             if not math.isfinite(loss):
-                raise TrainingDivergedError(at.step, loss)
+                raise TrainingDivergedError(at.step, f"the loss was {loss}")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             stopwatch.lap()
@@ -255,6 +255,8 @@ def train(
                     or (config.eval_every and at.step % config.eval_every == 0)
                 ):
                     evaluation = objective.evaluate(model)
+                    if not evaluation.scores:
+                        raise TrainingDivergedError(at.step, "predictions on val were not finite")
                     journal.evaluated(at.step, evaluation.scores)
                     if at.best is None or evaluation.objective > at.best.objective:
                         at.best, at.best_step = evaluation, at.step

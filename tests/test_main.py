@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
 import harness.run
 from harness.__main__ import main
@@ -411,16 +412,27 @@ def test_a_run_that_diverges_ends_with_1(run_here: Callable[..., Outcome], tmp_p
     assert json.loads(result_path.read_text())["status"] == "diverged"
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), AssertionError("a bug"), TypeError("a bug")])
-def test_a_bug_is_no_message(
-    run_here: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    def fail(config: object) -> None:
-        raise error
+def fail_in_our_code(*_: object) -> None:
+    raise ValueError("a bug")
 
+
+def fail_in_omegaconf(*_: object) -> None:
+    assert OmegaConf.create({"value": "${a_bug}"}).value
+
+
+@pytest.mark.parametrize("fail", [fail_in_our_code, fail_in_omegaconf])
+def test_a_bug_in_a_run_is_no_message(
+    run_here: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, fail: Callable[..., None]
+) -> None:
     monkeypatch.setattr(harness.run, "run", fail)
-    with pytest.raises(type(error), match="a bug"):
+    with pytest.raises(ValueError, match=r"a.bug"):
         run_here(*LORA)
+
+
+def test_a_bug_in_the_sweeper_is_no_message(run_here: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness.run, "plan", fail_in_our_code)
+    with pytest.raises(ValueError, match=r"a.bug"):
+        run_here("-m", *LORA)
 
 
 def test_help_and_the_composed_config_need_no_run(

@@ -163,6 +163,12 @@ def test_a_run_that_diverges_says_so_and_keeps_what_was_measured(rows: Path, tmp
     assert "test_accuracy" not in result.metrics
 
 
+def test_a_model_that_breaks_on_its_last_step_has_diverged(rows: Path, tmp_path: Path) -> None:
+    result = run(config(rows, tmp_path, "full", trainer={"learning_rate": 1e30, "max_steps": 1, "eval_every": 0}))
+    assert result.status is Status.DIVERGED
+    assert "predictions on val were not finite at step 1" in result.error
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [

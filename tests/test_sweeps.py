@@ -146,11 +146,14 @@ def test_placements_and_ranks_are_checked_against_the_model(sweep: Any, capsys: 
 
 
 def test_equal_runs_are_merged_with_a_word(sweep: Any, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
-    code, seen = sweep("model=tiny_bert", "rank=r8", "target_layers=qv", "seed=0,1", "rank.rank=8,4")
+    arguments = ("model=tiny_bert", "rank=r8", "target_layers=qv")
+    code, seen = sweep(*arguments, "seed=0,1", "rank.rank=8,4")
     assert (code, len(seen["launched"])) == (0, 4)
-    code, seen = sweep("model=tiny_bert", "rank=r8", "target_layers=qv", "trainer.learning_rate=1e-3,0.001")
+    code, seen = sweep(*arguments, "trainer.learning_rate=1e-3,0.001")
     assert (code, len(seen["launched"])) == (0, 1)
+
+    caplog.set_level("INFO")
+    assert len(sweeper_module._merge_equal(seen["runs"] * 2)) == 1
     assert "1 of 2 runs are named more than once and are run once" in caplog.text
 
 

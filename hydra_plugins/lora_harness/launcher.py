@@ -161,7 +161,9 @@ class Queue:
         self._gaps: list[float] = []
 
     def run(self, screen: Screen) -> dict[str, Outcome]:
-        """Runs everything; on Ctrl-C ends what is running, keeps what is finished, and raises KeyboardInterrupt."""
+        """Runs everything; on Ctrl-C or SIGTERM ends what is running, keeps what is finished, raises KeyboardInterrupt."""
+        # SIGTERM, from a cluster or from `kill`, ends a sweep like Ctrl-C does.
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             while self._todo or self._jobs or self._elsewhere:
                 self._start(screen)
@@ -173,6 +175,7 @@ class Queue:
             self._interrupt(screen)
             raise
         finally:
+            signal.signal(signal.SIGTERM, before)
             for job in self._jobs:
                 job.process.kill()
         if self._gaps:
@@ -251,7 +254,7 @@ class Queue:
         self._last_end = times.get("ended_at")
 
     def _interrupt(self, screen: Screen) -> None:
-        screen.say("interrupted: the running runs write a checkpoint and end (Ctrl-C again: at once)")
+        screen.say("interrupted: the running runs write a checkpoint and end (once more: at once)")
         for job in self._jobs:
             job.process.terminate()
         deadline = time.monotonic() + GRACE_SECONDS
