@@ -82,10 +82,11 @@ class _SweepFile:
     created: str | None
 
 
-def load_runs(runs_dir: Path, *, sweep: str | None = None) -> Runs:
+def load_runs(runs_dir: Path, *, sweep: str | None = None, need_ended: bool = True) -> Runs:
     """Reads the result files of one sweep, or of all runs in the folder.
 
-    Files that are not result files of this schema are left out and named in `problems`.
+    Files that are not result files of this schema are left out and named in `problems`. Without `need_ended` a sweep
+    whose file is there may have no ended run yet.
 
     Raises:
         LoadError: no such folder, no such sweep, no run that has ended, or a sweep file that cannot be read.
@@ -97,7 +98,7 @@ def load_runs(runs_dir: Path, *, sweep: str | None = None) -> Runs:
         )
     sweep_file = None if sweep is None else _read_sweep_file(runs_dir, sweep)
     if sweep is not None and sweep_file is not None:
-        return _load_listed(runs_dir, sweep, sweep_file)
+        return _load_listed(runs_dir, sweep, sweep_file, need_ended)
     rows, problems = _read_rows(sorted(_result_paths(runs_dir)))
     if not rows:
         raise LoadError(
@@ -118,10 +119,10 @@ def load_runs(runs_dir: Path, *, sweep: str | None = None) -> Runs:
     return Runs(_frame(rows), sweep=sweep, problems=problems)
 
 
-def _load_listed(runs_dir: Path, sweep: str, sweep_file: _SweepFile) -> Runs:
+def _load_listed(runs_dir: Path, sweep: str, sweep_file: _SweepFile, need_ended: bool) -> Runs:
     paths = {run_id: runs_dir / run_id / RESULT_FILE for run_id in sweep_file.run_ids}
     rows, problems = _read_rows([path for path in paths.values() if path.exists()])
-    if not rows:
+    if not rows and need_ended:
         raise LoadError(
             f"sweep={sweep!r}: none of its {len(paths)} runs has ended in {runs_dir} yet. "
             f"Its command: {sweep_file.command or 'unknown'}" + _listing(problems)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from analysis.load import Runs, load_runs
@@ -35,7 +34,7 @@ class RunStatus:
 
 def find_status(runs_dir: Path, sweep: str | None = None) -> list[RunStatus]:
     """The state of every run of a sweep, in its order. Raises `LoadError` when there is no such sweep."""
-    runs = load_runs(runs_dir, sweep=sweep)
+    runs = load_runs(runs_dir, sweep=sweep, need_ended=False)
     return [*_ended(runs, runs_dir), *_not_ended(runs, runs_dir)]
 
 
@@ -44,16 +43,11 @@ def print_status(runs_dir: Path, sweep: str | None = None, *, console: Console |
     console = console or Console(highlight=False)
     found = find_status(runs_dir, sweep)
     counts = Counter(run.state for run in found)
-    console.print(Text(f"{sweep or 'all runs'}: {len(found)} runs: ", style="bold"), end="")
-    console.print(", ".join(f"{count} {state}" for state, count in counts.most_common()))
-    for state in sorted(counts, key=_urgency):
-        rows = [run for run in found if run.state == state]
-        if state == Status.FINISHED:
-            continue
-        table = Table(box=None, pad_edge=False, show_header=False)
-        for run in rows:
-            table.add_row(Text(f"{state}:"), Text(run.run_id, overflow="fold"), Text(run.text, overflow="fold"))
-        console.print(table)
+    totals = ", ".join(f"{count} {state}" for state, count in counts.most_common())
+    console.print(Text(f"{sweep or 'all runs'}: {totals}", style="bold"))
+    for run in sorted(found, key=lambda run: _urgency(run.state)):
+        if run.state != Status.FINISHED:
+            console.print(Text(": ".join(filter(None, (run.state, run.run_id, run.text)))), soft_wrap=True)
 
 
 def _urgency(state: str) -> tuple[int, str]:

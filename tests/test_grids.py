@@ -9,7 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hydra_plugins.lora_harness.grids import GridError, as_override_value, expand
+from hydra_plugins.lora_harness._grids import GridError, as_override_value, expand
 
 LORA = {"method": "lora", "rank": ["r1", "r8"], "trainer.learning_rate": 2e-3}
 FULL = {"method": "full", "trainer.learning_rate": [1e-4, 2e-4]}

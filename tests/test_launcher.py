@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_run import NOT_EXACT
 
 from analysis.status import find_status
 from harness.claims import Claim, read_owner
 from harness.results import Status, read_result
-from tests.test_run import NOT_EXACT
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ("apple pear plum", "iron zinc lead")

@@ -27,9 +27,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from harness.config import ConfigError, RunConfig, run_id, to_dict
 from harness.results import Status
-from hydra_plugins.lora_harness.composing import compose_run
+from hydra_plugins.lora_harness._composing import compose_run
+from hydra_plugins.lora_harness._worker import NOT_FINISHED, Outcome, compute, write_failure
 from hydra_plugins.lora_harness.launcher import job_return, kept_result
-from hydra_plugins.lora_harness.worker import NOT_FINISHED, Outcome, compute, write_failure
 
 logger = logging.getLogger("harness")
 
@@ -211,8 +211,7 @@ def _collect(config: RunConfig, job: Any) -> Outcome:
     """Waits for a submitit job. A job that died takes its run's result with it, and gets one that says so."""
     error = job.exception()
     if error is None:
-        outcome = job.result()
-        assert isinstance(outcome, Outcome)
+        outcome: Outcome = job.result()
         return outcome
     kept = kept_result(config)
     if kept is not None:

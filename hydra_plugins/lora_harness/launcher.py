@@ -29,10 +29,10 @@ from omegaconf import DictConfig
 from harness.claims import current_owner
 from harness.config import ConfigError, Device, RunConfig, run_id, to_dict
 from harness.results import RESULT_FILE, ResultError, RunResult, Status, read_result
-from hydra_plugins.lora_harness import worker
-from hydra_plugins.lora_harness.composing import compose_run
-from hydra_plugins.lora_harness.screen import RunningRun, Screen, open_screen
-from hydra_plugins.lora_harness.worker import Outcome
+from hydra_plugins.lora_harness import _worker as worker
+from hydra_plugins.lora_harness._composing import compose_run
+from hydra_plugins.lora_harness._screen import RunningRun, Screen, open_screen
+from hydra_plugins.lora_harness._worker import Outcome
 
 logger = logging.getLogger("harness")
 
@@ -161,7 +161,7 @@ class Queue:
         self._gaps: list[float] = []
 
     def run(self, screen: Screen) -> dict[str, Outcome]:
-        """Runs everything; on Ctrl-C or SIGTERM ends what is running, keeps what is finished, raises KeyboardInterrupt."""
+        """Runs everything. Ctrl-C or SIGTERM ends what is running, keeps what is finished: raises KeyboardInterrupt."""
         # SIGTERM, from a cluster or from `kill`, ends a sweep like Ctrl-C does.
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:

@@ -37,8 +37,8 @@ from rich.table import Table
 from harness.claims import current_owner
 from harness.config import ConfigError, RunConfig, run_id
 from harness.results import RESULT_FILE, ResultError, Status, read_result, write_json_atomically
-from hydra_plugins.lora_harness.composing import compose_run
-from hydra_plugins.lora_harness.grids import GridError, Overrides, expand
+from hydra_plugins.lora_harness._composing import compose_run
+from hydra_plugins.lora_harness._grids import GridError, Overrides, expand
 
 if TYPE_CHECKING:
     from harness.run import Plan
@@ -230,11 +230,12 @@ def _code_differs(config: RunConfig) -> str:
 
 
 def _merge_equal(runs: Sequence[SweepRun]) -> list[SweepRun]:
-    merged = {run.run_id: run for run in reversed(runs)}
-    kept = [run for run in runs if merged[run.run_id] is run]
+    kept: dict[str, SweepRun] = {}
+    for run in runs:
+        kept.setdefault(run.run_id, run)
     if len(kept) < len(runs):
         logger.info("%d of %d runs are named more than once and are run once", len(runs) - len(kept), len(runs))
-    return kept
+    return list(kept.values())
 
 
 def _write_membership(runs: Sequence[SweepRun]) -> None:

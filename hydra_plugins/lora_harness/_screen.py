@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.results import Status
-from hydra_plugins.lora_harness.worker import Outcome
+from hydra_plugins.lora_harness._worker import Outcome
 
 logger = logging.getLogger("harness")
 
