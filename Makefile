@@ -33,7 +33,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@if [ ! -e $@ ]; then echo "setting up $(VENV) with $(PYTHON)"; $(PYTHON) -m venv --clear $(VENV); fi
 	@rm -f $@
 	@echo "installing lora-harness and its dependencies into $(VENV), a few minutes the first time"
-	@$(PIP_INSTALL) -c constraints.txt -e '.[test,dev]'
+	@$(PIP_INSTALL) --use-pep517 -c constraints.txt -e '.[test,dev]'
 	@touch $@
 
 # What make and the tools wrote; never runs/ and reports/.

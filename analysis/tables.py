@@ -157,7 +157,12 @@ _WITHOUT_EFFECT = {
     "config.runs_dir",
     "config.device",  # asked for; environment.device_type and device_name tell what it was
     "config.num_threads",  # likewise
+    "config.rerun",
+    "config.trainer.checkpoint_every",
     "environment.hostname",  # a name; what the machine is made of is compared
+    "environment.started_at",
+    "environment.first_step_at",
+    "environment.ended_at",
 }
 _TRACKING = "config.tracking."
 

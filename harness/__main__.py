@@ -27,6 +27,11 @@ def main() -> int:
     """Runs what the command line says and returns the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("harness").setLevel(logging.INFO)
+    if not CONF_DIR.is_dir():
+        _print_problem(
+            ConfigError([f"{CONF_DIR}: no such folder; the command line needs the checkout, not the package."])
+        )
+        return 2
     register()
     exit_codes: list[int] = []
     started = False

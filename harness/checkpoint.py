@@ -17,8 +17,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-CHECKPOINT_FILE = "checkpoint.safetensors"
-
 logger = logging.getLogger("harness")
 
 

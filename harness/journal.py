@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from harness.checkpoint import CHECKPOINT_FILE, read_checkpoint, write_checkpoint
+from harness.checkpoint import read_checkpoint, write_checkpoint
 from harness.claims import Claim
 from harness.config import RunConfig, run_id
 from harness.evaluate import Evaluation
+from harness.folder import CHECKPOINT_FILE
 from harness.tracking import NullProgress, Progress, Tracker, open_progress
 from harness.trainer import Position, PreemptedError
 

@@ -21,7 +21,6 @@ from accelerate.state import AcceleratorState
 
 from harness import lora, models
 from harness.assets import AssetError
-from harness.checkpoint import CHECKPOINT_FILE
 from harness.claims import Claim, ClaimLostError
 from harness.config import (
     ConfigError,
@@ -36,6 +35,7 @@ from harness.config import (
 )
 from harness.data import DataError, TextData, TrainingBatches, load_data
 from harness.evaluate import SequenceObjective
+from harness.folder import CHECKPOINT_FILE, CONFIG_FILE, LOG_FILE, kept_result, run_dir
 from harness.journal import RunJournal
 from harness.measure import (
     DeviceBusyError,
@@ -47,14 +47,12 @@ from harness.measure import (
 )
 from harness.models import ModelError
 from harness.placement import PlacementError, head_modules, select_modules
-from harness.results import RESULT_FILE, ResultError, RunResult, Status, read_result, write_result
+from harness.results import RESULT_FILE, RunResult, Status, write_result
 from harness.tracking import open_tracker
 from harness.trainer import PreemptedError, TrainingDivergedError, TrainingOutcome, train
 
 logger = logging.getLogger("harness")
 
-LOG_FILE = "log.txt"
-CONFIG_FILE = "config.yaml"
 WEIGHTS_DIRS = {Method.lora: "adapter", Method.full: "model", Method.head_only: "head"}
 
 
@@ -108,24 +106,6 @@ def plan(config: RunConfig) -> Plan:
     return Plan(target_modules, counts.num_adapter_params)
 
 
-def kept_result(config: RunConfig) -> RunResult | None:
-    """The result of an earlier run that `config.rerun` lets stand, if there is one.
-
-    `never`: any. `failed`: one that finished or diverged; a run that failed or ran out of memory is tried again.
-    `all`: none.
-    """
-    path = Path(config.runs_dir) / run_id(config) / RESULT_FILE
-    if config.rerun is Rerun.all or not path.is_file():
-        return None
-    try:
-        result = read_result(path)
-    except ResultError as error:
-        logger.warning("%s; the run is made again", error)
-        return None
-    stands = config.rerun is Rerun.never or result.status in (Status.FINISHED, Status.DIVERGED)
-    return result if stands else None
-
-
 def run(config: RunConfig) -> RunResult:
     """Runs one config and returns its result, which lies in `<runs_dir>/<run_id>/result.json`.
 
@@ -138,7 +118,7 @@ def run(config: RunConfig) -> RunResult:
         One of `USER_ERRORS`, with nothing written, for what can be known before training.
     """
     started = time.perf_counter()
-    run_dir = Path(config.runs_dir) / run_id(config)
+    folder = run_dir(config)
     kept = kept_result(config)
     if kept is not None:
         logger.info("%s: %s already; rerun=all makes it again", kept.run_id, kept.status)
@@ -147,38 +127,38 @@ def run(config: RunConfig) -> RunResult:
     plan(config)
     prepared = prepare(config)
     # Only now, when nothing is left to go wrong before training, does the run leave a trace.
-    with Claim.acquire(run_dir) as claim:
+    with Claim.acquire(folder) as claim:
         # Whoever had the claim before may have ended the run while this process prepared.
         kept = kept_result(config)
         if kept is not None:
             return kept
-        _clear(run_dir, keep_checkpoint=config.rerun is not Rerun.all)
-        with _logged_to(run_dir / LOG_FILE):
-            result = _run_claimed(prepared, run_dir, claim, started)
+        _clear(folder, keep_checkpoint=config.rerun is not Rerun.all)
+        with _logged_to(folder / LOG_FILE):
+            result = _run_claimed(prepared, folder, claim, started)
         claim.release(ended=True)
     return result
 
 
-def _run_claimed(prepared: PreparedRun, run_dir: Path, claim: Claim, started: float) -> RunResult:
+def _run_claimed(prepared: PreparedRun, folder: Path, claim: Claim, started: float) -> RunResult:
     config = prepared.config
-    (run_dir / CONFIG_FILE).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
     logger.info("%s", run_id(config))
     tracker = open_tracker(
         config.tracking,
-        run_dir=run_dir,
+        run_dir=folder,
         run_id=run_id(config),
         cell_id=cell_id(config),
         job_type=str(config.method.name),
         sweep=config.sweep,
         run_config=to_dict(config),
     )
-    journal = RunJournal(config, run_dir, tracker, claim)
+    journal = RunJournal(config, folder, tracker, claim)
     try:
         with _stop_signals_call(journal.ask_to_stop):
-            result = _train_and_evaluate(prepared, run_dir, journal, started)
+            result = _train_and_evaluate(prepared, folder, journal, started)
         claim.check()
-        write_result(run_dir, result)
-        (run_dir / CHECKPOINT_FILE).unlink(missing_ok=True)
+        write_result(folder, result)
+        (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
         tracker.finish(result)
     finally:
         journal.close()
@@ -237,7 +217,7 @@ def _adapt(model: models.PreTrainedModel, config: RunConfig) -> list[str]:
     return target_modules
 
 
-def _train_and_evaluate(prepared: PreparedRun, run_dir: Path, journal: RunJournal, started: float) -> RunResult:
+def _train_and_evaluate(prepared: PreparedRun, folder: Path, journal: RunJournal, started: float) -> RunResult:
     """Trains, scores, saves; whatever happens to training becomes a status."""
     config, device = prepared.config, prepared.accelerator.device
     metrics: dict[str, float] = asdict(lora.count_parameters(prepared.model, prepared.head))
@@ -250,7 +230,7 @@ def _train_and_evaluate(prepared: PreparedRun, run_dir: Path, journal: RunJourna
         metrics |= device_peaks(device)  # before the test split: peaks are those of training and validation
         metrics |= _score_test(prepared, outcome)
         if config.save_weights:
-            metrics["checkpoint_bytes"] = _save(prepared, run_dir)
+            metrics["checkpoint_bytes"] = _save(prepared, folder)
     except (PreemptedError, ClaimLostError):
         raise
     except TrainingDivergedError as problem:
@@ -317,10 +297,10 @@ def _score_test(prepared: PreparedRun, outcome: TrainingOutcome) -> dict[str, fl
     return scores
 
 
-def _save(prepared: PreparedRun, run_dir: Path) -> int:
+def _save(prepared: PreparedRun, folder: Path) -> int:
     """Saves what the method trained, at the best step; returns the bytes of the tensor files."""
     config = prepared.config
-    directory = run_dir / WEIGHTS_DIRS[config.method.name]
+    directory = folder / WEIGHTS_DIRS[config.method.name]
     if config.method.name is Method.lora:
         assert config.rank is not None
         return lora.save_adapter(
@@ -372,13 +352,13 @@ def _require_writable(runs_dir: Path) -> None:
         ) from error
 
 
-def _clear(run_dir: Path, *, keep_checkpoint: bool) -> None:
+def _clear(folder: Path, *, keep_checkpoint: bool) -> None:
     """Takes out what an earlier attempt left, its result first."""
-    (run_dir / RESULT_FILE).unlink(missing_ok=True)
+    (folder / RESULT_FILE).unlink(missing_ok=True)
     if not keep_checkpoint:
-        (run_dir / CHECKPOINT_FILE).unlink(missing_ok=True)
+        (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
     for name in WEIGHTS_DIRS.values():
-        shutil.rmtree(run_dir / name, ignore_errors=True)
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 # What clusters send before they take a machine away: SLURM and Kubernetes the first, submitit the second.

@@ -29,6 +29,7 @@ LAYERS = {
     "harness.checkpoint": 1,
     "harness.claims": 1,
     "harness.evaluate": 1,
+    "harness.folder": 1,
     "harness.lora": 1,
     "harness.measure": 1,
     "harness.tracking": 1,

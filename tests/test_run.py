@@ -19,8 +19,9 @@ from harness import run as run_module
 from harness.claims import Claim, RunClaimedError
 from harness.config import RunConfig, from_dict, run_id
 from harness.data import TrainingBatches
+from harness.folder import kept_result
 from harness.results import METRICS, Status, read_result
-from harness.run import kept_result, plan, run
+from harness.run import plan, run
 from harness.trainer import PreemptedError
 
 # What a clock or the operating system says differs from run to run; everything else is exact.

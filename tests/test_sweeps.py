@@ -131,7 +131,8 @@ def test_a_bad_axis_in_one_of_three_grids_names_every_problem_before_anything_st
     assert not seen
     assert "method=full takes no rank" in error
     assert "trainer.learning_rate=-1.0: allowed is a finite number above 0." in error
-    assert "target_layers/nope" in error
+    assert "Could not find 'target_layers/nope' Available options in 'target_layers': all" in error
+    assert "search path" not in error
     assert "of 5 runs, the first: method=full rank=r8" in error
     assert not list(tmp_path.iterdir())
 
@@ -174,3 +175,13 @@ def test_a_dry_run_shows_and_starts_nothing(sweep: Any, capsys: pytest.CaptureFi
     # Two blocks, q and v, rank 8, 64 -> 64.
     assert re.search(r"lora-r8-qv-.*new +4,096 ", printed)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_runs_folder_that_cannot_be_written_is_named(
+    sweep: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    code, seen = sweep("sweeps=demo", "model=tiny_bert", f"runs_dir={tmp_path / 'file'}")
+    assert code == 2
+    assert "launched" not in seen
+    assert "cannot be written" in capsys.readouterr().err

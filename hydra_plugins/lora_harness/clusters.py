@@ -4,8 +4,9 @@ They hand each run's config to `worker.compute` on another machine that sees the
 default launcher lies in the run itself: a finished run is skipped, a run that somebody computes is left alone, a
 stopped one goes on from its checkpoint.
 
-Hydra's own plug-ins for these engines have had no release since 2022 and 2023, so the maintained libraries are driven
-from here. Both are extras: `pip install 'lora-harness[slurm]'`, `pip install 'lora-harness[ray]'`.
+Hydra's submitit plug-in has had no release since 2022; its Ray plug-in wants cloudpickle below 3 and brings an AWS tool
+chain. So the libraries themselves are driven from here. Both are extras: `pip install 'lora-harness[slurm]'`,
+`pip install 'lora-harness[ray]'`.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from harness.config import ConfigError, RunConfig, run_id, to_dict
+from harness.folder import kept_result
 from harness.results import Status
 from hydra_plugins.lora_harness._composing import compose_run
 from hydra_plugins.lora_harness._worker import NOT_FINISHED, Outcome, compute, write_failure
-from hydra_plugins.lora_harness.launcher import job_return, kept_result
+from hydra_plugins.lora_harness.launcher import job_return
 
 logger = logging.getLogger("harness")
 

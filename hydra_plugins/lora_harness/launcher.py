@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -28,7 +27,8 @@ from omegaconf import DictConfig
 
 from harness.claims import current_owner
 from harness.config import ConfigError, Device, RunConfig, run_id, to_dict
-from harness.results import RESULT_FILE, ResultError, RunResult, Status, read_result
+from harness.folder import LOG_FILE, kept_result, run_dir
+from harness.results import RESULT_FILE, ResultError, Status, read_result
 from hydra_plugins.lora_harness import _worker as worker
 from hydra_plugins.lora_harness._composing import compose_run
 from hydra_plugins.lora_harness._screen import RunningRun, Screen, open_screen
@@ -206,7 +206,7 @@ class Queue:
             target=worker.run_in_process,
             kwargs={
                 "values": to_dict(config),
-                "log_path": str(run_dir(config) / "log.txt"),
+                "log_path": str(run_dir(config) / LOG_FILE),
                 "variables": slot.variables,
                 "launcher_pid": os.getpid(),
                 "reply": sender,
@@ -260,18 +260,6 @@ class Queue:
         deadline = time.monotonic() + GRACE_SECONDS
         for job in self._jobs:
             job.process.join(max(0.0, deadline - time.monotonic()))
-
-
-def run_dir(config: RunConfig) -> Path:
-    """Where a run lies."""
-    return Path(config.runs_dir) / run_id(config)
-
-
-def kept_result(config: RunConfig) -> RunResult | None:
-    """The result that makes a run superfluous under `config.rerun`, if there is one."""
-    from harness.run import kept_result as kept
-
-    return kept(config)
 
 
 def _as_running(job: Job) -> RunningRun:

@@ -34,9 +34,9 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 
-from harness.claims import current_owner
 from harness.config import ConfigError, RunConfig, run_id
-from harness.results import RESULT_FILE, ResultError, Status, read_result, write_json_atomically
+from harness.folder import run_dir, run_state
+from harness.results import RESULT_FILE, Status, read_result, write_json_atomically
 from hydra_plugins.lora_harness._composing import compose_run
 from hydra_plugins.lora_harness._grids import GridError, Overrides, expand
 
@@ -45,8 +45,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("harness")
 
-# `harness.checkpoint` has this name too, and imports torch.
-CHECKPOINT_FILE = "checkpoint.safetensors"
 SWEEPS_DIR = "sweeps"
 
 
@@ -147,8 +145,9 @@ def _values(override: Override) -> list[str]:
 
 def _one_line(error: Exception) -> str:
     cause = error.__cause__ or error
-    lines = [line.strip() for line in (str(error).splitlines() + str(cause).splitlines()) if line.strip()]
-    return " ".join(dict.fromkeys(lines))
+    # Hydra goes on to list its search path, which says nothing about the mistake.
+    texts = [str(text).partition("Config search path:")[0] for text in (error, cause)]
+    return " ".join(dict.fromkeys(line.strip() for text in texts for line in text.splitlines() if line.strip()))
 
 
 def _name_runs(problems: dict[str, list[Overrides]], num_runs: int) -> list[str]:
@@ -206,24 +205,11 @@ def show_plan(runs: Sequence[SweepRun], plans: Mapping[str, Plan]) -> None:
     console.print(f"{len(runs)} runs: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
 
 
-def run_state(config: RunConfig) -> str:
-    """The status of a run's result, or `running`, `stopped` (it has a checkpoint) or `new`."""
-    run_dir = Path(config.runs_dir) / run_id(config)
-    if (run_dir / RESULT_FILE).is_file():
-        try:
-            return str(read_result(run_dir / RESULT_FILE).status)
-        except ResultError:
-            return "unreadable"
-    if current_owner(run_dir) is not None:
-        return "running"
-    return "stopped" if (run_dir / CHECKPOINT_FILE).is_file() else "new"
-
-
 def _code_differs(config: RunConfig) -> str:
     """Says when a finished run was made by other code or other versions than those here."""
     from harness.measure import environment
 
-    then = read_result(Path(config.runs_dir) / run_id(config) / RESULT_FILE).environment
+    then = read_result(run_dir(config) / RESULT_FILE).environment
     here = environment("cpu")
     differing = [name for name in ("commit", "dirty", "versions") if then.get(name) != here.get(name)]
     return f" (other {', '.join(differing)})" if differing else ""
@@ -245,12 +231,15 @@ def _write_membership(runs: Sequence[SweepRun]) -> None:
         if run.config.sweep is not None:
             by_sweep.setdefault((run.config.runs_dir, run.config.sweep), []).append(run.run_id)
     for (runs_dir, sweep), run_ids in by_sweep.items():
-        write_json_atomically(
-            Path(runs_dir) / SWEEPS_DIR / f"{sweep}.json",
-            {
-                "sweep": sweep,
-                "run_ids": run_ids,
-                "command": "python -m harness " + shlex.join(sys.argv[1:]),
-                "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            },
-        )
+        membership = {
+            "sweep": sweep,
+            "run_ids": run_ids,
+            "command": "python -m harness " + shlex.join(sys.argv[1:]),
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        try:
+            write_json_atomically(Path(runs_dir) / SWEEPS_DIR / f"{sweep}.json", membership)
+        except OSError as error:
+            raise ConfigError(
+                [f"runs_dir={runs_dir}: cannot be written ({error.strerror}); give another folder with runs_dir=DIR."]
+            ) from error

@@ -1,0 +1,68 @@
+"""Every command that the README shows is one that works."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from test_sweeps import sweep  # noqa: F401 (a fixture)
+
+from analysis.__main__ import _parser
+from harness.config import from_composed, register
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands(start: str) -> list[str]:
+    """Lines of the README's code blocks that begin so; what stands behind three spaces explains them."""
+    blocks = re.findall(r"```\w*\n(.*?)```", README, flags=re.DOTALL)
+    lines = [re.split(r" {3,}", line)[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith(start)]
+
+
+def test_the_readme_shows_commands() -> None:
+    assert len(commands("python -m harness")) >= 8
+    assert len(commands("python -m analysis")) >= 2
+    assert len(commands("make ")) >= 3
+
+
+@pytest.fixture
+def _hydra() -> Iterator[None]:
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        yield
+    GlobalHydra.instance().clear()
+
+
+@pytest.mark.usefixtures("_hydra")
+@pytest.mark.parametrize("command", [line for line in commands("python -m harness") if " -m harness -m " not in line])
+def test_a_single_run_composes_and_is_valid(command: str) -> None:
+    overrides = [word for word in shlex.split(command)[3:] if not word.startswith("--")]
+    if "--help" not in command:
+        from_composed(compose("config", overrides=overrides))
+
+
+@pytest.mark.parametrize(
+    "command", [line for line in commands("python -m harness -m ") if "hydra/launcher" not in line]
+)
+def test_a_sweep_expands(command: str, sweep: Any) -> None:  # noqa: F811
+    code, _ = sweep(*shlex.split(command)[4:])
+    assert code == 0
+
+
+@pytest.mark.parametrize("command", commands("python -m analysis"))
+def test_an_analysis_parses(command: str) -> None:
+    assert _parser().parse_args(shlex.split(command)[3:])
+
+
+@pytest.mark.parametrize("command", commands("make "))
+def test_a_target_exists(command: str) -> None:
+    assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
