@@ -8,6 +8,7 @@ Writing it again from the same runs gives the same bytes.
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -47,7 +48,8 @@ def write_report(
     _write(report_dir / "runs.csv", tables.to_csv(_without_empty_metrics(runs.frame)))
     _write(report_dir / "report.md", _page(sweep or ALL_RUNS, summary, tradeoff, runs.frame))
 
-    console = console or Console(highlight=False)
+    # In a file or a pipe nothing has to fold: wide enough for the table in one piece.
+    console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     console.print(Text(f"\n{sweep or ALL_RUNS}", style="bold"))
     for line in summary:
         console.print(Text(line))
