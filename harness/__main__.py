@@ -69,7 +69,7 @@ def main() -> int:
         _print_problem(error)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; finished runs are kept, the same command does the rest", file=sys.stderr)
         return 130
     except (HydraException, AssertionError, ValueError) as error:
         if not isinstance(error, HydraException) and (started or not _came_from_composing(error)):

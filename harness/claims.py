@@ -88,9 +88,12 @@ class Claim:
                 return cls(run_dir, number + 1, me)
 
     def report(self, progress: dict[str, Any]) -> None:
-        """Says how far the run is; written with the next heartbeat."""
+        """Says how far the run is; the first time at once, then with the next heartbeat."""
         with self._lock:
+            is_first = not self._owner.progress
             self._owner = replace(self._owner, progress=progress)
+        if is_first:
+            self._write()
 
     def check(self) -> None:
         """Raises `ClaimLostError` when a later claim exists."""

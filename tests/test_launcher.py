@@ -152,10 +152,10 @@ def test_two_launchers_on_one_folder_compute_each_run_once(base: list[str], tmp_
 
 def test_chaos(base: list[str], tmp_path: Path) -> None:
     """Launchers and workers are killed at random moments until all is done: the same results as undisturbed."""
-    kills = int(os.environ.get("CHAOS_KILLS", "4"))
+    kills = int(os.environ.get("CHAOS_KILLS", "3"))
     arguments = [
         *base,
-        "trainer.max_steps=60",
+        "trainer.max_steps=80",
         "trainer.checkpoint_every=5",
         "trainer.eval_every=20",
         "model.dropout=0.1",
@@ -171,34 +171,31 @@ def test_chaos(base: list[str], tmp_path: Path) -> None:
     draw = random.Random(int(os.environ.get("CHAOS_SEED", "0")))
     wild = tmp_path / "wild"
     killed = 0
-    for _ in range(10 * kills):
+    while killed < kills:
         process = launch(wild, *arguments)
-        if killed < kills:
-            try:
-                victim = _wait_for_worker(wild, process)
-            except TimeoutError:
-                process.communicate(timeout=300)
-                continue
-            time.sleep(draw.uniform(0.0, 0.5))
-            target = victim if draw.random() < 0.5 else process.pid
-            try:
-                os.kill(target, signal.SIGKILL)
-                killed += 1
-            except ProcessLookupError:
-                pass
-        output, _ = process.communicate(timeout=300)
-        for path in wild.glob("*/result.json"):
-            read_result(path)  # never half a file
-        if process.returncode == 0 and killed >= kills:
-            break
-        if process.returncode == 0:
-            # Finished before enough was killed: take the results away and let it do some again.
+        try:
+            victim = _wait_for_worker(wild, process)
+        except TimeoutError:
+            # All had finished before: take the results away and let it do them again.
+            output, _ = process.communicate(timeout=60)
+            assert process.returncode == 0, output
             for path in wild.glob("*/result.json"):
                 path.unlink()
-    assert killed == kills
+            continue
+        time.sleep(draw.uniform(0.0, 0.6))
+        try:
+            os.kill(victim if draw.random() < 0.5 else process.pid, signal.SIGKILL)
+            killed += 1
+        except ProcessLookupError:
+            pass
+        process.communicate(timeout=120)
+        for path in wild.glob("*/result.json"):
+            read_result(path)  # never half a file
+    code, output = sweep(wild, *arguments)
     assert code == 0, output
     assert exact(wild) == exact(tmp_path / "calm")
-    assert not list(wild.glob("*/.*partial")) and not list(wild.glob("*/checkpoint.safetensors"))
+    assert not list(wild.glob("*/.*partial"))
+    assert not list(wild.glob("*/checkpoint.safetensors"))
 
 
 def _wait_for_worker(runs_dir: Path, launcher: subprocess.Popen[str] | None = None) -> int:
@@ -231,12 +228,10 @@ def test_a_claimed_run_is_waited_for(base: list[str], tmp_path: Path) -> None:
     (run_id,) = {word for word in shown.split() if word.startswith("tiny_bert-local-lora")}
     claim = Claim.acquire(tmp_path / run_id)
     process = launch(tmp_path, *base, "rank=r2", "target_layers=qv")
-    try:
-        process.wait(timeout=8)
-        pytest.fail("it did not wait: " + process.communicate()[0])
-    except subprocess.TimeoutExpired:
-        assert not results(tmp_path)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.communicate(timeout=10)
+    assert not results(tmp_path)
     claim.release(ended=False)
-    process.communicate(timeout=120)
-    assert process.returncode == 0
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
     assert json.loads((tmp_path / run_id / "result.json").read_text())["status"] == "finished"
