@@ -46,7 +46,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
 
 def launch(runs_dir: Path, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "harness", "-m", *arguments, f"runs_dir={runs_dir}"]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A shell starts what it puts into the background with SIGINT ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def sweep(runs_dir: Path, *arguments: str) -> tuple[int, str]:
