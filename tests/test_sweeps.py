@@ -15,6 +15,8 @@ from transformers import RobertaConfig
 
 from harness import models
 from harness.__main__ import main
+from harness.measure import environment
+from harness.results import RunResult, Status, write_result
 from hydra_plugins.lora_harness import sweeper as sweeper_module
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -185,3 +187,22 @@ def test_a_runs_folder_that_cannot_be_written_is_named(
     assert code == 2
     assert "launched" not in seen
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_dry_run_tells_what_is_there_and_which_code_made_it(
+    sweep: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = ("model=tiny_bert", "rank=r2,r4", "target_layers=qv", "hydra.sweeper.dry_run=true")
+    _, seen = sweep(*arguments)
+    made, stopped = (run.run_id for run in seen["runs"])
+    here = environment("cpu")
+    for number, recorded in enumerate((here, {**here, "git_commit": "0" * 40, "versions": {"torch": "1.0"}})):
+        result = RunResult(made, made, None, Status.FINISHED, {}, environment=recorded)
+        write_result(tmp_path / made, result)
+        (tmp_path / stopped).mkdir(exist_ok=True)
+        (tmp_path / stopped / "checkpoint.safetensors").write_bytes(b"")
+        capsys.readouterr()
+        sweep(*arguments)
+        printed = capsys.readouterr().out
+        assert ("finished (other commit, package versions)" in printed) == bool(number)
+        assert "2 runs: 1 finished, 1 stopped" in printed

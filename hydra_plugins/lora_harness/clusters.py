@@ -15,6 +15,7 @@ import logging
 import os
 import signal
 import time
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,9 +118,9 @@ class _ClusterLauncher(Launcher):
             for overrides, config in zip(job_overrides, configs, strict=True)
         ]
 
+    @abstractmethod
     def compute_all(self, configs: Sequence[RunConfig]) -> dict[str, Outcome]:
         """The outcome of every run, by run id."""
-        raise NotImplementedError
 
 
 class SubmititLauncher(_ClusterLauncher):

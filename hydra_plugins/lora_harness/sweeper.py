@@ -211,7 +211,8 @@ def _code_differs(config: RunConfig) -> str:
 
     then = read_result(run_dir(config) / RESULT_FILE).environment
     here = environment("cpu")
-    differing = [name for name in ("commit", "dirty", "versions") if then.get(name) != here.get(name)]
+    what = {"git_commit": "commit", "git_dirty": "uncommitted changes", "versions": "package versions"}
+    differing = [words for name, words in what.items() if then.get(name) != here.get(name)]
     return f" (other {', '.join(differing)})" if differing else ""
 
 
