@@ -6,7 +6,6 @@ heartbeat in its claim (`harness/claims.py`).
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from rich.text import Text
 
 from analysis.load import Runs, load_runs
 from harness.claims import current_owner
-from harness.results import Status
+from harness.results import Status, duration_text
 
 LOG_FILE = "log.txt"
 
@@ -88,11 +87,7 @@ def _how_far(progress: dict[str, Any], where: str) -> str:
     if not step or not num_steps:
         return f"preparing ({where})"
     text = f"step {step}/{num_steps}, loss {progress['loss']:.4f}, {progress['tokens_per_second']:,.0f} tokens/s"
-    began = progress.get("first_step_at")
-    if began is not None and step > 1:
-        left = (time.time() - began) / step * (num_steps - step)
-        text += f", about {_duration(left)} left"
-    return f"{text} ({where})"
+    return f"{text}, about {duration_text(progress['seconds_left'])} left ({where})"
 
 
 def _last_line(path: Path) -> str:
@@ -101,8 +96,3 @@ def _last_line(path: Path) -> str:
     except OSError:
         return ""
     return f"last line of its log: {lines[-1]}" if lines else ""
-
-
-def _duration(seconds: float) -> str:
-    minutes, whole = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{whole:02}"

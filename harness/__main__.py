@@ -47,9 +47,10 @@ def main() -> int:
             return
         # Imported late: composing, --help and every error in the config come without waiting for torch.
         from harness.claims import RunClaimedError
-        from harness.run import USER_ERRORS, PreemptedError, run
+        from harness.run import USER_ERRORS, PreemptedError, plan, run
 
         try:
+            plan(config)  # a wrong placement is told before anything is downloaded or tokenised
             result = run(config)
         except (*USER_ERRORS, RunClaimedError) as error:
             _print_problem(error)

@@ -96,6 +96,11 @@ def length_bucketed_batches(lengths: np.ndarray, *, batch_size: int, seed: int, 
     return [batches[index] for index in generator.permutation(len(batches))]
 
 
+def _column(rows: datasets.Dataset, name: str) -> np.ndarray:
+    """A column of numbers at once; without a format, datasets goes through it row by row."""
+    return np.asarray(rows.with_format("numpy", columns=[name])[:][name])
+
+
 class Split:
     """The tokenised examples of one split, in a fixed order."""
 
@@ -103,8 +108,8 @@ class Split:
         self._rows = rows
         self._pad_token_id = pad_token_id
         self._label_dtype = torch.float32 if task is Task.regression else torch.int64
-        self.labels = np.asarray(rows["label"])
-        self.lengths = np.asarray(rows["length"], dtype=np.int64)
+        self.labels = _column(rows, "label")
+        self.lengths = _column(rows, "length").astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -221,7 +226,7 @@ def _split(rows: dict[str, datasets.Dataset], config: DatasetConfig) -> dict[str
             )
         order = np.random.default_rng(config.subset_seed).permutation(available)
         splits["train"] = splits["train"].select(order[:num])
-    if config.task is Task.classification and len(set(splits["train"]["label"])) < 2:
+    if config.task is Task.classification and len(np.unique(_column(splits["train"], "label"))) < 2:
         raise DataError(
             f"dataset={config.name}: the {len(splits['train'])} training rows are all of one class; "
             "take more rows (dataset.num_train_examples) or another dataset.subset_seed."
@@ -230,7 +235,7 @@ def _split(rows: dict[str, datasets.Dataset], config: DatasetConfig) -> dict[str
 
 
 def _carve(train: datasets.Dataset, fraction: float, name: str, config: DatasetConfig) -> tuple[list[int], list[int]]:
-    labels = np.asarray(train["label"])
+    labels = _column(train, "label")
     num_carved = max(1, round(len(labels) * fraction))
     candidates, num_classes, stratify = np.arange(len(labels)), 1, None
     if config.task is Task.classification:

@@ -63,14 +63,13 @@ class RunJournal:
         """Opens the display; keeps what was measured for a run that does not finish."""
         self._num_steps = num_steps
         self.measured = measured
+        self.first_step_at = time.time()
         self._progress = open_progress(self._config.tracking, total_steps=num_steps, description=run_id(self._config))
         if self.resumed_at_step:
             self._progress.note(f"goes on from its checkpoint at step {self.resumed_at_step}")
 
     def stepped(self, step: int, values: dict[str, float]) -> None:
         """Shows the step, and records every `log_every`-th and the last."""
-        if self.first_step_at is None:
-            self.first_step_at = time.time()
         (loss_name, loss), *rest = values.items()
         tokens_per_second = values["train_tokens_per_second"]
         self._progress.update(step, loss, tokens_per_second)
@@ -80,7 +79,7 @@ class RunJournal:
                 "num_steps": self._num_steps,
                 "loss": loss,
                 "tokens_per_second": tokens_per_second,
-                "first_step_at": self.first_step_at,
+                "seconds_left": self._seconds_left(step),
             }
         )
         self._losses.append(loss)
@@ -110,6 +109,11 @@ class RunJournal:
     def close(self) -> None:
         """Ends the display."""
         self._progress.close()
+
+    def _seconds_left(self, step: int) -> float:
+        assert self.first_step_at is not None
+        seconds_per_step = (time.time() - self.first_step_at) / (step - self.resumed_at_step)
+        return seconds_per_step * (self._num_steps - step)
 
     def _log(self, step: int, values: Mapping[str, float]) -> None:
         self._rows.append((step, dict(values)))

@@ -130,7 +130,9 @@ class LiveTensors(TorchDispatchMode):
         """Nothing is followed before the `with` statement."""
         super().__init__()
         self.peak = MemoryPeak(0, 0, 0, 0)
-        self._model = model
+        # Collected once: going through the modules at every new peak would take longer than the step itself.
+        self._parameters = list(model.parameters())
+        self._buffers = list(model.buffers())
         self._optimizer = optimizer
         self._devices = _devices_of(model)
         # id(storage) -> (weak reference, bytes). PyTorch keeps the Python object of a storage as long as the storage
@@ -182,8 +184,8 @@ class LiveTensors(TorchDispatchMode):
 
     def _owned(self) -> tuple[Iterable[torch.Tensor], Iterable[torch.Tensor], Iterable[torch.Tensor]]:
         """Weights, gradients and optimizer state as they are now; whatever is alive besides is activations."""
-        weights = [*self._model.parameters(), *self._model.buffers()]
-        gradients = [weight.grad for weight in self._model.parameters() if weight.grad is not None]
+        weights = [*self._parameters, *self._buffers]
+        gradients = [weight.grad for weight in self._parameters if weight.grad is not None]
         return weights, gradients, _tensors_in(list(self._optimizer.state.values()))
 
     def _note_peak(self) -> None:

@@ -15,6 +15,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,11 @@ class Metric:
 
 
 MIB = 1024.0**2
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    return str(timedelta(seconds=round(seconds)))
 
 
 def _count(label: str) -> Metric:

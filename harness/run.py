@@ -124,7 +124,6 @@ def run(config: RunConfig) -> RunResult:
         logger.info("%s: %s already; rerun=all makes it again", kept.run_id, kept.status)
         return kept
     _require_writable(Path(config.runs_dir))
-    plan(config)
     prepared = prepare(config)
     # Only now, when nothing is left to go wrong before training, does the run leave a trace.
     with Claim.acquire(folder) as claim:

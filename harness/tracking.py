@@ -26,7 +26,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -41,7 +40,7 @@ from rich.progress import (
 from rich.progress import Progress as RichBar
 
 from harness.config import TrackingConfig, WandbMode
-from harness.results import RunResult, Status
+from harness.results import RunResult, Status, duration_text
 
 if TYPE_CHECKING:
     import wandb
@@ -201,7 +200,9 @@ class WandbTracker:
                 [
                     sys.executable,
                     "-c",
-                    f"import sys; sys.path.insert(0, {checkout!r}); from harness import tracking; tracking.mirror()",
+                    # The run comes first: importing wandb takes a second or two in which it wants all cores.
+                    f"import os, sys; os.nice(10); sys.path.insert(0, {checkout!r}); "
+                    "from harness import tracking; tracking.mirror()",
                 ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -216,7 +217,7 @@ class WandbTracker:
                     "WANDB_CACHE_DIR": str(directory / "cache"),
                 },
                 # Ctrl-C is for the run; the mirror hears of its end and must live on to close its files.
-                start_new_session=True,
+                process_group=0,
             )
         assert self._process.stdin is not None and self._process.stdout is not None
         self._input, self._problems = self._process.stdin, self._process.stdout
@@ -485,7 +486,7 @@ class PlainProgress:
         self._first = self._first or (step, now)
         self._unshown = (
             f"{self._description}: step {step}/{self._total_steps}, loss {loss:.4f}, "
-            f"{tokens_per_second:,.0f} tokens/s, elapsed {_duration(now - self._start_seconds)}, "
+            f"{tokens_per_second:,.0f} tokens/s, elapsed {duration_text(now - self._start_seconds)}, "
             f"ETA {self._remaining(step, now)}"
         )
         if self._shown is None or step >= self._total_steps or self._is_due(step, now, *self._shown):
@@ -509,13 +510,9 @@ class PlainProgress:
         first_step, first_seconds = self._first
         if step == first_step:
             return "-"
-        return _duration((now - first_seconds) / (step - first_step) * (self._total_steps - step))
+        return duration_text((now - first_seconds) / (step - first_step) * (self._total_steps - step))
 
     def _show(self) -> None:
         if self._unshown is not None:
             logger.info("%s", self._unshown)
             self._unshown = None
-
-
-def _duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))

@@ -39,13 +39,13 @@ def runs_dir(tmp_path: Path) -> Path:
 
 def test_every_state_is_told(runs_dir: Path) -> None:
     with Claim.acquire(runs_dir / "c") as claim:
-        claim.report({"step": 5, "num_steps": 20, "loss": 0.5, "tokens_per_second": 1234.5, "first_step_at": 0.0})
+        claim.report({"step": 5, "num_steps": 20, "loss": 0.5, "tokens_per_second": 1234.5, "seconds_left": 75.0})
         claim._write()
         found = {status.run_id: status for status in find_status(runs_dir, "s")}
     assert found["a"] == RunStatus("a", "finished", "")
     assert found["b"] == RunStatus("b", "diverged", "the loss was nan at step 7")
     assert found["c"].state == "running"
-    assert found["c"].text.startswith("step 5/20, loss 0.5000, 1,234 tokens/s, about ")
+    assert found["c"].text.startswith("step 5/20, loss 0.5000, 1,234 tokens/s, about 0:01:15 left")
     assert found["d"] == RunStatus("d", "to do", "last line of its log: stopped after step 3")
     assert found["e"] == RunStatus("e", "to do", "")
 

@@ -74,6 +74,16 @@ def exact(runs_dir: Path) -> dict[str, dict[str, float]]:
     }
 
 
+def test_what_the_fork_server_has_loaded() -> None:
+    """All of a run but W&B, which a run never imports, and out of the garbage collector's sight."""
+    code = (
+        "import gc, sys; import hydra_plugins.lora_harness._preload; "
+        "print(gc.get_freeze_count() > 10_000, 'harness.run' in sys.modules, 'wandb' in sys.modules)"
+    )
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert process.stdout.split() == ["True", "True", "False"]
+
+
 def test_failures_are_rows_and_do_not_stop_the_others(base: list[str], tmp_path: Path) -> None:
     """One axis of learning rates: two runs finish, one diverges; one more cannot write its folder."""
     arguments = [

@@ -42,6 +42,7 @@ LAYERS = {
     "hydra_plugins.lora_harness._composing": 4,
     "hydra_plugins.lora_harness._grids": 4,
     "hydra_plugins.lora_harness.launcher": 4,
+    "hydra_plugins.lora_harness._preload": 4,
     "hydra_plugins.lora_harness._screen": 4,
     "hydra_plugins.lora_harness.search_path": 4,
     "hydra_plugins.lora_harness.sweeper": 4,

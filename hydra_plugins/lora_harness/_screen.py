@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from harness.results import Status
+from harness.results import Status, duration_text
 from hydra_plugins.lora_harness._worker import Outcome
 
 logger = logging.getLogger("harness")
@@ -92,10 +92,10 @@ class Tally:
         counted = ", ".join(f"{count} {name}" for name, count in self.counts.items())
         elapsed = time.monotonic() - self._began
         parts = [f"{self.num_ended}/{self.num_runs} runs" + (f": {counted}" if counted else "")]
-        parts.append(f"{duration(elapsed)} elapsed")
+        parts.append(f"{duration_text(elapsed)} elapsed")
         left = self._seconds_left(elapsed, running)
         if left is not None:
-            parts.append(f"about {duration(left)} left")
+            parts.append(f"about {duration_text(left)} left")
         return ", ".join(parts[:1]) + "; " + ", ".join(parts[1:])
 
     def _seconds_left(self, elapsed: float, running: Sequence[RunningRun]) -> float | None:
@@ -194,12 +194,6 @@ class LiveScreen:
         self._live.stop()
 
 
-def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    minutes, whole = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{whole:02}"
-
-
 def _share(run: RunningRun) -> float:
     step, num_steps = run.progress.get("step", 0), run.progress.get("num_steps", 0)
     return step / num_steps if num_steps else 0.0
@@ -208,15 +202,15 @@ def _share(run: RunningRun) -> float:
 def _cells(run: RunningRun) -> list[str]:
     progress, share = run.progress, _share(run)
     if not share:
-        return [run.run_id, run.slot, "preparing", "", "", duration(run.seconds), ""]
+        return [run.run_id, run.slot, "preparing", "", "", duration_text(run.seconds), ""]
     return [
         run.run_id,
         run.slot,
         f"{progress['step']}/{progress['num_steps']}",
         f"{progress.get('loss', float('nan')):.4f}",
         f"{progress.get('tokens_per_second', 0):,.0f}",
-        duration(run.seconds),
-        duration(run.seconds / share * (1 - share)),
+        duration_text(run.seconds),
+        duration_text(progress["seconds_left"]),
     ]
 
 

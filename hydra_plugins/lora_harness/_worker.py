@@ -15,9 +15,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from harness.config import RunConfig
 
-# Loaded once by the fork server, so that each run starts in a fraction of a second.
-PRELOAD = ["harness.run", "hydra_plugins.lora_harness._worker", "torch.optim.adamw", "sklearn.metrics"]
-
 # What a run can come to beside the statuses of the results contract; it has no result then.
 NOT_FINISHED = "not finished"
 CLAIMED = "claimed"

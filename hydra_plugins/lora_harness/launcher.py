@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from statistics import median
 from typing import Any
 
@@ -39,6 +39,7 @@ logger = logging.getLogger("harness")
 # How long a run may take to write its checkpoint when the sweep is interrupted.
 GRACE_SECONDS = 30.0
 _POLL_SECONDS = 0.1
+PRELOADED = "hydra_plugins.lora_harness._preload"
 _LOOK_SECONDS = 2.0
 
 
@@ -102,7 +103,7 @@ class QueueLauncher(Launcher):
         # Asks the driver library for the number of GPUs: asking CUDA itself would make every fork unusable.
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
         self._processes = multiprocessing.get_context("forkserver")
-        self._processes.set_forkserver_preload(worker.PRELOAD)
+        self._processes.set_forkserver_preload([PRELOADED])
         multiprocessing.forkserver.ensure_running()
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
@@ -170,7 +171,7 @@ class Queue:
                 self._reap(screen)
                 self._look_elsewhere(screen)
                 screen.show([_as_running(job) for job in self._jobs], len(self._todo) + len(self._elsewhere))
-                time.sleep(_POLL_SECONDS)
+                self._wait()
         except KeyboardInterrupt:
             self._interrupt(screen)
             raise
@@ -197,6 +198,13 @@ class Queue:
             slot = self._free.pop(0)
             self._jobs.append(self._spawn(config, slot))
             screen.started(run_id(config), slot.name)
+
+    def _wait(self) -> None:
+        """Until a run ends, or it is time to look at the screen and at the other launchers again."""
+        if self._jobs:
+            wait([job.process.sentinel for job in self._jobs], timeout=_POLL_SECONDS)
+        else:
+            time.sleep(_POLL_SECONDS)
 
     def _spawn(self, config: RunConfig, slot: Slot) -> Job:
         if config.num_threads is None and slot.num_threads is not None:
