@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 from harness.claims import current_owner
@@ -14,6 +15,24 @@ LOG_FILE = "log.txt"
 CHECKPOINT_FILE = "checkpoint.safetensors"
 
 logger = logging.getLogger("harness")
+
+
+class OutputError(OSError):
+    """The runs folder cannot be written."""
+
+
+def require_writable(runs_dir: str) -> None:
+    """Makes the runs folder and writes into it. Raises `OutputError`."""
+    folder = Path(runs_dir)
+    probe = folder / f".writable-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("", encoding="utf-8")
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"runs_dir={runs_dir}: cannot be written ({error.strerror}); give another folder with runs_dir=DIR."
+        ) from error
 
 
 def run_dir(config: RunConfig) -> Path:

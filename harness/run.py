@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import signal
 import threading
@@ -35,7 +34,7 @@ from harness.config import (
 )
 from harness.data import DataError, TextData, TrainingBatches, load_data
 from harness.evaluate import SequenceObjective
-from harness.folder import CHECKPOINT_FILE, CONFIG_FILE, LOG_FILE, kept_result, run_dir
+from harness.folder import CHECKPOINT_FILE, CONFIG_FILE, LOG_FILE, OutputError, kept_result, require_writable, run_dir
 from harness.journal import RunJournal
 from harness.measure import (
     DeviceBusyError,
@@ -54,10 +53,6 @@ from harness.trainer import PreemptedError, TrainingDivergedError, TrainingOutco
 logger = logging.getLogger("harness")
 
 WEIGHTS_DIRS = {Method.lora: "adapter", Method.full: "model", Method.head_only: "head"}
-
-
-class OutputError(OSError):
-    """The runs folder cannot be written."""
 
 
 # What a user can mend: each ends a run before training, with its message and no traceback.
@@ -123,7 +118,7 @@ def run(config: RunConfig) -> RunResult:
     if kept is not None:
         logger.info("%s: %s already; rerun=all makes it again", kept.run_id, kept.status)
         return kept
-    _require_writable(Path(config.runs_dir))
+    require_writable(config.runs_dir)
     prepared = prepare(config)
     # Only now, when nothing is left to go wrong before training, does the run leave a trace.
     with Claim.acquire(folder) as claim:
@@ -337,18 +332,6 @@ def _accelerator(config: RunConfig) -> Accelerator:
         raise ConfigError(["trainer.precision=fp16 needs a GPU; on the CPU use bf16 or fp32."])
     mixed = "no" if precision is Precision.fp32 else str(precision)
     return Accelerator(cpu=on_cpu, mixed_precision=mixed)
-
-
-def _require_writable(runs_dir: Path) -> None:
-    probe = runs_dir / f".writable-{os.getpid()}"
-    try:
-        runs_dir.mkdir(parents=True, exist_ok=True)
-        probe.write_text("", encoding="utf-8")
-        probe.unlink()
-    except OSError as error:
-        raise OutputError(
-            f"runs_dir={runs_dir}: cannot be written ({error.strerror}); give another folder with runs_dir=DIR."
-        ) from error
 
 
 def _clear(folder: Path, *, keep_checkpoint: bool) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -44,7 +46,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     del os.environ["LORA_HARNESS_CACHE"]
 
 
-def launch(runs_dir: Path, *arguments: str) -> subprocess.Popen[str]:
+def launch(runs_dir: Path, *arguments: str, address_space: int | None = None) -> subprocess.Popen[str]:
+    def before_exec() -> None:
+        # A shell starts what it puts into the background with SIGINT ignored, and that is inherited.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if address_space is not None:
+            resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
+
     command = [sys.executable, "-m", "harness", "-m", *arguments, f"runs_dir={runs_dir}"]
     return subprocess.Popen(
         command,
@@ -52,13 +60,12 @@ def launch(runs_dir: Path, *arguments: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        # A shell starts what it puts into the background with SIGINT ignored, and that is inherited.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=before_exec,
     )
 
 
-def sweep(runs_dir: Path, *arguments: str) -> tuple[int, str]:
-    process = launch(runs_dir, *arguments)
+def sweep(runs_dir: Path, *arguments: str, address_space: int | None = None) -> tuple[int, str]:
+    process = launch(runs_dir, *arguments, address_space=address_space)
     output, _ = process.communicate(timeout=300)
     return process.returncode, output
 
@@ -230,13 +237,75 @@ def _wait_for_worker(runs_dir: Path, launcher: subprocess.Popen[str] | None = No
     raise TimeoutError("no worker has made a step")
 
 
-def test_peak_memory_is_the_same_alone_and_after_others(base: list[str], tmp_path: Path) -> None:
-    common = [*base, "rank=r2", "target_layers=qv"]
-    sweep(tmp_path / "after", *common, "seed=0,1,2")
-    sweep(tmp_path / "alone", *common, "seed=2")
+def test_memory_runs_out_in_one_run_and_the_next_measures_what_it_measures_alone(
+    base: list[str], tmp_path: Path
+) -> None:
+    """`ulimit -v` for real: 3,000 rows at once do not fit into 1 GiB beside the program."""
+    lines = ["text,label", *(f"{' '.join([WORDS[number % 2]] * 8)} {number},{number % 2}" for number in range(3000))]
+    (tmp_path / "long.csv").write_text("\n".join(lines) + "\n")
+    long_rows = [f"dataset.train_file={tmp_path / 'long.csv'}", "dataset.max_length=128", "trainer.max_steps=1"]
+    common = [*base, *long_rows, "rank=r2", "target_layers=qv", "num_threads=1"]
+    show_size = (
+        "import re, hydra_plugins.lora_harness._preload; print(re.search(r'VmPeak:\\s*(\\d+)', "
+        "open('/proc/self/status').read())[1])"
+    )
+    program = subprocess.run([sys.executable, "-c", show_size], cwd=ROOT, capture_output=True, text=True, check=True)
+    limit = int(program.stdout) * 1024 + 2**30
+
+    code, output = sweep(tmp_path / "after", *common, "trainer.batch_size=8,2048,4", address_space=limit)
+    assert code == 1, output
+    after = {result.config["trainer"]["batch_size"]: result for result in results(tmp_path / "after").values()}
+    assert {size: result.status for size, result in after.items()} == {
+        8: Status.FINISHED,
+        2048: Status.OUT_OF_MEMORY,
+        4: Status.FINISHED,
+    }
+    assert "can't allocate memory" in after[2048].error
+
+    sweep(tmp_path / "alone", *common, "trainer.batch_size=4")
     (alone,) = results(tmp_path / "alone").values()
-    after = results(tmp_path / "after")[alone.run_id]
-    assert after.metrics["peak_memory_bytes"] == alone.metrics["peak_memory_bytes"]
+    assert after[4].run_id == alone.run_id
+    assert after[4].metrics["peak_memory_bytes"] == alone.metrics["peak_memory_bytes"]
+
+
+def test_a_full_disk(base: list[str], small_disk: Path) -> None:
+    """The heads fit, the second model does not: what had finished stays, and the message says why."""
+    arguments = [*base, "method=head_only,full", "seed=0,1"]
+    code, output = sweep(small_disk, *arguments)
+    assert code == 1, output
+    assert sorted(result.status for result in results(small_disk).values()) == ["failed", *["finished"] * 3], output
+    assert "No space left on device" in output
+    assert not list(small_disk.rglob("*partial*"))
+
+    # Not even a claim fits any more.
+    (small_disk / "filler").write_bytes(b"")
+    with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 512)
+    finished = {path: path.read_bytes() for path in small_disk.glob("*/result.json")}
+    code, output = sweep(small_disk, *arguments, "trainer.learning_rate=1e-3")
+    assert code == 1, output
+    assert output.count("No space left on device") >= 4
+    assert finished == {path: path.read_bytes() for path in small_disk.glob("*/result.json")}
+
+
+def test_a_folder_that_cannot_be_written_fails_before_anything_starts(base: list[str], small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    code, output = sweep(small_disk, *base, "method=head_only", "seed=0,1")
+    assert code == 2, output
+    assert f"runs_dir={small_disk}: cannot be written (Read-only file system)" in output
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 600 KiB. Mounting one takes root."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small tmpfs: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_claimed_run_is_waited_for(base: list[str], tmp_path: Path) -> None:

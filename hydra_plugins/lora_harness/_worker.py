@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 import time
+import traceback
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -54,6 +56,10 @@ def compute(values: dict[str, Any]) -> Outcome:
         return Outcome(NOT_FINISHED, str(error))
     except USER_ERRORS as error:
         return write_failure(config, str(error))
+    except Exception as error:  # the disk is full, the folder went away: the sweep's other runs must hear why
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
+        return write_failure(config, f"{type(error).__name__}: {error}")
     return Outcome(str(result.status), result.error)
 
 

@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.config import ConfigError, RunConfig, run_id
-from harness.folder import run_dir, run_state
+from harness.folder import require_writable, run_dir, run_state
 from harness.results import RESULT_FILE, Status, read_result, write_json_atomically
 from hydra_plugins.lora_harness._composing import compose_run
 from hydra_plugins.lora_harness._grids import GridError, Overrides, expand
@@ -100,7 +100,12 @@ class GridSweeper(Sweeper):
         if self._dry_run:
             show_plan(runs, plans)
             return []
-        _write_membership(runs)
+        try:
+            for runs_dir in {run.config.runs_dir for run in runs}:
+                require_writable(runs_dir)
+            _write_membership(runs)
+        except OSError as error:
+            raise ConfigError([str(error)]) from error
         returns = self.launcher.launch([list(run.overrides) for run in runs], initial_job_idx=0)
         if any(job.status is not JobStatus.COMPLETED for job in returns):
             # Every launcher has said by now which runs these are; what is left to say is the exit code.
@@ -238,9 +243,4 @@ def _write_membership(runs: Sequence[SweepRun]) -> None:
             "command": "python -m harness " + shlex.join(sys.argv[1:]),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
-        try:
-            write_json_atomically(Path(runs_dir) / SWEEPS_DIR / f"{sweep}.json", membership)
-        except OSError as error:
-            raise ConfigError(
-                [f"runs_dir={runs_dir}: cannot be written ({error.strerror}); give another folder with runs_dir=DIR."]
-            ) from error
+        write_json_atomically(Path(runs_dir) / SWEEPS_DIR / f"{sweep}.json", membership)
