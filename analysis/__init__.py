@@ -1,1 +1,6 @@
-"""From runs to paper: tables, figures and pages made from result files."""
+"""From runs to paper: `from analysis import load_runs, select, tables` gives DataFrames. Needs no torch."""
+
+from analysis import select, tables
+from analysis.load import load_runs
+
+__all__ = ["load_runs", "select", "tables"]

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis.load import LoadError
+from analysis.load import LoadError, load_runs
 from analysis.report import write_report
 from analysis.status import print_status
 
@@ -30,10 +30,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m analysis", description="Tables and pages from finished runs.")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    report = commands.add_parser("report", help="one table of a sweep, as a page, Markdown and CSV")
+    report = commands.add_parser("report", help="tables, figures and a page of a sweep")
     report.add_argument("--sweep", metavar="NAME", help="name of the sweep; without it, all runs in one table")
     report.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="default: %(default)s")
     report.add_argument("--reports-dir", type=Path, default=Path("reports"), metavar="DIR", help="default: %(default)s")
+    report.add_argument(
+        "--scores",
+        choices=("best", "last"),
+        default="best",
+        help="of the step that was best on val, or of the last step; default: %(default)s",
+    )
+    report.add_argument("--published", action="store_true", help="show what papers print underneath, marked as quoted")
+    report.add_argument(
+        "--wandb", choices=("offline", "online"), help="also make a W&B run of job type report that carries all of it"
+    )
     report.set_defaults(command=_report)
 
     status = commands.add_parser("status", help="how far a sweep is, also while it runs")
@@ -44,7 +54,27 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _report(options: argparse.Namespace) -> None:
-    write_report(options.runs_dir, options.reports_dir, options.sweep)
+    report_dir = write_report(
+        options.runs_dir, options.reports_dir, options.sweep, scores=options.scores, published=options.published
+    )
+    if options.wandb is not None:
+        # Imported late: a report needs neither W&B nor the rest of the harness.
+        from harness.config import TrackingConfig, WandbMode
+        from harness.tracking import TrackingError, log_report
+
+        frame = load_runs(options.runs_dir, sweep=options.sweep).frame
+        project, entity = (frame.get(f"config.tracking.{name}", [None])[0] for name in ("project", "entity"))
+        try:
+            log_report(
+                report_dir,
+                sweep=report_dir.name,
+                mode=WandbMode(options.wandb),
+                project=project or TrackingConfig().project,
+                entity=entity,
+            )
+        except TrackingError as error:
+            raise SystemExit(str(error)) from error
+        print(f"W&B files: {report_dir}/wandb/")
 
 
 def _status(options: argparse.Namespace) -> None:

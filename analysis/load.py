@@ -11,7 +11,9 @@ computed by one of them, so the `sweep` in its result file cannot tell; it is lo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,16 +23,20 @@ import pandas as pd
 from harness.results import METRICS, RESULT_FILE, ResultError, RunResult, read_result
 
 SWEEPS_DIR = "sweeps"
+CURVE_FILE = "metrics.jsonl"
 
 # Without these a run has no place in a table.
-_NEEDED_SETTINGS = (
-    "config.model.name",
-    "config.dataset.name",
-    "config.dataset.best_metric",
-    "config.method.name",
-    "config.trainer.learning_rate",
-    "config.seed",
-)
+_NEEDED_SETTINGS: dict[str, type] = {
+    "config.model.name": str,
+    "config.dataset.name": str,
+    "config.dataset.best_metric": str,
+    "config.method.name": str,
+    "config.trainer.learning_rate": float,
+    "config.seed": int,
+}
+_LARGEST = 1e300
+# Where a run has these, they are of this type.
+_TYPED_SETTINGS: dict[str, type] = {"config.rank.rank": int, "config.target_layers.name": str}
 # The order of runs where no sweep file gives one: equal settings side by side, the placement before the rank.
 _ORDER = (
     "config.model.name",
@@ -139,6 +145,37 @@ def _load_listed(runs_dir: Path, sweep: str, sweep_file: _SweepFile, need_ended:
     )
 
 
+def load_curves(runs_dir: Path, run_ids: Iterable[str]) -> dict[str, list[dict[str, float]]]:
+    """The curve of each run that has one: rows with `step` and what was recorded at it, in order.
+
+    A line that is not such a row (the last one of a killed run) is left out.
+    """
+    curves = {}
+    for run_id in run_ids:
+        try:
+            lines = (runs_dir / run_id / CURVE_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            continue
+        rows = [row for row in map(_curve_row, lines) if row is not None]
+        if rows:
+            curves[run_id] = rows
+    return curves
+
+
+def _curve_row(line: str) -> dict[str, float] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        return None
+    return {
+        str(name): value
+        for name, value in row.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    }
+
+
 def _result_paths(runs_dir: Path) -> Iterator[Path]:
     # A sweep called "result" has its sweep file where a run called "sweeps" would have its result.
     return (path for path in runs_dir.glob(f"*/{RESULT_FILE}") if path.parent.name != SWEEPS_DIR)
@@ -156,6 +193,9 @@ def _read_sweep_file(runs_dir: Path, sweep: str) -> _SweepFile | None:
     run_ids = raw.get("run_ids") if isinstance(raw, dict) else None
     if not isinstance(run_ids, list) or not all(isinstance(run_id, str) for run_id in run_ids):
         raise LoadError(f"{path}: expected an object with run_ids, a list of names. {remedy}")
+    odd = [run_id for run_id in run_ids if not re.fullmatch(r"[\w][\w.+-]*", run_id)]
+    if odd:
+        raise LoadError(f"{path}: {odd[0]!r:.80} in run_ids is no name of a run. {remedy}")
     if raw.get("sweep") != sweep:
         raise LoadError(f"{path}: is about sweep {raw.get('sweep')!r}, not {sweep!r}. {remedy}")
     return _SweepFile(run_ids, raw.get("command"), raw.get("created"))
@@ -191,7 +231,7 @@ def _read_rows(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def _row(result: RunResult) -> dict[str, Any]:
-    return {
+    row = {
         "run_id": result.run_id,
         "cell_id": result.cell_id,
         "sweep": result.sweep,
@@ -202,6 +242,14 @@ def _row(result: RunResult) -> dict[str, Any]:
         **result.metrics,
         **_flatten("environment", result.environment),
     }
+    return {name: _as_unicode(value) for name, value in row.items()}
+
+
+def _as_unicode(value: Any) -> Any:
+    """Text without halves of surrogate pairs, which JSON can carry and no file can."""
+    if isinstance(value, tuple):
+        return tuple(map(_as_unicode, value))
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
 def _flatten(name: str, value: Any) -> dict[str, Any]:
@@ -219,9 +267,19 @@ def _find_problem(path: Path, row: dict[str, Any]) -> str | None:
     absent = [setting for setting in _NEEDED_SETTINGS if row.get(setting) is None]
     if absent:
         return f"its config has no {', '.join(setting.removeprefix('config.') for setting in absent)}"
+    for setting, kind in (_NEEDED_SETTINGS | _TYPED_SETTINGS).items():
+        value = row.get(setting)
+        is_kind = isinstance(value, int | float if kind is float else kind) and not isinstance(value, bool)
+        if value is not None and (not is_kind or (kind is not str and abs(value) > _LARGEST)):
+            return (
+                f"its config has {setting.removeprefix('config.')}={str(value)[:60]!r}, which is not a {kind.__name__}"
+            )
     best_metric = row["config.dataset.best_metric"]
     if f"val_{best_metric}" not in METRICS:
         return f"its dataset.best_metric {best_metric!r} is not in the METRICS registry"
+    huge = [name for name in METRICS if abs(row.get(name, 0)) > _LARGEST**0.5]
+    if huge:
+        return f"its {huge[0]} is {row[huge[0]]!r:.30}, which nothing measures"
     # A copied folder would count a seed twice.
     if path.parent.name != row["run_id"]:
         return f"is the result of run {row['run_id']} and belongs into a folder of that name"

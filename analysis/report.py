@@ -1,6 +1,6 @@
-"""One folder per sweep: the page, its tables, and every run as CSV.
+"""One folder per sweep: the page, its tables and figures in every format, and every run as CSV.
 
-    reports_dir/<sweep>/report.md  runs.csv  tables/tradeoff.md  tables/tradeoff.csv
+    reports_dir/<sweep>/report.html  report.md  runs.csv  tables/<name>.{md,tex,csv,html}  figures/<name>.{pdf,png}
 
 Writing it again from the same runs gives the same bytes.
 """
@@ -8,9 +8,10 @@ Writing it again from the same runs gives the same bytes.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -18,8 +19,10 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from analysis import tables
-from analysis.load import Runs, load_runs
+from analysis import figures, formats, select, tables
+from analysis.formats import PaperTable, as_code
+from analysis.load import LoadError, Runs, load_curves, load_runs
+from analysis.page import PageTable, page
 from harness.results import METRICS, Status
 
 # The name of the report about every run in a folder.
@@ -27,56 +30,134 @@ ALL_RUNS = "all"
 
 
 def write_report(
-    runs_dir: Path, reports_dir: Path, sweep: str | None = None, *, console: Console | None = None
+    runs_dir: Path,
+    reports_dir: Path,
+    sweep: str | None = None,
+    *,
+    scores: str = "best",
+    published: bool = False,
+    console: Console | None = None,
 ) -> Path:
-    """Writes the report of a sweep, or of all runs in the folder, prints its table, and returns its folder.
+    """Writes the report of a sweep, or of all runs in the folder, prints its first table, and returns its folder.
+
+    Args:
+        runs_dir: where the runs lie.
+        reports_dir: gets a folder named after the sweep.
+        sweep: its name; None for all runs.
+        scores: "best", the step chosen on val, or "last".
+        published: whether quoted rows of papers stand under the measured ones.
+        console: where the first table is printed; standard output by default.
 
     Raises:
-        LoadError: there are no such runs.
+        LoadError: there are no such runs, or the sweep's name is no name of a folder.
     """
+    name = sweep or ALL_RUNS
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise LoadError(f"sweep={name!r}: must be letters, digits, _ - and dots, because a folder is named after it")
+    if scores not in ("best", "last"):
+        raise ValueError(f"scores={scores!r}: must be best or last")
     runs = load_runs(runs_dir, sweep=sweep)
-    table = tables.tradeoff_table(runs.frame)
-    text = tables.as_text(table)
-    notes = tables.tradeoff_notes(runs.frame, table)
-    summary = list(_summary(runs))
-
-    tradeoff = tables.to_markdown(text) + "\n" + _as_list(notes)
-    report_dir = reports_dir / (sweep or ALL_RUNS)
-    _write(report_dir / "tables" / "tradeoff.csv", tables.to_csv(table))
-    # Alone, the table needs the sentences that the page has at its head.
-    _write(report_dir / "tables" / "tradeoff.md", tradeoff + _as_list(summary))
-    _write(report_dir / "runs.csv", tables.to_csv(_without_empty_metrics(runs.frame)))
-    _write(report_dir / "report.md", _page(sweep or ALL_RUNS, summary, tradeoff, runs.frame))
-
-    # In a file or a pipe nothing has to fold: wide enough for the table in one piece.
-    console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-    console.print(Text(f"\n{sweep or ALL_RUNS}", style="bold"))
-    for line in summary:
-        console.print(Text(line))
-    for block in tables.to_rich(text, width=console.width):
-        console.print()
-        console.print(block)
-    console.print()
-    for note in notes:
-        # Indented, so that a folded note does not look like two.
-        console.print(Padding(Text(note), (0, 0, 0, 2)))
-    console.print(Text(f"\nwritten to {report_dir}/: report.md runs.csv tables/tradeoff.md tables/tradeoff.csv"))
+    frame = select.at_last_step(runs.frame) if scores == "last" else runs.frame
+    cells = select.cells(frame)
+    paper_tables = tables.paper_tables(frame, cells, scores=scores, published=published)
+    summary = list(_summary(runs, scores))
+    report_dir = reports_dir / name
+    _write_tables(report_dir / "tables", paper_tables, name, summary)
+    curves = load_curves(runs_dir, runs.frame["run_id"])
+    drawn = figures.paper_figures(cells, curves)
+    pictures = figures.write_figures(drawn, report_dir / "figures")
+    _remove_others(report_dir / "figures", pictures)
+    _write(report_dir / "runs.csv", formats.to_csv(_without_empty_metrics(runs.frame)))
+    _write(report_dir / "report.md", _markdown(name, summary, paper_tables, drawn, runs.frame))
+    _write(
+        report_dir / "report.html",
+        page(
+            title=name,
+            summary=summary,
+            tables=[PageTable(one.name, one.caption, formats.to_html(one), one.notes) for one in paper_tables],
+            cells=cells,
+            frame=frame,
+            curves=curves,
+            environment=list(_environment(runs.frame)),
+            failures=tables.failures(runs.frame),
+            figures=[(one.name, one.title, (report_dir / "figures" / f"{one.name}.png").read_bytes()) for one in drawn],
+        ),
+    )
+    _print(name, summary, paper_tables[0], report_dir, console)
     return report_dir
 
 
-def _page(name: str, summary: Sequence[str], tradeoff: str, frame: pd.DataFrame) -> str:
+def _print(name: str, summary: Sequence[str], table: PaperTable, report_dir: Path, console: Console | None) -> None:
+    # In a file or a pipe nothing has to fold: wide enough for the table in one piece.
+    console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    console.print(Text(f"\n{name}", style="bold"))
+    for line in summary:
+        console.print(Text(line))
+    for block in formats.to_rich(table.text, width=console.width):
+        console.print()
+        console.print(block)
+    console.print()
+    for note in table.notes:
+        # Indented, so that a folded note does not look like two.
+        console.print(Padding(Text(note), (0, 0, 0, 2)))
+    console.print(Text(f"\nwritten to {report_dir}/: report.html report.md runs.csv tables/ figures/"))
+
+
+def _write_tables(directory: Path, paper_tables: Sequence[PaperTable], sweep: str, summary: Sequence[str]) -> None:
+    written = []
+    for table in paper_tables:
+        contents = {
+            # Alone, a table needs the sentences that the page has at its head.
+            "md": f"{_in_markdown(table)}\n{_as_list(summary)}",
+            "tex": formats.to_latex(table, label=f"{sweep}-{table.name}"),
+            "csv": formats.to_csv(table.numbers),
+            "html": formats.to_html(table) + "\n",
+        }
+        for ending, text in contents.items():
+            _write(directory / f"{table.name}.{ending}", text)
+            written.append(directory / f"{table.name}.{ending}")
+    _write(directory / "preview.tex", _preview(paper_tables))
+    _remove_others(directory, [*written, directory / "preview.tex"])
+
+
+def _preview(paper_tables: Sequence[PaperTable]) -> str:
+    """A document that holds every table, to look at: `pdflatex preview.tex`."""
+    inputs = "\n".join(f"\\input{{{table.name}}}\n\\clearpage" for table in paper_tables)
     return (
-        f"# {name}\n\n{_as_list(summary)}\n"
-        f"## Cost and quality\n\n{tradeoff}\n"
-        f"## Environment\n\n{_as_list(list(_environment(frame)))}\n"
-        "## Files\n\n"
-        "- `runs.csv`: every run with its whole config, metrics and environment, in the stored units\n"
-        "- `tables/tradeoff.csv`: the numbers of the table above, unrounded, in the stored units\n"
-        "- `tables/tradeoff.md`: the table above\n"
+        "\\documentclass{article}\n\\usepackage[T1]{fontenc}\n\\usepackage{booktabs,graphicx,textcomp}\n"
+        f"\\usepackage[margin=2cm]{{geometry}}\n\\begin{{document}}\n{inputs}\n\\end{{document}}\n"
     )
 
 
-def _summary(runs: Runs) -> Iterator[str]:
+def _in_markdown(table: PaperTable) -> str:
+    return f"{formats.to_markdown(table.text)}\n{_as_list(table.notes)}"
+
+
+def _markdown(
+    name: str,
+    summary: Sequence[str],
+    paper_tables: Sequence[PaperTable],
+    drawn: Sequence[figures.Figure],
+    frame: pd.DataFrame,
+) -> str:
+    parts = [f"# {name}\n\n{_as_list(summary)}"]
+    parts += [f"## {table.caption}\n\n{_in_markdown(table)}" for table in paper_tables]
+    if drawn:
+        pictures = "\n".join(f"![{figure.title}](figures/{figure.name}.png)\n" for figure in drawn)
+        parts.append(f"## Figures\n\n{pictures}")
+    parts.append(f"## Environment\n\n{_as_list(list(_environment(frame)))}")
+    parts.append(
+        "## Files\n\n"
+        "- `report.html`: this page with figures that answer to the mouse; it opens without network\n"
+        "- `runs.csv`: every run with its whole config, metrics and environment, in the stored units\n"
+        "- `tables/`: each table as Markdown, LaTeX (`preview.tex` holds them all), HTML, and CSV (unrounded, in the "
+        "stored units)\n"
+        "- `figures/`: each figure as PDF and PNG\n"
+    )
+    return "\n".join(parts)
+
+
+def _summary(runs: Runs, scores: str) -> Iterator[str]:
     statuses = runs.frame["status"].value_counts()
     counts = [f"{statuses[status.value]} {status}" for status in Status if status.value in statuses]
     num_runs = len(runs.frame) + len(runs.unreadable) + len(runs.to_do or ())
@@ -85,27 +166,33 @@ def _summary(runs: Runs) -> Iterator[str]:
     if runs.to_do is not None:
         counts.append(f"{len(runs.to_do)} to do")
     if runs.command is not None:
-        yield f"Command: {tables.as_code(runs.command)}" + (f", {runs.created}" if runs.created else "")
+        yield f"Command: {as_code(runs.command)}" + (f", {runs.created}" if runs.created else "")
     yield f"Runs: {num_runs} ({', '.join(counts)})."
     if runs.sweep is not None and runs.to_do is None:
         yield "What is still to do is not known: no sweep file lists the runs of this sweep."
     if runs.to_do:
-        yield f"To do: {', '.join(map(tables.as_code, runs.to_do))}."
-    yield f"Selection: {tables.selection_rule(runs.frame)}."
+        yield f"To do: {tables.listed(runs.to_do)}."
+    yield f"Selection: {tables.selection_rule(runs.frame, scores)}."
     for problem in runs.problems:
-        yield f"Left out: {tables.as_code(problem)}"
+        yield f"Left out: {as_code(problem)}"
 
 
 def _environment(frame: pd.DataFrame) -> Iterator[str]:
     """Every fact about the environment, and for how many runs it held where they differ."""
     facts = frame[[column for column in frame.columns if column.startswith("environment.")]]
+    facts = facts.drop(columns=[f"environment.{name}" for name in _MOMENTS], errors="ignore")
     recorded = facts.dropna(how="all")
     if len(recorded) < len(facts):
         yield f"recorded by {len(recorded)} of {len(facts)} runs"
     for column in recorded.columns:
-        counts = Counter("unknown" if value is None else tables.show_value(value) for value in recorded[column])
-        values = [tables.as_code(value) + (f" (n={n})" if len(counts) > 1 else "") for value, n in counts.items()]
-        yield f"{column.removeprefix('environment.')}: {', '.join(values)}"
+        counts = Counter("unknown" if value is None else select.show_value(value) for value in recorded[column])
+        values = [as_code(value) + (f" (n={n})" if len(counts) > 1 else "") for value, n in counts.most_common(20)]
+        more = f" and {len(counts) - 20} more values" if len(counts) > 20 else ""
+        yield f"{column.removeprefix('environment.')}: {', '.join(values)}{more}"
+
+
+# Every run has its own; they are in runs.csv.
+_MOMENTS = ("started_at", "first_step_at", "ended_at")
 
 
 def _without_empty_metrics(frame: pd.DataFrame) -> pd.DataFrame:
@@ -114,6 +201,14 @@ def _without_empty_metrics(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _as_list(lines: Sequence[str]) -> str:
     return "".join(f"- {line}\n" for line in lines)
+
+
+def _remove_others(directory: Path, written: Iterable[Path]) -> None:
+    """What an earlier report with other tables or figures left would look like a part of this one."""
+    keep = set(written)
+    for path in directory.glob("*"):
+        if path.is_file() and path not in keep:
+            path.unlink()
 
 
 def _write(path: Path, text: str) -> None:

@@ -171,13 +171,20 @@ _FIELD_TYPES: dict[str, Any] = {
 }
 
 
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float can hold
+        return False
+
+
 def check_metrics(metrics: Mapping[str, float]) -> None:
     """Raises `ValueError` naming every metric that is unknown or not a finite number."""
     problems = [f"{name!r} is not in the METRICS registry" for name in metrics if name not in METRICS]
     problems += [
         f"{name}={value!r} is not a finite number; leave the key out instead"
         for name, value in metrics.items()
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value)
     ]
     if problems:
         raise ValueError("metrics: " + "; ".join(problems))
@@ -213,7 +220,7 @@ def read_result(path: Path) -> RunResult:
     """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ResultError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(raw, dict):
         raise ResultError(f"{path}: expected a JSON object, got {type(raw).__name__}")

@@ -45,6 +45,11 @@ from harness.results import RunResult, Status, duration_text
 if TYPE_CHECKING:
     import wandb
 
+
+class TrackingError(RuntimeError):
+    """W&B did not take something that was asked for by name."""
+
+
 METRICS_FILE = "metrics.jsonl"
 WANDB_DIR = "wandb"
 MIRROR_LOG = "mirror.log"
@@ -379,6 +384,42 @@ def _start_wandb_run(job: dict[str, Any]) -> wandb.Run:
     run.define_metric("step", summary="none")
     run.define_metric("*", step_metric="step", summary="none")
     return run
+
+
+def log_report(report_dir: Path, *, sweep: str, mode: WandbMode, project: str, entity: str | None = None) -> None:
+    """Makes a W&B run of job type `report` that carries a sweep's report folder as an artifact.
+
+    The W&B files lie in `report_dir/wandb`, which is emptied first; `wandb sync` uploads those of an offline run.
+    Called where no run is being measured, so in this process.
+
+    Raises:
+        TrackingError: W&B did not take it; the message says why. The report itself is complete.
+    """
+    directory = report_dir / WANDB_DIR
+    if directory.exists():
+        shutil.rmtree(directory)
+    directory.mkdir()
+    # Copies of the files wait here for the upload, and not in the home directory.
+    for variable, folder in (("WANDB_CACHE_DIR", "cache"), ("WANDB_DATA_DIR", "data")):
+        os.environ[variable] = str(directory / folder)
+    os.environ["WANDB_ERROR_REPORTING"] = "false"
+    try:
+        import wandb
+
+        job = {"mode": str(mode), "dir": str(report_dir), "project": project, "entity": entity, "group": sweep}
+        limits = {"start_seconds": ONLINE_START_SECONDS, "upload_seconds": UPLOAD_SECONDS}
+        run = _start_wandb_run({**job, **limits, "job_type": "report", "name": f"{sweep} report"})
+        artifact = wandb.Artifact(f"{sweep}-report", type="report")
+        for path in sorted(report_dir.rglob("*")):
+            if path.is_file() and directory not in path.parents:
+                artifact.add_file(str(path), name=path.relative_to(report_dir).as_posix())
+        run.log_artifact(artifact)
+        run.finish()
+        wandb.teardown()
+    except (Exception, SystemExit) as error:  # as in the mirror
+        raise TrackingError(
+            f"wandb={mode}: {_describe(error)}. The report in {report_dir} is complete; only W&B has not got it."
+        ) from error
 
 
 def _describe(error: BaseException) -> str:

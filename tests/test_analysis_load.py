@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from analysis.load import LoadError, load_runs
+from analysis.load import LoadError, load_curves, load_runs
 from harness.config import from_dict, to_dict
 from harness.results import METRICS, RunResult, Status, write_result
 
@@ -324,13 +324,20 @@ def test_a_sweep_called_result_is_not_taken_for_a_run(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- imports
 
 
+WITHOUT_TORCH = (
+    "import sys\n"
+    "class Missing:\n"
+    "    def find_spec(self, name, *_):\n"
+    "        if name in ('torch', 'transformers', 'wandb', 'hydra', 'omegaconf'):\n"
+    "            raise ModuleNotFoundError(name)\n"
+    "sys.meta_path.insert(0, Missing())\n"
+)
+
+
 def test_analysis_works_without_torch_in_a_fresh_interpreter(tmp_path: Path) -> None:
     save_run(tmp_path / "runs", "a")
     script = (
-        "import sys\n"
-        # A module that is None cannot be imported.
-        "sys.modules.update(dict.fromkeys(('torch', 'transformers', 'wandb', 'hydra', 'omegaconf')))\n"
-        "from analysis.__main__ import main\n"
+        f"{WITHOUT_TORCH}from analysis.__main__ import main\n"
         f"sys.exit(main(['report', '--runs-dir', {str(tmp_path / 'runs')!r}, '--reports-dir', {str(tmp_path)!r}]))\n"
     )
     process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
@@ -339,6 +346,72 @@ def test_analysis_works_without_torch_in_a_fresh_interpreter(tmp_path: Path) -> 
 
 
 def test_a_fresh_interpreter_without_torch_can_fail() -> None:
-    script = "import sys; sys.modules['torch'] = None; import torch"
-    process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert "import of torch halted" in process.stderr
+    process = subprocess.run([sys.executable, "-c", f"{WITHOUT_TORCH}import torch"], capture_output=True, text=True)
+    assert "ModuleNotFoundError: torch" in process.stderr
+
+
+# ---------------------------------------------------------------- hostile files
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b'{"schema_version": 1, "run_id": "half", "cell', "not readable as JSON"),
+        (b"\xff\xfe{}", "not readable as JSON"),
+        (b"[" * 100_000, "not readable as JSON"),
+        (b'{"schema_version": 1, "n": ' + b"9" * 5000 + b"}", "not readable as JSON"),
+        (b'{"schema_version": 2}', "schema_version 2"),
+        (b'{"schema_version": 1, "foreign": true}', "result.json"),
+        (b"[]", "expected a JSON object"),
+    ],
+)
+def test_a_file_that_is_no_result_is_named_and_the_others_are_read(
+    tmp_path: Path, content: bytes, complaint: str
+) -> None:
+    save_run(tmp_path, "good")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/result.json").write_bytes(content)
+    runs = load_runs(tmp_path)
+    assert list(runs.frame["run_id"]) == ["good"]
+    (problem,) = runs.problems
+    assert "bad/result.json" in problem and complaint in problem
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"metrics": {"val_accuracy": 10**400}}, "val_accuracy"),
+        ({"metrics": {"val_accuracy": 1e200}}, "val_accuracy"),
+        ({"trainer__learning_rate": 10**400}, "trainer.learning_rate"),
+        ({"model__name": ["a", "list"]}, "model.name"),
+        ({"rank__rank": "eight"}, "rank.rank"),
+        ({"dataset__best_metric": "__import__('os')"}, "best_metric"),
+    ],
+)
+def test_values_of_no_sense_are_named(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
+    save_run(tmp_path, "good")
+    save_run(tmp_path, "bad", **changes)
+    runs = load_runs(tmp_path)
+    assert list(runs.frame["run_id"]) == ["good"]
+    assert "bad/result.json" in runs.problems[0] and complaint in runs.problems[0]
+
+
+def test_half_a_surrogate_pair_is_a_question_mark(tmp_path: Path) -> None:
+    save_run(tmp_path, "a", target_layers="q\ud800", error="\udfff")
+    (row,) = load_runs(tmp_path).frame.to_dict("records")
+    assert (row["config.target_layers.name"], row["error"]) == ("q?", "?")
+
+
+def test_a_sweep_file_cannot_point_out_of_the_folder(tmp_path: Path) -> None:
+    save_run(tmp_path / "elsewhere", "a")
+    save_run(tmp_path / "runs", "b")
+    save_sweep(tmp_path / "runs", "demo", ["../elsewhere/a"])
+    with pytest.raises(LoadError, match="no name of a run"):
+        load_runs(tmp_path / "runs", sweep="demo")
+
+
+def test_curves_without_the_half_written_last_line(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    rows = '{"step": 1, "train_nll": 2.0}\n{"step": 2, "train_nll": NaN, "note": "x"}\n[1]\n{"step": 3, "tra'
+    (tmp_path / "a/metrics.jsonl").write_text(rows)
+    assert load_curves(tmp_path, ["a", "b"]) == {"a": [{"step": 1, "train_nll": 2.0}, {"step": 2}]}

@@ -10,8 +10,10 @@ import pytest
 from rich.console import Console
 from test_analysis_load import ENVIRONMENT, save_run
 
+from analysis.formats import PaperTable, TextTable, to_markdown, to_rich
 from analysis.load import load_runs
-from analysis.tables import TextTable, as_text, to_csv, to_markdown, to_rich, tradeoff_notes, tradeoff_table
+from analysis.select import best_cells, cells
+from analysis.tables import tradeoff
 
 MIB = 1024 * 1024
 
@@ -83,13 +85,17 @@ def demo_frame(runs_dir: Path) -> pd.DataFrame:
 
 
 def one_row(frame: pd.DataFrame, cell_id: str) -> dict[Any, Any]:
-    table = tradeoff_table(frame)
+    table = cells(frame)
     (row,) = table[table["cell_id"] == cell_id].to_dict("records")
     return row
 
 
+def tradeoff_of(frame: pd.DataFrame) -> PaperTable:
+    return tradeoff(best_cells(cells(frame)), frame)
+
+
 def notes_of(frame: pd.DataFrame) -> list[str]:
-    return tradeoff_notes(frame, tradeoff_table(frame))
+    return tradeoff_of(frame).notes
 
 
 # ---------------------------------------------------------------- numbers
@@ -125,29 +131,32 @@ def test_only_finished_runs_give_numbers(tmp_path: Path) -> None:
 
 def test_rows_keep_the_order_of_the_runs(tmp_path: Path) -> None:
     frame = demo_frame(tmp_path)
-    assert list(tradeoff_table(frame)["cell_id"]) == ["full", "q1", "qv8", "qv64", "half"]
-    assert list(tradeoff_table(frame.iloc[::-1])["cell_id"]) == ["half", "qv64", "qv8", "q1", "full"]
+    assert list(cells(frame)["cell_id"]) == ["full", "q1", "qv8", "qv64", "half"]
+    assert list(cells(frame.iloc[::-1])["cell_id"]) == ["half", "qv64", "qv8", "q1", "full"]
 
 
 # ---------------------------------------------------------------- text
 
 GOLDEN_MARKDOWN = """\
-| method | rank | target layers  | learning rate | adapter params ↓ | trainable (%) ↓ | peak memory (MiB) ↓ | step time (ms) ↓ | checkpoint (MiB) ↓ |  val accuracy ↑ | test accuracy ↑ |   n | status                      |
-| ------ | ---: | -------------- | ------------: | ---------------: | --------------: | ------------------: | ---------------: | -----------------: | --------------: | --------------: | --: | --------------------------- |
-| full   |    – | –              |         5e-05 |                0 |         100.000 |                40.0 | 31.0 (30.0–34.0) |               4.00 | 0.9100 ± 0.0100 | 0.8800 ± 0.0000 |   3 | 3 finished                  |
-| lora   |    1 | q              |         0.001 |            2,048 |           0.250 |                10.0 |             10.0 |               0.25 |         0.8000† |         0.7500† |   1 | 1 finished                  |
-| lora   |    8 | qv             |         0.001 |            2,048 |           0.250 |          11.0 ± 1.7 |             10.0 |               0.25 | 0.8200 ± 0.0265 | 0.7700 ± 0.0200 |   3 | 3 finished                  |
-| lora   |   64 | qv             |         0.001 |                – |               – |                   – |                – |                  – |               – |               – |   0 | 1 diverged, 1 out_of_memory |
-| lora   |    8 | qv (last_half) |         0.001 |            2,048 |           0.250 |                10.0 |             10.0 |                  – |          0.8000 |          0.7500 |   1 | 1 finished, 1 failed        |
+| method | rank | target layers  | learning rate | adapter params ↓ | trainable (%) ↓ | peak memory (MiB) ↓ | memory / full | step time (ms) ↓ | time / full | checkpoint (MiB) ↓ |      val accuracy ↑ |     test accuracy ↑ |   n | status                      |
+| ------ | ---: | -------------- | ------------: | ---------------: | --------------: | ------------------: | ------------: | ---------------: | ----------: | -----------------: | ------------------: | ------------------: | --: | --------------------------- |
+| full   |    – | –              |         5e-05 |                0 |         100.000 |                40.0 |         1.00× | 31.0 (30.0–34.0) |       1.00× |               4.00 | **0.9100 ± 0.0100** | **0.8800 ± 0.0000** |   3 | 3 finished                  |
+| lora   |    1 | q              |         0.001 |            2,048 |           0.250 |                10.0 |         0.25× |             10.0 |       0.32× |               0.25 |             0.8000† |             0.7500† |   1 | 1 finished                  |
+| lora   |    8 | qv             |         0.001 |            2,048 |           0.250 |          11.0 ± 1.7 |         0.28× |             10.0 |       0.32× |               0.25 |     0.8200 ± 0.0265 |     0.7700 ± 0.0200 |   3 | 3 finished                  |
+| lora   |   64 | qv             |         0.001 |                – |               – |                   – |             – |                – |           – |                  – |                   – |                   – |   0 | 1 diverged, 1 out_of_memory |
+| lora   |    8 | qv (last_half) |         0.001 |            2,048 |           0.250 |                10.0 |         0.25× |             10.0 |       0.32× |                  – |              0.8000 |              0.7500 |   1 | 1 finished, 1 failed        |
 """  # noqa: E501, RUF001
 
 GOLDEN_NOTES = [
     "The same in every row: model bert, dataset sst2.",
-    "n: finished runs, one per seed; only they give numbers. ±: sample standard deviation over them. "
-    "Step time: median over runs of each run's median step (smallest\N{EN DASH}largest).",
+    "n: finished runs, one per seed; only they give numbers. ±: sample standard deviation over them; the CSV has the "
+    "half width of the 95 % interval (Student's t) as well. Step time: median over runs of each run's median step "
+    "(smallest\N{EN DASH}largest).",
     "Trainable: share of all parameters (base, adapter and head) that were trained (adapter and head; the base too in "
     "full fine-tuning). Adapter params leave the head out, which has 512.",
     "Peak memory: bytes of live tensors at the peak of a training step. Checkpoint: what the run saved.",
+    "/ full: ratio to full fine-tuning on the same model and dataset; below 1\N{MULTIPLICATION SIGN} is less.",
+    "Bold: better than the runner-up by Welch's t-test, two-sided, p < 0.05.",
     "† collapsed: one class received more than 99.9% of the predictions on val or test. Counted in all the same: "
     "`q1-s0`.",
     "Not finished, so without numbers: 3 of 11 runs:\n"
@@ -156,32 +165,20 @@ GOLDEN_NOTES = [
     "  - `half-s1`: failed: `DataError: no labels`",
 ]
 
-GOLDEN_CSV = """\
-cell_id,model,dataset,method,rank,target_layers,learning_rate,num_finished,num_diverged,num_out_of_memory,num_failed,num_collapsed,differs,num_adapter_params,num_adapter_params_sd,num_adapter_params_n,trainable_share,trainable_share_sd,trainable_share_n,peak_memory_bytes,peak_memory_bytes_sd,peak_memory_bytes_n,step_seconds_median,step_seconds_median_min,step_seconds_median_max,step_seconds_median_n,checkpoint_bytes,checkpoint_bytes_sd,checkpoint_bytes_n,val_accuracy,val_accuracy_sd,val_accuracy_n,test_accuracy,test_accuracy_sd,test_accuracy_n
-full,bert,sst2,full,,,5e-05,3,0,0,0,0,,0,0,3,1,0,3,41943040,0,3,0.031,0.03,0.034,3,4194304,0,3,0.91,0.010000000000000009,3,0.88,0,3
-q1,bert,sst2,lora,1,q,0.001,1,0,0,0,1,,2048,,1,0.0025,,1,10485760,,1,0.01,0.01,0.01,1,262144,,1,0.8,,1,0.75,,1
-qv8,bert,sst2,lora,8,qv,0.001,3,0,0,0,0,,2048,0,3,0.0025,0,3,11534336,1816186.907597343,3,0.01,0.01,0.01,3,262144,0,3,0.8200000000000001,0.026457513110645866,3,0.77,0.020000000000000018,3
-qv64,bert,sst2,lora,64,qv,0.001,0,1,1,0,0,,,,0,,,0,,,0,,,,0,,,0,,,0,,,0
-half,bert,sst2,lora,8,qv (last_half),0.001,1,0,0,1,0,,2048,,1,0.0025,,1,10485760,,1,0.01,0.01,0.01,1,,,0,0.8,,1,0.75,,1
-"""
 
 
 def test_golden_markdown(tmp_path: Path) -> None:
-    assert to_markdown(as_text(tradeoff_table(demo_frame(tmp_path)))) == GOLDEN_MARKDOWN
+    assert to_markdown(tradeoff_of(demo_frame(tmp_path)).text) == GOLDEN_MARKDOWN
 
 
 def test_golden_notes(tmp_path: Path) -> None:
     assert notes_of(demo_frame(tmp_path)) == GOLDEN_NOTES
 
 
-def test_golden_csv(tmp_path: Path) -> None:
-    assert to_csv(tradeoff_table(demo_frame(tmp_path))) == GOLDEN_CSV
-
-
 def test_columns_that_tell_no_rows_apart_are_left_out(tmp_path: Path) -> None:
     save_run(tmp_path, "a", metrics=measured())
     frame = load_runs(tmp_path).frame
-    assert as_text(tradeoff_table(frame)).titles == [
+    assert tradeoff_of(frame).text.titles == [
         "method",
         "rank",
         "target layers",
@@ -201,7 +198,7 @@ def test_several_models_and_datasets_get_columns_and_each_dataset_its_metric(tmp
     save_run(tmp_path, "a", metrics=measured())
     cola = measured(val_accuracy=None, test_accuracy=None, val_mcc=0.5, test_mcc=0.4)
     save_run(tmp_path, "b", model__name="gpt2", dataset__name="cola", dataset__best_metric="mcc", metrics=cola)
-    text = as_text(tradeoff_table(load_runs(tmp_path).frame))
+    text = tradeoff_of(load_runs(tmp_path).frame).text
     assert text.titles[:2] == ["model", "dataset"]
     assert text.titles[-5:-1] == ["val accuracy ↑", "test accuracy ↑", "val MCC ↑", "test MCC ↑"]
     assert [row[:2] + row[-5:-1] for row in text.rows] == [
@@ -213,21 +210,21 @@ def test_several_models_and_datasets_get_columns_and_each_dataset_its_metric(tmp
 def test_a_metric_that_some_seeds_lack_shows_its_own_n(tmp_path: Path) -> None:
     for seed, test in enumerate([0.75, 0.77, None]):
         save_run(tmp_path, f"a-s{seed}", cell_id="a", seed=seed, metrics=measured(test_accuracy=test))
-    (row,) = as_text(tradeoff_table(load_runs(tmp_path).frame)).rows
+    (row,) = tradeoff_of(load_runs(tmp_path).frame).text.rows
     assert row[-3:] == ["0.8000 ± 0.0000", "0.7600 ± 0.0141 (n=2)", "3"]
 
 
 def test_a_sweep_in_which_everything_failed_is_a_table(tmp_path: Path) -> None:
     save_run(tmp_path, "a", status="failed", error="no")
     frame = load_runs(tmp_path).frame
-    (row,) = as_text(tradeoff_table(frame)).rows
+    (row,) = tradeoff_of(frame).text.rows
     assert row == ["lora", "8", "qv", *["\N{EN DASH}"] * 7, "0", "1 failed"]
     assert notes_of(frame)[-1] == "Not finished, so without numbers: 1 of 1 runs:\n  - `a`: failed: `no`"
 
 
 def test_a_list_of_blocks_is_part_of_the_placement(tmp_path: Path) -> None:
     save_run(tmp_path, "a", blocks=[0, 5], metrics=measured())
-    assert tradeoff_table(load_runs(tmp_path).frame)["target_layers"].tolist() == ["qv (blocks 0, 5)"]
+    assert cells(load_runs(tmp_path).frame)["target_layers"].tolist() == ["qv (blocks 0, 5)"]
 
 
 def test_markdown_escapes_the_column_separator() -> None:
@@ -263,7 +260,7 @@ def test_a_recipe_that_differs_is_marked_and_printed(tmp_path: Path) -> None:
         save_run(tmp_path, f"b{rank}", rank=rank, trainer__batch_size=32, trainer__num_epochs=1, metrics=measured())
     save_run(tmp_path, "c", rank=32, rank__alpha=32.0, metrics=measured())
     frame = load_runs(tmp_path).frame
-    methods = [row[0] for row in as_text(tradeoff_table(frame)).rows]
+    methods = [row[0] for row in tradeoff_of(frame).text.rows]
     assert methods == ["lora", "lora", "lora", "lora [1]", "lora [1]", "lora [2]"]
     assert recipe_notes(tmp_path) == [
         "[1] differs in recipe or environment: `trainer.batch_size=32 instead of 16`; "
@@ -329,9 +326,9 @@ def printed(table: TextTable, width: int) -> str:
     return capture.get()
 
 
-@pytest.mark.parametrize(("width", "num_blocks"), [(80, 4), (100, 3), (120, 2), (160, 1)])
+@pytest.mark.parametrize(("width", "num_blocks"), [(80, 4), (100, 3), (120, 2), (200, 1)])
 def test_a_narrow_terminal_gets_several_tables_and_loses_nothing(tmp_path: Path, width: int, num_blocks: int) -> None:
-    table = as_text(tradeoff_table(demo_frame(tmp_path)))
+    table = tradeoff_of(demo_frame(tmp_path)).text
     assert len(to_rich(table, width=width)) == num_blocks
     text = printed(table, width)
     assert "…" not in text
@@ -351,7 +348,7 @@ def test_terminal_text(tmp_path: Path) -> None:
     save_run(tmp_path, "a", rank=1, metrics=measured())
     save_run(tmp_path, "b", rank=2, metrics=measured())
     save_run(tmp_path, "c", rank=4, trainer__batch_size=32, metrics=measured())
-    lines = printed(as_text(tradeoff_table(load_runs(tmp_path).frame)), 110).splitlines()
+    lines = printed(tradeoff_of(load_runs(tmp_path).frame).text, 110).splitlines()
     assert lines == [
         "                                                peak    step                                       ",
         "                target   adapter  trainable   memory    time  checkpoint         val        test   ",

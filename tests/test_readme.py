@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from test_analysis_load import save_run, save_sweep
+from test_analysis_tables import measured
 from test_sweeps import sweep  # noqa: F401 (a fixture)
 
 from analysis.__main__ import _parser
@@ -66,3 +68,13 @@ def test_an_analysis_parses(command: str) -> None:
 @pytest.mark.parametrize("command", commands("make "))
 def test_a_target_exists(command: str) -> None:
     assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
+def test_the_notebook_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_run(tmp_path / "runs", "a", metrics=measured())
+    save_sweep(tmp_path / "runs", "demo", ["a"])
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert list(names["best"]["cell_id"]) == ["a"]

@@ -103,3 +103,15 @@ def _items(items: Iterable[Any]) -> Iterator[tuple[str, Any]]:
         if inner:
             raise ValueError(f"{'.'.join([name, *inner])}: a value inside a value is nothing that the harness logs")
         yield name, json.loads(item.value_json)
+
+
+def read_artifacts(path: Path) -> list[tuple[str, str, set[str]]]:
+    """Name, type and file names of every artifact that a run logs."""
+    found = []
+    for data in _read_records(path.read_bytes()):
+        record = wandb_internal_pb2.Record.FromString(data)
+        for artifact in (record.artifact, record.request.log_artifact.artifact):
+            if artifact.name:
+                files = {entry.path for entry in artifact.manifest.contents}
+                found.append((artifact.name, artifact.type, files))
+    return found

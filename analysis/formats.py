@@ -1,0 +1,363 @@
+"""A table of text in every format in which people read it: terminal, Markdown, LaTeX, HTML; and numbers as CSV.
+
+What comes from configs and logs is escaped in each of them; nothing in a cell or a note can be markup or a command.
+"""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import json
+import math
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+from rich import box
+from rich.cells import cell_len
+from rich.table import Table
+from rich.text import Text
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column before it is laid out: a title, a text per row, and what to sort by where the text is a number."""
+
+    title: str
+    texts: list[str]
+    values: list[float | None] | None = None
+    bold: frozenset[int] = frozenset()
+
+    @property
+    def is_number(self) -> bool:
+        """Whether it is set right."""
+        return self.values is not None
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """Strings ready to be laid out; the first `num_key_columns` columns name the row, numbers are set right.
+
+    Attributes:
+        bold: (row, column) of what stands out.
+        values: what to sort by, parallel to `rows`; None for a text or what is missing.
+        rules: rows under which a line is drawn.
+    """
+
+    titles: list[str]
+    rows: list[list[str]]
+    is_number: list[bool]
+    num_key_columns: int
+    bold: frozenset[tuple[int, int]] = frozenset()
+    values: list[list[float | None]] = field(default_factory=list)
+    rules: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """One table of a report.
+
+    Attributes:
+        name: of its files.
+        caption: a sentence above it.
+        text: what people read.
+        numbers: what the CSV holds: unrounded, in the stored units.
+        notes: sentences underneath; text in backticks is set as code.
+        run_ids: for each row, the runs behind it.
+        methods: for each row, its method, empty where it has none.
+    """
+
+    name: str
+    caption: str
+    text: TextTable
+    numbers: pd.DataFrame
+    notes: list[str]
+    run_ids: list[tuple[str, ...]] = field(default_factory=list)
+    methods: list[str] = field(default_factory=list)
+
+
+def text_table(columns: Sequence[Column], *, num_key_columns: int, rules: frozenset[int] = frozenset()) -> TextTable:
+    """Columns side by side."""
+    num_rows = len(columns[0].texts)
+    return TextTable(
+        titles=[column.title for column in columns],
+        rows=[[column.texts[row] for column in columns] for row in range(num_rows)],
+        is_number=[column.is_number for column in columns],
+        num_key_columns=num_key_columns,
+        bold=frozenset((row, index) for index, column in enumerate(columns) for row in column.bold),
+        values=[[column.values[row] if column.values else None for column in columns] for row in range(num_rows)],
+        rules=rules,
+    )
+
+
+def as_code(text: str) -> str:
+    """Text as a code span, in which nothing is markup."""
+    return f"`{text.replace('`', chr(39))}`"
+
+
+_CODE_SPAN = re.compile(r"`([^`]*)`")
+
+
+def with_code(note: str, plain: Callable[[str], str], code: Callable[[str], str]) -> str:
+    """A note with its code spans and the text around them each turned into another format."""
+    parts = _CODE_SPAN.split(note)
+    return "".join(code(part) if index % 2 else plain(part) for index, part in enumerate(parts))
+
+
+# ---------------------------------------------------------------- Markdown
+
+
+def to_markdown(table: TextTable) -> str:
+    """A GitHub table, padded so that it reads as plain text too."""
+    rows = [
+        [f"**{text}**" if (row, column) in table.bold else text for column, text in enumerate(texts)]
+        for row, texts in enumerate(table.rows)
+    ]
+    cells = [[_in_markdown(text) for text in row] for row in (table.titles, *rows)]
+    widths = [max(3, *(cell_len(row[i]) for row in cells)) for i in range(len(table.titles))]
+    rule = ["-" * (width - 1) + (":" if right else "-") for width, right in zip(widths, table.is_number, strict=True)]
+    lines = []
+    for row in (cells[0], rule, *cells[1:]):
+        padded = [
+            " " * (width - cell_len(text)) + text if right else text + " " * (width - cell_len(text))
+            for text, width, right in zip(row, widths, table.is_number, strict=True)
+        ]
+        lines.append(f"| {' | '.join(padded)} |\n")
+    return "".join(lines)
+
+
+def _in_markdown(text: str) -> str:
+    # GitHub and notebooks take HTML in Markdown; a cell is one line.
+    text = " ".join(text.split()).replace("|", "\\|")
+    return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
+# ---------------------------------------------------------------- LaTeX
+
+_LATEX_ESCAPES = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\textquotedbl{}",
+    "\N{EN DASH}": "--",
+    "\N{MULTIPLICATION SIGN}": r"$\times$",
+    "\N{MINUS SIGN}": "$-$",
+    "±": r"$\pm$",
+    "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$",
+    "†": r"\textdagger{}",
+    "‡": r"\textdaggerdbl{}",
+    "§": r"\S{}",
+    "¶": r"\P{}",
+}
+
+
+def in_latex(text: str) -> str:
+    """Text in which LaTeX finds no command. What pdfLaTeX has no letter for becomes its code point."""
+    return "".join(_latex_character(character) for character in " ".join(text.split()))
+
+
+def _latex_character(character: str) -> str:
+    if character in _LATEX_ESCAPES:
+        return _LATEX_ESCAPES[character]
+    if " " <= character <= "~" or "\N{INVERTED EXCLAMATION MARK}" <= character <= "ÿ":
+        return character
+    return f"(U+{ord(character):04X})" if character.isprintable() else ""
+
+
+def to_latex(table: PaperTable, *, label: str) -> str:
+    """A floating table for `booktabs` and `graphicx`, shrunk to the line where it is wider."""
+    text = table.text
+    alignment = "".join("r" if right else "l" for right in text.is_number)
+    lines = [
+        "% \\usepackage{booktabs,graphicx}",
+        r"\begin{table}[t]",
+        r"\centering",
+        rf"\caption{{{_note_in_latex(table.caption)}}}",
+        rf"\label{{tab:{re.sub('[^A-Za-z0-9-]+', '-', label)}}}",
+        r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
+        rf"\begin{{tabular}}{{@{{}}{alignment}@{{}}}}",
+        r"\toprule",
+        " & ".join(_latex_titles(text)) + r" \\",
+        r"\midrule",
+    ]
+    for row, cells in enumerate(text.rows):
+        written = [
+            rf"\textbf{{{in_latex(cell)}}}" if (row, column) in text.bold else in_latex(cell)
+            for column, cell in enumerate(cells)
+        ]
+        lines.append(" & ".join(written) + r" \\")
+        if row in text.rules and row + 1 < len(text.rows):
+            lines.append(r"\midrule")
+    lines += [r"\bottomrule", r"\end{tabular}}"]
+    if table.notes:
+        notes = r" \par ".join(_note_in_latex(note) for note in table.notes)
+        lines.append(
+            rf"\par\smallskip\begin{{minipage}}{{\linewidth}}\footnotesize\raggedright {notes}\end{{minipage}}"
+        )
+    lines.append(r"\end{table}")
+    return "\n".join(lines) + "\n"
+
+
+def _latex_titles(table: TextTable) -> list[str]:
+    """The titles, folded to the width of their columns: a table of many numbers would not fit a page otherwise."""
+    folded = [
+        _fold_title(title, max((len(row[column]) for row in table.rows), default=0))
+        for column, title in enumerate(table.titles)
+    ]
+    return [_stacked(title, "r" if right else "l") for title, right in zip(folded, table.is_number, strict=True)]
+
+
+def _stacked(text: str, side: str) -> str:
+    lines = [in_latex(line) for line in text.split("\n")]
+    joined = r" \\ ".join(lines)
+    return joined if len(lines) == 1 else rf"\shortstack[{side}]{{{joined}}}"
+
+
+def _note_in_latex(note: str) -> str:
+    return with_code(note.replace(":\n  - ", ": ").replace("\n  - ", "; "), _spaced_latex, _code_in_latex)
+
+
+def _code_in_latex(text: str) -> str:
+    # A long name may break at its hyphens, slashes and dots, or it would run out of the page.
+    breakable = re.sub(r"([-/.=])", r"\1\\allowbreak{}", in_latex(text))
+    return rf"\texttt{{{breakable}}}"
+
+
+def _spaced_latex(text: str) -> str:
+    """`in_latex` that keeps the spaces at both ends, which touch a code span."""
+    left = " " if text[:1].isspace() else ""
+    right = " " if len(text) > 1 and text[-1:].isspace() else ""
+    return left + in_latex(text) + right
+
+
+# ---------------------------------------------------------------- HTML
+
+
+def to_html(table: PaperTable) -> str:
+    """A `<table>` whose cells carry what to sort by, and whose rows say which runs they are made of."""
+    text = table.text
+    heads = "".join(
+        f'<th scope="col"{_NUMBER_CLASS if right else ""}>{html.escape(title)}</th>'
+        for title, right in zip(text.titles, text.is_number, strict=True)
+    )
+    lines = ["<table>", f"<thead><tr>{heads}</tr></thead>", "<tbody>"]
+    lines += [_html_row(table, row) for row in range(len(text.rows))]
+    lines += ["</tbody>", "</table>"]
+    return "\n".join(lines)
+
+
+_NUMBER_CLASS = ' class="number"'
+
+
+def _html_row(table: PaperTable, row: int) -> str:
+    attributes = ""
+    if table.run_ids and table.run_ids[row]:
+        attributes += f' data-run-ids="{html.escape(" ".join(table.run_ids[row]))}"'
+    if table.methods and table.methods[row]:
+        attributes += f' data-method="{html.escape(table.methods[row])}"'
+    cells = []
+    for column, text in enumerate(table.text.rows[row]):
+        shown = html.escape(text)
+        if (row, column) in table.text.bold:
+            shown = f"<b>{shown}</b>"
+        if not table.text.is_number[column]:
+            cells.append(f"<td>{shown}</td>")
+            continue
+        value = table.text.values[row][column] if table.text.values else None
+        sort_by = "" if value is None or math.isnan(value) else f' data-value="{value!r}"'
+        cells.append(f"<td{_NUMBER_CLASS}{sort_by}>{shown}</td>")
+    return f"<tr{attributes}>{''.join(cells)}</tr>"
+
+
+# ---------------------------------------------------------------- CSV
+
+
+def to_csv(frame: pd.DataFrame) -> str:
+    """Full precision, stored units, an empty cell for what is missing; lists as JSON."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(frame.columns)
+    writer.writerows([_csv_cell(value) for value in row] for row in frame.astype(object).to_numpy().tolist())
+    return text.getvalue()
+
+
+def _csv_cell(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return json.dumps(value)
+    if isinstance(value, float):
+        # Counts and bytes are whole numbers in a float column.
+        return None if math.isnan(value) else int(value) if value.is_integer() else value
+    return value
+
+
+# ---------------------------------------------------------------- terminal
+
+
+def to_rich(table: TextTable, *, width: int) -> list[Table]:
+    """The table for a terminal of this width: as many tables as it takes, each with the columns that name the row."""
+    indices = range(len(table.titles))
+    texts = [[row[i] for row in table.rows] for i in indices]
+    keys, rest = indices[: table.num_key_columns], indices[table.num_key_columns :]
+    for i in rest:
+        if not table.is_number[i]:
+            texts[i] = [text.replace(", ", ",\n") for text in texts[i]]
+    titles = [_fold_title(title, _width(texts[i])) for i, title in enumerate(table.titles)]
+    widths = [_width([titles[i], *texts[i]]) for i in indices]
+    blocks = _pack(keys, rest, widths, width)
+    # The narrowest of the ways with as few tables, so that the last is not a single column.
+    for narrower in range(width - 1, 0, -1):
+        tighter = _pack(keys, rest, widths, narrower)
+        if len(tighter) > len(blocks):
+            break
+        blocks = tighter
+    return [_rich_block([(titles[i], table.is_number[i], texts[i]) for i in (*keys, *block)]) for block in blocks]
+
+
+def _pack(keys: Sequence[int], rest: Sequence[int], widths: Sequence[int], width: int) -> list[list[int]]:
+    """Deals the columns in their order onto tables that begin with the key columns, two spaces between columns."""
+    blocks: list[list[int]] = []
+    for i in rest:
+        if not blocks or sum(widths[j] + 2 for j in (*keys, *blocks[-1], i)) - 2 > width:
+            blocks.append([])
+        blocks[-1].append(i)
+    return blocks
+
+
+def _width(texts: Sequence[str]) -> int:
+    return max(cell_len(line) for text in texts for line in text.split("\n"))
+
+
+def _fold_title(title: str, width: int) -> str:
+    """The title in lines no longer than the column's values, or than its own longest word; the arrow stays with one."""
+    words = title.split(" ")
+    if words[-1] in ("↑", "↓"):
+        words[-2:] = ["\N{NO-BREAK SPACE}".join(words[-2:])]
+    lines = textwrap.wrap(" ".join(words), max(width, *map(cell_len, words)), break_long_words=False)
+    return "\n".join(lines).replace("\N{NO-BREAK SPACE}", " ")
+
+
+def _rich_block(columns: Sequence[tuple[str, bool, list[str]]]) -> Table:
+    block = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    height = max(title.count("\n") for title, _, _ in columns)
+    for title, is_number, _ in columns:
+        # Text, not str: rich would read a [1] as markup. Titles stand on the rule, as in print.
+        lowered = "\n" * (height - title.count("\n")) + title
+        block.add_column(Text(lowered), justify="right" if is_number else "left", no_wrap=True)
+    for row in zip(*(texts for _, _, texts in columns), strict=True):
+        block.add_row(*map(Text, row))
+    return block

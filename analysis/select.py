@@ -1,0 +1,360 @@
+"""From runs to cells to what a table shows: means over seeds, their noise, the best learning rate of each condition.
+
+    frame of runs --cells--> a row per cell --best_cells--> a row per condition, at its best learning rate
+
+A cell is a run without its seed; a condition is a cell without its learning rate. Only finished runs give numbers, but
+a cell without any is a row all the same. Nothing here ever chooses by a test metric.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from harness.results import METRICS, Direction, Metric, Status
+
+CONFIDENCE = 0.95
+COLLAPSED_ABOVE = 0.999
+
+# Computed here from others, so not in the registry of what runs record.
+TRAINABLE_SHARE = "trainable_share"
+DERIVED = {TRAINABLE_SHARE: Metric("1", Direction.LOWER, "trainable", ".3f", "%", 0.01)}
+
+# Step times are skewed by whatever else the machine does: a median, and the range instead of a deviation.
+BY_MEDIAN = {"step_seconds_median"}
+
+# In `cells` also when no run has them: what every table of results is expected to say.
+ALWAYS = ("num_adapter_params", "peak_memory_bytes", "step_seconds_median", "checkpoint_bytes")
+
+# Columns of `cells` that name a cell and keep their type; the others are numbers.
+CELL_COLUMNS = (
+    "cell_id",
+    "condition_id",
+    "model",
+    "dataset",
+    "method",
+    "rank",
+    "target_layers",
+    "learning_rate",
+    "best_metric",
+    "run_ids",
+    "differs",
+    "recipe",
+    "tried",
+    "edge",
+)
+
+
+def metric(name: str) -> Metric:
+    """What a measured or derived number means."""
+    return DERIVED[name] if name in DERIVED else METRICS[name]
+
+
+def at_last_step(frame: pd.DataFrame) -> pd.DataFrame:
+    """The runs with the scores of their last step in place of those of the step that was best on val."""
+    changed = frame.copy()
+    for name in METRICS:
+        if name.endswith("_last"):
+            changed[name.removesuffix("_last")] = frame[name]
+    return changed
+
+
+# ---------------------------------------------------------------- cells
+
+
+def cells(frame: pd.DataFrame) -> pd.DataFrame:
+    """A row per cell, in the order in which the cells appear in the frame of runs.
+
+    Columns: what names the cell (`cell_id`, `condition_id`, `model`, `dataset`, `method`, `rank`, `target_layers`,
+    `learning_rate`, `best_metric`, `run_ids` of all its runs); its runs by status (`num_finished`, `num_diverged`, ...)
+    and how many of the finished ones collapsed (`num_collapsed`); in `differs` the settings in which its recipe departs
+    from that of most others, and in `recipe` a number for each such way. Then, for each metric that any run has, over
+    the cell's finished runs: `<metric>` (mean; for the step time the median), `<metric>_sd` (sample standard deviation,
+    from two runs on; for the step time `_min` and `_max`), `<metric>_n` (number of runs), and for scores `<metric>_ci`,
+    the half width of the 95 % interval of the mean by Student's t. Units are the stored ones; what does not exist is
+    None or NaN.
+    """
+    frame = frame.reset_index(drop=True)
+    best_metrics = frame["config.dataset.best_metric"].unique()
+    always = {*ALWAYS, *(f"{split}_{name}" for name in best_metrics for split in ("val", "test"))}
+    names = [name for name in METRICS if name in always or frame[name].notna().any()]
+    values = {name: frame[name].to_numpy(dtype=float) for name in names}
+    values[TRAINABLE_SHARE] = (frame["num_trainable_params"] / frame["num_total_params"]).to_numpy(dtype=float)
+    finished = (frame["status"] == Status.FINISHED.value).to_numpy()
+    collapsed = (frame[["val_majority_share", "test_majority_share"]] > COLLAPSED_ABOVE).any(axis="columns").to_numpy()
+    differences = _recipe_differences(frame)
+    conditions = _conditions(frame)
+    statuses = frame["status"].to_numpy()
+    rows = []
+    for cell_id, index in frame.groupby("cell_id", sort=False).indices.items():
+        row = _name(frame.iloc[index[0]])
+        row |= {"condition_id": conditions[str(cell_id)], "run_ids": tuple(frame["run_id"].iloc[index])}
+        row |= {num_status(status): int((statuses[index] == status.value).sum()) for status in Status}
+        row |= {
+            "num_collapsed": int((finished & collapsed)[index].sum()),
+            "differs": differences.get(str(cell_id)),
+        }
+        used = index[finished[index]]
+        for name, column in values.items():
+            row |= _summary(name, [value for value in column[used].tolist() if not math.isnan(value)])
+        rows.append(row)
+    departures = dict.fromkeys(row["differs"] for row in rows if row["differs"] is not None)
+    marks = {differs: number for number, differs in enumerate(departures, start=1)}
+    for row in rows:
+        row["recipe"] = marks.get(row["differs"])
+    # What names a cell stays an object: a rank 8 stays 8 beside a missing one, which stays None.
+    table = pd.DataFrame(rows, dtype=object)
+    numbers = [column for column in table.columns if column not in CELL_COLUMNS]
+    return table.astype({column: pd.to_numeric(table[column]).dtype for column in numbers})
+
+
+def num_status(status: Status) -> str:
+    """The column of `cells` that counts the runs of a status."""
+    return f"num_{status.value}"
+
+
+def score(cell: pd.Series[Any] | dict[Hashable, Any], split: str) -> str:
+    """The metric by which the cell's dataset is judged, on a split."""
+    return f"{split}_{cell['best_metric']}"
+
+
+def score_columns(table: pd.DataFrame) -> list[str]:
+    """Those metrics of all datasets in a table of cells, val before test."""
+    best_metrics = table["best_metric"].unique()
+    return [f"{split}_{name}" for name in best_metrics for split in ("val", "test")]
+
+
+def _name(run: pd.Series[Any]) -> dict[str, Any]:
+    return {
+        "cell_id": run["cell_id"],
+        "model": run["config.model.name"],
+        "dataset": run["config.dataset.name"],
+        "method": run["config.method.name"],
+        "rank": run.get("config.rank.rank"),
+        "target_layers": _placement(run),
+        "learning_rate": run["config.trainer.learning_rate"],
+        "best_metric": run["config.dataset.best_metric"],
+    }
+
+
+def _placement(run: pd.Series[Any]) -> str | None:
+    name, blocks = run.get("config.target_layers.name"), run.get("config.target_layers.blocks")
+    if name is None or blocks == "all":
+        return name
+    return f"{name} ({blocks})" if isinstance(blocks, str) else f"{name} (blocks {', '.join(map(str, blocks or ()))})"
+
+
+def _summary(name: str, values: Sequence[float]) -> dict[str, float | int | None]:
+    num = len(values)
+    # Seeds that agree have a deviation of 0 and not of rounding.
+    agree = num > 0 and min(values) == max(values)
+    if name in BY_MEDIAN:
+        center = statistics.median(values) if values else None
+        return {
+            name: center,
+            f"{name}_min": min(values, default=None),
+            f"{name}_max": max(values, default=None),
+            f"{name}_n": num,
+        }
+    center = None if not num else values[0] if agree else math.fsum(values) / num
+    sd = None
+    if num > 1:
+        assert center is not None
+        sd = 0.0 if agree else math.sqrt(math.fsum((value - center) ** 2 for value in values) / (num - 1))
+    row: dict[str, float | int | None] = {name: center, f"{name}_sd": sd, f"{name}_n": num}
+    if is_score(name):
+        row[f"{name}_ci"] = None if sd is None else half_interval(sd, num)
+    return row
+
+
+def is_score(name: str) -> bool:
+    """Whether a metric is one of quality, on a split."""
+    return name.startswith(("val_", "test_"))
+
+
+# ---------------------------------------------------------------- noise
+
+
+def half_interval(sd: float, num: int) -> float:
+    """Half the width of the 95 % interval of a mean over `num` runs with sample standard deviation `sd`."""
+    return _t_quantile(num - 1) * sd / math.sqrt(num)
+
+
+_T_QUANTILES: dict[int, float] = {}
+
+
+def _t_quantile(degrees: int) -> float:
+    if degrees not in _T_QUANTILES:  # scipy takes 0.1 ms for each
+        _T_QUANTILES[degrees] = float(stats.t.ppf((1 + CONFIDENCE) / 2, degrees))
+    return _T_QUANTILES[degrees]
+
+
+def p_value(first: dict[Hashable, Any], second: dict[Hashable, Any], name: str) -> float | None:
+    """Welch's t-test, two-sided, that two cells have the same mean of a metric; None below two runs in either."""
+    samples = [(cell[name], cell[f"{name}_sd"], cell[f"{name}_n"]) for cell in (first, second)]
+    if any(num < 2 for _, _, num in samples):
+        return None
+    (mean, sd, num), (other_mean, other_sd, other_num) = samples
+    if sd == other_sd == 0:
+        return 0.0 if mean != other_mean else 1.0
+    test = stats.ttest_ind_from_stats(mean, sd, num, other_mean, other_sd, other_num, equal_var=False)
+    return float(test.pvalue)
+
+
+def is_better(name: str, value: float, other: float) -> bool:
+    """Whether a value of a metric is better than another."""
+    return value < other if metric(name).direction is Direction.LOWER else value > other
+
+
+def best_beyond_noise(rows: Sequence[dict[Hashable, Any]], name: str) -> int | None:
+    """Index of the best row by a metric, if it differs from the runner-up by Welch's test at 5 %; else None."""
+    ranked = ranked_by(rows, name)
+    if len(ranked) < 2:
+        return None
+    probability = p_value(rows[ranked[0]], rows[ranked[1]], name)
+    return ranked[0] if probability is not None and probability < 1 - CONFIDENCE else None
+
+
+def ranked_by(rows: Sequence[dict[Hashable, Any]], name: str) -> list[int]:
+    """Indices of the rows that have a metric, the best first; equal ones keep their order."""
+    having = [index for index, row in enumerate(rows) if row.get(f"{name}_n", 0)]
+    sign = 1 if metric(name).direction is Direction.LOWER else -1
+    return sorted(having, key=lambda index: sign * rows[index][name])
+
+
+# ---------------------------------------------------------------- the best learning rate
+
+
+def best_cells(table: pd.DataFrame) -> pd.DataFrame:
+    """The cells at the best learning rate of their condition, a row per condition, in the order of `cells`.
+
+    Chosen by the mean of the dataset's metric on val, among the rates with the most finished runs (a rate at which
+    seeds failed is not chosen for the luck of the others); among equals the lowest rate. Added columns: `tried`, all
+    its learning rates in order; `edge`, "low" or "high" when the best of several is the first or last of them, so that
+    a better one may lie outside the grid, else None.
+    """
+    chosen = []
+    for _, group in table.groupby("condition_id", sort=False):
+        candidates = sorted(group.to_dict("records"), key=lambda cell: cell["learning_rate"])
+        tried = tuple(sorted({cell["learning_rate"] for cell in candidates}))
+        most = max(cell[num_status(Status.FINISHED)] for cell in candidates)
+        complete = [cell for cell in candidates if cell[num_status(Status.FINISHED)] == most]
+        ranked = ranked_by(complete, score(candidates[0], "val"))
+        best = complete[ranked[0] if ranked else 0]
+        edge = None
+        if ranked and len(tried) > 1 and best["learning_rate"] in (tried[0], tried[-1]):
+            edge = "low" if best["learning_rate"] == tried[0] else "high"
+        chosen.append({**best, "tried": tried, "edge": edge})
+    order = {cell_id: position for position, cell_id in enumerate(table["cell_id"])}
+    chosen.sort(key=lambda cell: min(order[cell["cell_id"]], len(order)))
+    best_table = pd.DataFrame(chosen, columns=[*table.columns, "tried", "edge"], dtype=object)
+    return best_table.astype({column: table[column].dtype for column in table.columns if column not in CELL_COLUMNS})
+
+
+def _conditions(frame: pd.DataFrame) -> dict[str, str]:
+    """By cell, a key of its scientific settings but the learning rate and the seed."""
+    settings = [
+        column
+        for column in frame.columns
+        if column.startswith("config.")
+        and not column.startswith(_TRACKING)
+        and column not in _WITHOUT_EFFECT
+        and column not in ("config.trainer.learning_rate", "config.seed")
+    ]
+    firsts = frame.drop_duplicates("cell_id")
+    numbers: dict[tuple[Any, ...], str] = {}
+    keys = zip(*(firsts[column].map(show_value) for column in settings), strict=True)
+    return {
+        str(cell_id): numbers.setdefault(key, f"condition-{len(numbers)}")
+        for cell_id, key in zip(firsts["cell_id"], keys, strict=True)
+    }
+
+
+# ---------------------------------------------------------------- recipes
+
+# What the rows of a table compare, and what cannot change a number in it. Everything else must agree or is reported.
+_COMPARED = {
+    "config.model.name",
+    "config.dataset.name",
+    "config.method.name",
+    "config.rank.rank",
+    "config.target_layers.name",
+    "config.target_layers.blocks",
+    "config.trainer.learning_rate",
+    "config.seed",
+}
+_WITHOUT_EFFECT = {
+    "config.method.learning_rate",  # only what trainer.learning_rate fell back to
+    "config.sweep",
+    "config.runs_dir",
+    "config.device",  # asked for; environment.device_type and device_name tell what it was
+    "config.num_threads",  # likewise
+    "config.rerun",
+    "config.allow_busy_device",
+    "config.save_weights",
+    "config.trainer.checkpoint_every",
+    "environment.hostname",  # a name; what the machine is made of is compared
+    "environment.started_at",
+    "environment.first_step_at",
+    "environment.ended_at",
+}
+_TRACKING = "config.tracking."
+
+# Settings that may differ between rows because these columns do: compared only among rows that agree in them.
+_SCOPES = {
+    "config.model.": "config.model.name",
+    "config.dataset.": "config.dataset.name",
+    "config.method.": "config.method.name",
+    "config.rank": "config.method.name",
+    "config.target_layers": "config.target_layers.name",
+    "environment.data_fingerprint": "config.dataset.name",
+}
+
+
+def _recipe_differences(frame: pd.DataFrame) -> dict[str, tuple[str, ...]]:
+    """By cell, the settings in which it departs from most runs, as text; cells that depart in none are left out."""
+    differences: defaultdict[str, list[str]] = defaultdict(list)
+    for setting in frame.columns:
+        if not setting.startswith(("config.", "environment.")) or setting.startswith(_TRACKING):
+            continue
+        if setting in _COMPARED | _WITHOUT_EFFECT:
+            continue
+        # The environment stands behind measured numbers, so that of a run without any does not matter.
+        runs = frame[frame["status"] == Status.FINISHED.value] if setting.startswith("environment.") else frame
+        for values, cell_ids in _within_scopes(runs, setting):
+            if values.nunique() < 2:
+                continue
+            usual = Counter(values).most_common(1)[0][0]
+            for cell_id, own in values.groupby(cell_ids, sort=False):
+                if set(own) != {usual}:
+                    shown = " and ".join(dict.fromkeys(own))
+                    differences[str(cell_id)].append(f"{setting.removeprefix('config.')}={shown} instead of {usual}")
+    return {cell_id: tuple(found) for cell_id, found in differences.items()}
+
+
+def _within_scopes(runs: pd.DataFrame, setting: str) -> Iterator[tuple[pd.Series[Any], pd.Series[Any]]]:
+    """A setting's values as text, and their cells, apart for each group of runs in which it must agree."""
+    values = runs[setting].map(show_value)
+    scope = next((column for prefix, column in _SCOPES.items() if setting.startswith(prefix)), None)
+    if scope not in runs:
+        yield values, runs["cell_id"]
+        return
+    for index in runs.groupby(scope, sort=False, dropna=False).indices.values():
+        yield values.iloc[index], runs["cell_id"].iloc[index]
+
+
+@lru_cache(maxsize=8192, typed=True)  # thousands of runs share a handful of values
+def show_value(value: Hashable) -> str:
+    """A setting as text: words as they are, everything else as JSON."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    return value if isinstance(value, str) else json.dumps(value)
