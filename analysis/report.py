@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from analysis import figures, formats, select, tables
+from analysis import figures, formats, rows, select, tables
 from analysis.formats import PaperTable, as_code
 from analysis.load import LoadError, Runs, load_curves, load_runs
 from analysis.page import PageTable, page
@@ -79,7 +79,7 @@ def write_report(
             frame=frame,
             curves=curves,
             environment=list(_environment(runs.frame)),
-            failures=tables.failures(runs.frame),
+            failures=rows.failures(runs.frame),
             figures=[(one.name, one.title, (report_dir / "figures" / f"{one.name}.png").read_bytes()) for one in drawn],
         ),
     )
@@ -171,8 +171,8 @@ def _summary(runs: Runs, scores: str) -> Iterator[str]:
     if runs.sweep is not None and runs.to_do is None:
         yield "What is still to do is not known: no sweep file lists the runs of this sweep."
     if runs.to_do:
-        yield f"To do: {tables.listed(runs.to_do)}."
-    yield f"Selection: {tables.selection_rule(runs.frame, scores)}."
+        yield f"To do: {rows.listed(runs.to_do)}."
+    yield f"Selection: {rows.selection_rule(runs.frame, scores)}."
     for problem in runs.problems:
         yield f"Left out: {as_code(problem)}"
 

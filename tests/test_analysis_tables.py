@@ -166,7 +166,6 @@ GOLDEN_NOTES = [
 ]
 
 
-
 def test_golden_markdown(tmp_path: Path) -> None:
     assert to_markdown(tradeoff_of(demo_frame(tmp_path)).text) == GOLDEN_MARKDOWN
 

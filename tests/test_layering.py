@@ -51,6 +51,8 @@ LAYERS = {
     "analysis.load": 1,
     "analysis.select": 1,
     "analysis.formats": 1,
+    "analysis.rows": 1,
+    "analysis.forms": 2,
     "analysis.published": 1,
     "analysis.tables": 2,
     "analysis.labels": 1,

@@ -1,0 +1,288 @@
+"""What the tables are put together from: cells as rows, their columns as text, and the notes underneath."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
+
+import pandas as pd
+
+from analysis.formats import Column, as_code
+from analysis.select import (
+    BY_MEDIAN,
+    COLLAPSED_ABOVE,
+    best_beyond_noise,
+    is_score,
+    metric,
+    num_status,
+)
+from harness.results import Direction, Status
+
+Cell = dict[Hashable, Any]
+
+
+EN_DASH = "\N{EN DASH}"
+
+
+MISSING = EN_DASH
+
+
+TIMES = "\N{MULTIPLICATION SIGN}"
+
+
+COLLAPSED_MARK = "†"
+
+
+EDGE_MARK = "§"
+
+
+QUOTED_MARK = "‡"
+
+
+ARROWS = {Direction.HIGHER: " ↑", Direction.LOWER: " ↓", Direction.NEUTRAL: ""}
+
+
+def as_rows(table: pd.DataFrame) -> list[Cell]:
+    """The cells of a table, each a dict."""
+    return table.to_dict("records")
+
+
+def title(name: str) -> str:
+    """A metric as the title of a column: label, unit, arrow to the better side."""
+    about = metric(name)
+    return f"{about.label}{f' ({about.display_unit})' if about.display_unit else ''}{ARROWS[about.direction]}"
+
+
+def format_value(name: str, value: float) -> str:
+    """A value of a metric in its display unit, without the unit."""
+    about = metric(name)
+    return f"{value / about.display_divisor:{about.format}}"
+
+
+def show_metric(cell: Cell, name: str) -> str:
+    """A cell's number with its spread, and what must be known about it."""
+    num_values = cell.get(f"{name}_n", 0)
+    if not num_values:
+        return MISSING
+    text = format_value(name, cell[name])
+    if name in BY_MEDIAN:
+        low, high = format_value(name, cell[f"{name}_min"]), format_value(name, cell[f"{name}_max"])
+        text += f" ({low}{EN_DASH}{high})" if low != high else ""
+    elif num_values > 1 and (cell[f"{name}_sd"] > 0 or is_score(name)):
+        # A cost that is the same for every seed is exact, and a "± 0" adds nothing; of a score it tells something.
+        text += f" ± {format_value(name, cell[f'{name}_sd'])}"
+    if num_values != cell[num_status(Status.FINISHED)]:
+        text += f" (n={num_values})"
+    return f"{text}{COLLAPSED_MARK}" if cell["num_collapsed"] and is_score(name) else text
+
+
+def metric_column(rows: Sequence[Cell], name: str, *, bold: frozenset[int] = frozenset()) -> Column:
+    """A metric of every row, with its spread."""
+    values = [float(row[name]) if row.get(f"{name}_n", 0) else None for row in rows]
+    return Column(title(name), [show_metric(row, name) for row in rows], values, bold)
+
+
+def key_columns(rows: Sequence[Cell]) -> list[Column]:
+    """What names a row: model and dataset where they differ, method, rank, target layers."""
+    columns = [
+        Column(name, [row[name] for row in rows])
+        for name in ("model", "dataset")
+        if len({row[name] for row in rows}) > 1
+    ]
+    return [
+        *columns,
+        Column("method", [row["method"] + recipe_mark(row) for row in rows]),
+        Column("rank", [MISSING if row["rank"] is None else str(row["rank"]) for row in rows], ranks_of(rows)),
+        Column("target layers", [row["target_layers"] or MISSING for row in rows]),
+    ]
+
+
+def ranks_of(rows: Sequence[Cell]) -> list[float | None]:
+    """What to sort the ranks by."""
+    return [None if row["rank"] is None else float(row["rank"]) for row in rows]
+
+
+def learning_rate_column(rows: Sequence[Cell]) -> Column:
+    """The chosen rates, marked where they lie at the edge of their grid."""
+    texts = [show_rate(row["learning_rate"]) + (EDGE_MARK if row.get("edge") else "") for row in rows]
+    return Column("learning rate", texts, [float(row["learning_rate"]) for row in rows])
+
+
+def show_rate(rate: float) -> str:
+    """A learning rate, as short as it is exact."""
+    return f"{rate:g}"
+
+
+def recipe_mark(row: Cell) -> str:
+    """The number under which a row's departures are told, in brackets."""
+    return "" if row["recipe"] is None else f" [{row['recipe']}]"
+
+
+def groups_of(rows: Sequence[Cell]) -> list[list[int]]:
+    """Indices of the rows that may be compared: those of one model on one dataset."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for index, row in enumerate(rows):
+        groups.setdefault((row["model"], row["dataset"]), []).append(index)
+    return list(groups.values())
+
+
+def best_rows(rows: Sequence[Cell], name: str) -> frozenset[int]:
+    """In each group the row that is best beyond noise."""
+    found = set()
+    for indices in groups_of(rows):
+        best = best_beyond_noise([rows[index] for index in indices], name)
+        if best is not None:
+            found.add(indices[best])
+    return frozenset(found)
+
+
+def is_full(row: Cell) -> bool:
+    """Whether a row is full fine-tuning."""
+    return bool(row["method"] == "full")
+
+
+def is_lora(row: Cell) -> bool:
+    """Whether a row is LoRA."""
+    return bool(row["method"] == "lora")
+
+
+def cell_name(row: Cell) -> str:
+    """A cell in a sentence."""
+    parts = [row["method"], f"rank {row['rank']}" if row["rank"] is not None else None, row["target_layers"]]
+    return " ".join(part for part in parts if part)
+
+
+def same_everywhere(rows: Sequence[Cell], names: Sequence[str]) -> str:
+    """Those of the settings that all rows share, in words."""
+    same = [f"{name.replace('_', ' ')} {rows[0][name]}" for name in names if len({row[name] for row in rows}) == 1]
+    return ", ".join(same)
+
+
+def run_ids_of(rows: Sequence[Cell]) -> list[tuple[str, ...]]:
+    """For each row, the runs behind it."""
+    return [row["run_ids"] for row in rows]
+
+
+def methods_of(rows: Sequence[Cell]) -> list[str]:
+    """For each row, its method."""
+    return [row["method"] for row in rows]
+
+
+NOTE_N = (
+    "n: finished runs, one per seed; only they give numbers. ±: sample standard deviation over them; the CSV has the "
+    "half width of the 95 % interval (Student's t) as well."
+)
+
+
+NOTE_BOLD = "Bold: better than the runner-up by Welch's t-test, two-sided, p < 0.05."
+
+
+NOTE_NO_NOISE = "One seed: no row can be told from another beyond noise, so nothing is bold."
+
+
+def bold_note(rows: Sequence[Cell], names: Sequence[str]) -> str:
+    """What bold means here, or why there is none."""
+    return NOTE_BOLD if any(row.get(f"{name}_n", 0) > 1 for row in rows for name in names) else NOTE_NO_NOISE
+
+
+def selection_rule(frame: pd.DataFrame, scores: str = "best") -> str:
+    """From which split and which step the scores come, in words."""
+    best_metrics = " or ".join(frame["config.dataset.best_metric"].unique())
+    if scores == "last":
+        return "scores of the last step; learning rate chosen on val only; test used for no choice"
+    return f"best step chosen on val only, by {best_metrics}; test evaluated after training, and used for no choice"
+
+
+def edge_notes(rows: Sequence[Cell]) -> Iterator[str]:
+    """How the learning rates were chosen, and which lie at the edge of their grid."""
+    tuned = [row for row in rows if len(row["tried"]) > 1]
+    if tuned:
+        yield "Learning rate: the best of those tried for the row, by the mean over seeds on val only."
+    at_edge = [row for row in tuned if row["edge"]]
+    if at_edge:
+        listed = "; ".join(f"{cell_name(row)}, tried {', '.join(map(show_rate, row['tried']))}" for row in at_edge)
+        yield f"{EDGE_MARK} at the edge of the rates that were tried, so a better one may lie outside: {listed}."
+
+
+def warnings(rows: Sequence[Cell], frame: pd.DataFrame) -> Iterator[str]:
+    """Collapsed runs and departing recipes of the rows."""
+    shown = {run_id for row in rows for run_id in row["run_ids"]}
+    shares = frame[["val_majority_share", "test_majority_share"]]
+    is_collapsed = (shares > COLLAPSED_ABOVE).any(axis="columns") & (frame["status"] == Status.FINISHED.value)
+    collapsed = [run_id for run_id in frame.loc[is_collapsed, "run_id"] if run_id in shown]
+    if collapsed:
+        yield (
+            f"{COLLAPSED_MARK} collapsed: one class received more than {COLLAPSED_ABOVE:.1%} of the predictions on val "
+            f"or test. Counted in all the same: {listed(collapsed)}."
+        )
+    departures = {row["recipe"]: row["differs"] for row in rows if row["recipe"] is not None}
+    for number, differs in sorted(departures.items()):
+        settings = "; ".join(as_code(difference) for difference in differs)
+        yield f"[{number}] differs in recipe or environment: {settings}."
+
+
+# So many runs are named; a page holds them all, a table's footnote need not.
+_NUM_NAMED = 20
+
+
+def listed(run_ids: Sequence[str]) -> str:
+    """Names as code; of very many the first, and how many more."""
+    text = ", ".join(map(as_code, run_ids[:_NUM_NAMED]))
+    return text if len(run_ids) <= _NUM_NAMED else f"{text} and {len(run_ids) - _NUM_NAMED} more"
+
+
+def failures(frame: pd.DataFrame) -> list[str]:
+    """Every run that did not finish, with its status and the first line of its message."""
+    failed = frame[frame["status"] != Status.FINISHED.value]
+    runs = zip(failed["run_id"], failed["status"], failed["error"], strict=True)
+    return [f"{as_code(run_id)}: {status}: {_first_line(error)}" for run_id, status, error in runs]
+
+
+def failure_notes(frame: pd.DataFrame) -> Iterator[str]:
+    """Every run that gave no numbers, in one note."""
+    failed = failures(frame)
+    if failed:
+        lines = failed[:_NUM_NAMED]
+        if len(failed) > _NUM_NAMED:
+            lines.append(f"and {len(failed) - _NUM_NAMED} more, see runs.csv")
+        yield "\n  - ".join([f"Not finished, so without numbers: {len(failed)} of {len(frame)} runs:", *lines])
+
+
+def _first_line(error: str) -> str:
+    lines = [line.strip() for line in error.splitlines() if line.strip()]
+    return as_code(lines[0]) if lines else "no message"
+
+
+def ratio_to(row: Cell, reference: Cell | None, name: str) -> float | None:
+    """A row's metric over that of a reference, where both have it."""
+    if reference is None or not row.get(f"{name}_n", 0) or not reference.get(f"{name}_n", 0) or not reference[name]:
+        return None
+    return float(row[name] / reference[name])
+
+
+def num_finished_column(rows: Sequence[Cell]) -> Column:
+    """How many runs gave the numbers of each row."""
+    counts = [row[num_status(Status.FINISHED)] for row in rows]
+    return Column("n", [str(count) for count in counts], [float(count) for count in counts])
+
+
+def show_status(row: Cell) -> str:
+    """The runs of a row by status."""
+    counts = [(status, row[num_status(status)]) for status in Status]
+    return ", ".join(f"{count} {status}" for status, count in counts if count)
+
+
+CELL_NAMES = ["model", "dataset", "method", "rank", "target_layers", "learning_rate"]
+
+
+def with_spread(table: pd.DataFrame, names: Sequence[str]) -> list[str]:
+    """The columns that a table of cells has about the metrics."""
+    endings = ("", "_sd", "_min", "_max", "_n", "_ci")
+    return [f"{name}{ending}" for name in names for ending in endings if f"{name}{ending}" in table]
+
+
+def recipe_notes(rows: Sequence[Cell]) -> list[str]:
+    """Only that marks are explained elsewhere: the list may be long, and stands under the trade-off table."""
+    numbers = sorted({row["recipe"] for row in rows if row["recipe"] is not None})
+    marks = ", ".join(f"[{number}]" for number in numbers)
+    return [f"{marks}: differs in recipe or environment, as told under the trade-off table."] if numbers else []
