@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -35,7 +34,7 @@ from matplotlib.transforms import ScaledTranslation
 
 from analysis.labels import GREY, INK, SMALL, TEXT, label_end, label_point, place_point_labels, spread_end_labels
 from analysis.select import best_cells, is_better, metric, num_status, ranked_by
-from harness.results import Direction, Status
+from harness.results import Direction, Status, write_atomically
 
 COLUMN_INCHES = 3.4
 PAGE_INCHES = 6.8
@@ -116,17 +115,8 @@ def write_figures(figures: Sequence[Figure], directory: Path) -> list[Path]:
             with _style():
                 drawn.savefig(content, format=suffix, dpi=DPI, metadata=metadata)
             paths.append(directory / f"{figure.name}.{suffix}")
-            _write_atomically(paths[-1], content.getvalue())
+            write_atomically(paths[-1], content.getvalue())
     return paths
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ Writing it again from the same runs gives the same bytes.
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections import Counter
@@ -23,7 +22,7 @@ from analysis import figures, formats, rows, select, tables
 from analysis.formats import PaperTable, as_code
 from analysis.load import LoadError, Runs, load_curves, load_runs
 from analysis.page import PageTable, page
-from harness.results import METRICS, Status
+from harness.results import METRICS, Status, write_atomically
 
 # The name of the report about every run in a folder.
 ALL_RUNS = "all"
@@ -212,8 +211,4 @@ def _remove_others(directory: Path, written: Iterable[Path]) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Writes so that a reader sees either the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8", newline="")
-    partial.replace(path)
+    write_atomically(path, text.encode("utf-8"))

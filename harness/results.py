@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -190,20 +190,25 @@ def check_metrics(metrics: Mapping[str, float]) -> None:
         raise ValueError("metrics: " + "; ".join(problems))
 
 
-def write_json_atomically(path: Path, value: Any) -> None:
-    """Writes `value` as JSON so that a reader sees either the old file or the whole new one, also after a crash."""
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes so that a reader sees either the old file or the whole new one, also after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    # Not mkstemp, whose files nobody else on a shared file system may read.
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=2, sort_keys=False, allow_nan=False)
-            file.write("\n")
+        with partial.open("xb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        partial.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
+
+
+def write_json_atomically(path: Path, value: Any) -> None:
+    """Writes `value` as JSON, like `write_atomically`."""
+    write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def write_result(run_dir: Path, result: RunResult) -> Path:
