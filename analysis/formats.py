@@ -148,6 +148,8 @@ _LATEX_ESCAPES = {
     "{": r"\{",
     "}": r"\}",
     "~": r"\textasciitilde{}",
+    "[": "{[}",  # at the beginning of a row LaTeX would take them for arguments of the row's end
+    "*": "{*}",
     "^": r"\textasciicircum{}",
     "<": r"\textless{}",
     ">": r"\textgreater{}",

@@ -20,7 +20,7 @@ from test_analysis_load import save_run
 from test_analysis_tables import measured
 
 from analysis import select
-from analysis.formats import PaperTable, to_csv, to_html, to_latex, to_markdown
+from analysis.formats import PaperTable, TextTable, to_csv, to_html, to_latex, to_markdown
 from analysis.load import load_runs
 from analysis.published import quoted_rows
 from analysis.tables import paper_tables
@@ -306,6 +306,11 @@ def test_names_and_messages_are_neither_markup_nor_commands(tmp_path: Path) -> N
         assert texts["tex"].count("\\begin") == texts["tex"].count("\\end")
 
 
+def test_a_row_of_latex_cannot_begin_with_an_argument() -> None:
+    table = PaperTable("t", "c", TextTable(["a"], [["[q, v]"], ["*"]], [False], 1), pd.DataFrame(), [])
+    assert "\n{[}q, v] \\\\\n{*} \\\\\n" in to_latex(table, label="t")
+
+
 def test_latex_compiles_as_it_stands(frame: pd.DataFrame, tmp_path: Path) -> None:
     if shutil.which("pdflatex") is None:
         pytest.skip("no pdflatex; Debian has it in texlive-latex-recommended")
@@ -320,6 +325,6 @@ def test_latex_compiles_as_it_stands(frame: pd.DataFrame, tmp_path: Path) -> Non
     )
     (tmp_path / "all.tex").write_text(document)
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"]
-    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace")
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace", timeout=60)
     assert process.returncode == 0, process.stdout[-2000:]
     assert (tmp_path / "all.pdf").stat().st_size > 10_000
