@@ -96,7 +96,8 @@ def text_table(columns: Sequence[Column], *, num_key_columns: int, rules: frozen
 
 def as_code(text: str) -> str:
     """Text as a code span, in which nothing is markup."""
-    return f"`{text.replace('`', chr(39))}`"
+    one_line = " ".join(text.split()).replace("`", "'")
+    return f"`{one_line}`"
 
 
 _CODE_SPAN = re.compile(r"`([^`]*)`")
@@ -132,8 +133,18 @@ def to_markdown(table: TextTable) -> str:
 
 def _in_markdown(text: str) -> str:
     # GitHub and notebooks take HTML in Markdown; a cell is one line.
-    text = " ".join(text.split()).replace("|", "\\|")
-    return text.replace("&", "&amp;").replace("<", "&lt;")
+    return _without_markup(" ".join(text.split())).replace("|", "\\|")
+
+
+def note_in_markdown(note: str) -> str:
+    """A note in which only its code spans and its own list are markup."""
+    return "\n  - ".join(with_code(line, _without_markup, as_code) for line in note.split("\n  - "))
+
+
+def _without_markup(text: str) -> str:
+    # No HTML, no link, no image, no code. Emphasis can do no harm, and names are full of underscores.
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace("`", "'")
+    return text.replace("](", "]\\(").replace("![", "!\\[")
 
 
 # ---------------------------------------------------------------- LaTeX
@@ -154,7 +165,7 @@ _LATEX_ESCAPES = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
+    '"': r"{\char34}",
     "\N{EN DASH}": "--",
     "\N{MULTIPLICATION SIGN}": r"$\times$",
     "\N{MINUS SIGN}": "$-$",
@@ -299,6 +310,8 @@ def to_csv(frame: pd.DataFrame) -> str:
 
 
 def _csv_cell(value: Any) -> Any:
+    if isinstance(value, str) and value.startswith(("=", "+", "-", "@")):
+        return f"'{value}"  # a spreadsheet would take it for a formula
     if isinstance(value, tuple):
         return json.dumps(value)
     if isinstance(value, float):

@@ -23,11 +23,14 @@ from analysis.rows import (
     as_rows,
     best_rows,
     bold_note,
+    collapsed_note,
+    count_note,
     edge_notes,
-    groups_of,
+    full_of,
     is_full,
     is_lora,
     key_columns,
+    learning_rate_column,
     methods_of,
     metric_column,
     num_finished_column,
@@ -48,7 +51,7 @@ from analysis.select import (
     score,
     score_columns,
 )
-from harness.results import Status
+from harness.results import Direction, Status
 
 # ---------------------------------------------------------------- rank x target layers
 
@@ -56,16 +59,15 @@ from harness.results import Status
 def rank_by_target_layers(best: pd.DataFrame, *, published: bool = False) -> PaperTable | None:
     """Scores of every placement (rows) at every rank (columns): the form of the LoRA paper's Table 6."""
     rows = [row for row in as_rows(best) if is_lora(row)]
-    ranks = sorted({row["rank"] for row in rows})
-    if len(ranks) < 2 or len({row["target_layers"] for row in rows}) < 2:
+    rows = [row for group in _by_dataset(rows) if _is_plane(group) for row in group]
+    if not rows:
         return None
+    ranks = sorted({row["rank"] for row in rows})
     lines: list[dict[str, Any]] = []
-    for indices in groups_of(rows):
-        group = [rows[index] for index in indices]
+    for group in _by_dataset(rows):
         for split in ("val", "test"):
             name = score(group[0], split)
-            winner = best_beyond_noise(group, name)
-            lines += _by_placement(group, name, None if winner is None else group[winner])
+            lines += _by_placement(group, name, best_rows(group, name))
     quoted = [
         {
             "keys": (f"{found.model}, {found.dataset} ({QUOTED_MARK} quoted)", found.metric, found.target_layers),
@@ -89,15 +91,17 @@ def rank_by_target_layers(best: pd.DataFrame, *, published: bool = False) -> Pap
         index for index, line in enumerate(lines[:-1]) if line["keys"][:2] != lines[index + 1]["keys"][:2]
     ) | ({len(lines) - 1} if quoted else set())
     names = [score(row, split) for row in rows for split in ("val", "test")]
+    text = text_table(columns, num_key_columns=3, rules=frozenset(ends))
     return PaperTable(
         name="rank_by_target_layers",
         caption="Rank by target layers: scores of LoRA at every rank and placement.",
-        text=text_table(columns, num_key_columns=3, rules=frozenset(ends)),
+        text=text,
         numbers=_long_numbers(rows, ("val", "test")),
         notes=[
             *_reference_notes(as_rows(best)),
-            NOTE_N,
-            bold_note(rows, names).replace("row", "cell"),
+            count_note(rows),
+            *(note.replace("row", "cell") for note in bold_note(rows, names, any_bold=bool(text.bold))),
+            *collapsed_note(rows),
             *edge_notes(rows),
             *recipe_notes(rows),
             *_quoted_notes("rank_by_target_layers", published),
@@ -107,10 +111,21 @@ def rank_by_target_layers(best: pd.DataFrame, *, published: bool = False) -> Pap
     )
 
 
-def _by_placement(group: Sequence[Cell], name: str, winner: Cell | None) -> list[dict[str, Any]]:
+def _by_dataset(rows: Sequence[Cell]) -> list[list[Cell]]:
+    groups: dict[tuple[str, str], list[Cell]] = {}
+    for row in rows:
+        groups.setdefault((row["model"], row["dataset"]), []).append(row)
+    return list(groups.values())
+
+
+def _is_plane(group: Sequence[Cell]) -> bool:
+    return len({row["rank"] for row in group}) > 1 and len({row["target_layers"] for row in group}) > 1
+
+
+def _by_placement(group: Sequence[Cell], name: str, winners: frozenset[int]) -> list[dict[str, Any]]:
     """A line per placement; a second one where a rank is there twice, in two recipes."""
     lines: dict[tuple[str, int], dict[str, Any]] = {}
-    for row in sorted(group, key=lambda row: row["recipe"] is not None):
+    for index, row in sorted(enumerate(group), key=lambda pair: pair[1]["recipe"] is not None):
         keys = (f"{row['model']}, {row['dataset']}", title(name), row["target_layers"])
         number = 0
         while row["rank"] in lines.get((row["target_layers"], number), {"cells": {}})["cells"]:
@@ -124,7 +139,7 @@ def _by_placement(group: Sequence[Cell], name: str, winner: Cell | None) -> list
         text += (EDGE_MARK if row["edge"] else "") + recipe_mark(row)
         line["cells"][row["rank"]] = (text, row[name] if has_value else None)
         line["run_ids"] += row["run_ids"]
-        if row is winner:
+        if index in winners:
             line["bold"].add(row["rank"])
     return list(lines.values())
 
@@ -173,19 +188,19 @@ def _quoted_notes(form: str, published: bool) -> Iterator[str]:
 
 
 # Counts of one budget lie within this factor of each other; a real rank sweep does not.
-_BUDGET_SPREAD = 1.5
+_BUDGET_SPREAD = 1.3
 
 
 def target_layers_at_budget(best: pd.DataFrame, *, published: bool = False) -> PaperTable | None:
     """Every placement at one parameter budget, with exact counts: the form of the LoRA paper's Table 5."""
-    rows = [row for row in as_rows(best) if is_lora(row) and row.get("num_adapter_params_n", 0)]
-    placements = Counter((row["model"], row["dataset"], row["target_layers"]) for row in rows)
-    counts = [row["num_adapter_params"] for row in rows]
-    if len({row["target_layers"] for row in rows}) < 3 or max(placements.values()) > 1:
+    candidates = [
+        row for row in as_rows(best) if is_lora(row) and row["recipe"] is None and row.get("num_adapter_params", 0) > 0
+    ]
+    groups = [group for group in _by_dataset(candidates) if _is_one_budget(group)]
+    rows = [row for group in groups for row in group]
+    if not rows:
         return None
-    if len({row["rank"] for row in rows}) < 2 or max(counts) > _BUDGET_SPREAD * min(counts):
-        return None
-    budget = Counter(counts).most_common(1)[0][0]
+    budget = Counter(row["num_adapter_params"] for row in rows).most_common(1)[0][0]
     quoted = quoted_rows("target_layers_at_budget") if published else []
     names = [name for name in score_columns(best) if name in best]
     keys = [
@@ -200,6 +215,7 @@ def target_layers_at_budget(best: pd.DataFrame, *, published: bool = False) -> P
     columns = [
         *_named_where_several(rows, quoted),
         *keys,
+        *_rates_where_several(rows, quoted),
         _with_quoted(metric_column(rows, "num_adapter_params"), [row.params for row in quoted]),
         _with_quoted(
             Column("off budget (%)", [f"{100 * value:+.1f}" if value else "0" for value in deviations], deviations),
@@ -217,22 +233,34 @@ def target_layers_at_budget(best: pd.DataFrame, *, published: bool = False) -> P
     if quoted and not any(f"test_{row.metric}" in names for row in quoted):
         texts = [*[MISSING] * len(rows), *(f"{row.metric} {row.text}" for row in quoted)]
         columns.append(Column(f"score {QUOTED_MARK}", texts, [None] * len(texts)))
+    text = text_table(columns, num_key_columns=len(columns) - 3 - len(names), rules=_rule_before(rows, quoted))
     return PaperTable(
         name="target_layers_at_budget",
         caption=f"Target layers at one budget of {budget:,.0f} adapter parameters.",
-        text=text_table(columns, num_key_columns=len(columns) - 3 - len(names), rules=_rule_before(rows, quoted)),
+        text=text,
         numbers=_long_numbers(rows, ("val", "test")),
         notes=[
             f"Budget: the count that most rows have, {budget:,.0f}. Counts are exact, heads left out.",
             *_reference_notes(as_rows(best)),
             NOTE_N,
-            bold_note(rows, names),
+            *bold_note(rows, names, any_bold=bool(text.bold)),
+            *collapsed_note(rows),
             *edge_notes(rows),
-            *recipe_notes(rows),
             *_quoted_notes("target_layers_at_budget", published),
         ],
         run_ids=[*run_ids_of(rows), *[()] * len(quoted)],
         methods=[*methods_of(rows), *[""] * len(quoted)],
+    )
+
+
+def _is_one_budget(group: Sequence[Cell]) -> bool:
+    """Three placements at least, each once, of two ranks at least, whose counts agree or nearly do."""
+    counts = [row["num_adapter_params"] for row in group]
+    return (
+        len({row["target_layers"] for row in group}) == len(group) >= 3
+        and len({row["rank"] for row in group}) > 1
+        and Counter(counts).most_common(1)[0][1] > 1
+        and max(counts) <= _BUDGET_SPREAD * min(counts)
     )
 
 
@@ -244,6 +272,12 @@ def _with_quoted(column: Column, texts: Sequence[str]) -> Column:
     """A column of measured numbers with quoted ones underneath, which are text and nothing else."""
     values = None if column.values is None else [*column.values, *[None] * len(texts)]
     return Column(column.title, [*column.texts, *texts], values, column.bold)
+
+
+def _rates_where_several(rows: Sequence[Cell], quoted: Sequence[Published]) -> list[Column]:
+    if len({row["learning_rate"] for row in rows}) == 1 and not any(row["edge"] for row in rows):
+        return []
+    return [_with_quoted(learning_rate_column(rows), [MISSING] * len(quoted))]
 
 
 def _named_where_several(rows: Sequence[Cell], quoted: Sequence[Published]) -> list[Column]:
@@ -260,11 +294,15 @@ def _named_where_several(rows: Sequence[Cell], quoted: Sequence[Published]) -> l
 def rank_sweep(best: pd.DataFrame, *, published: bool = False) -> PaperTable | None:
     """Every rank of a placement with its parameters, nll and scores: the form of the LoRA paper's Table 18."""
     candidates = [row for row in as_rows(best) if is_lora(row)]
-    num_ranks = Counter((row["model"], row["dataset"], row["target_layers"]) for row in candidates)
-    rows = [row for row in candidates if num_ranks[row["model"], row["dataset"], row["target_layers"]] >= 3]
+    candidates.sort(key=lambda row: (*_placement_key(row), row["rank"]))
+    rows = [
+        row
+        for start, end in _stretches(candidates)
+        if len({row["rank"] for row in candidates[start:end]}) >= 3
+        for row in candidates[start:end]
+    ]
     if not rows:
         return None
-    rows.sort(key=lambda row: (row["model"], row["dataset"], row["target_layers"], row["rank"]))
     quoted = quoted_rows("rank_sweep") if published else []
     names = [name for name in ("val_nll", "test_nll", *score_columns(best)) if name in best]
     placements = [row["target_layers"] + recipe_mark(row) for row in rows]
@@ -274,6 +312,7 @@ def rank_sweep(best: pd.DataFrame, *, published: bool = False) -> PaperTable | N
         _with_quoted(
             Column("rank", [str(row["rank"]) for row in rows], ranks_of(rows)), [str(row.rank) for row in quoted]
         ),
+        *_rates_where_several(rows, quoted),
         _with_quoted(metric_column(rows, "num_adapter_params"), [row.params for row in quoted]),
     ]
     num_key_columns = len(columns) - 1
@@ -289,19 +328,21 @@ def rank_sweep(best: pd.DataFrame, *, published: bool = False) -> PaperTable | N
             )
         )
     columns.append(_with_quoted(num_finished_column(rows), [MISSING] * len(quoted)))
+    text = text_table(
+        columns, num_key_columns=num_key_columns, rules=_ends_of_placements(rows) | _rule_before(rows, quoted)
+    )
     return PaperTable(
         name="rank_sweep",
         caption="Rank sweep: parameters, negative log-likelihood and scores at every rank.",
-        text=text_table(
-            columns, num_key_columns=num_key_columns, rules=_ends_of_placements(rows) | _rule_before(rows, quoted)
-        ),
+        text=text,
         numbers=best.loc[[row["cell_id"] in {one["cell_id"] for one in rows} for row in as_rows(best)]][
             [*CELL_NAMES, *with_spread(best, ["num_adapter_params", *names])]
         ],
         notes=[
             *_reference_notes(as_rows(best)),
             NOTE_N,
-            bold_note(rows, names) + " Compared within one placement.",
+            *(f"{note} Compared within one placement." for note in bold_note(rows, names, any_bold=bool(text.bold))),
+            *collapsed_note(rows),
             *edge_notes(rows),
             *recipe_notes(rows),
             *_quoted_notes("rank_sweep", published),
@@ -324,8 +365,12 @@ def _ends_of_placements(rows: Sequence[Cell]) -> frozenset[int]:
     return frozenset(end - 1 for _, end in _stretches(rows)[:-1])
 
 
+def _placement_key(row: Cell) -> tuple[str, str, str, int]:
+    return row["model"], row["dataset"], row["target_layers"], row["recipe"] or 0
+
+
 def _stretches(rows: Sequence[Cell]) -> list[tuple[int, int]]:
-    keys = [(row["model"], row["dataset"], row["target_layers"]) for row in rows]
+    keys = [_placement_key(row) for row in rows]
     starts = [index for index in range(len(keys)) if index == 0 or keys[index] != keys[index - 1]]
     return list(zip(starts, [*starts[1:], len(keys)], strict=True))
 
@@ -370,14 +415,17 @@ def tasks_by_methods(best: pd.DataFrame, *, published: bool = False) -> PaperTab
         columns.append(_task_column(dataset, first, list(lines.values()), quoted))
     columns.append(_average_column(datasets, list(lines.values()), quoted))
     numbers = _long_numbers([row for line in lines.values() for row in line.values()], ("val", "test"))
+    text = text_table(columns, num_key_columns=4, rules=_rule_before(first, quoted))
     return PaperTable(
         name="tasks_by_methods",
         caption="Methods on every task, by each task's metric on test, and their mean.",
-        text=text_table(columns, num_key_columns=4, rules=_rule_before(first, quoted)),
+        text=text,
         numbers=numbers,
         notes=[
-            f"{NOTE_N} Mean: of the tasks' means, only where all have one; it is not tested.",
-            bold_note(cells_, [score(row, "test") for row in cells_]),
+            f"{count_note(cells_)} Mean: of the tasks' means, whatever their metrics, only where all have one and "
+            "more is better in all; it is not tested.",
+            *bold_note(cells_, [score(row, "test") for row in cells_], any_bold=bool(text.bold)),
+            *collapsed_note(cells_),
             *edge_notes(cells_),
             *recipe_notes(cells_),
             *_quoted_notes("tasks_by_methods", published),
@@ -398,10 +446,13 @@ def _task_column(
     bold: set[int] = set()
     for model in {row["model"] for row in first}:
         indices = [index for index in present if first[index]["model"] == model]
-        best = best_beyond_noise([present[index] for index in indices], name)
-        if best is not None:
-            bold.add(indices[best])
-    texts = [show_metric(present[index], name) if index in present else MISSING for index in range(len(lines))]
+        bold |= {indices[best] for best in best_rows([present[index] for index in indices], name)}
+    texts = [
+        show_metric(present[index], name) + (EDGE_MARK if present[index]["edge"] else "")
+        if index in present
+        else MISSING
+        for index in range(len(lines))
+    ]
     values = [
         float(present[index][name]) if index in present and present[index].get(f"{name}_n", 0) else None
         for index in range(len(lines))
@@ -419,7 +470,8 @@ def _average_column(datasets: Sequence[str], lines: Sequence[dict[str, Cell]], q
             for dataset in datasets
             if dataset in line and line[dataset].get(f"{score(line[dataset], 'test')}_n", 0)
         ]
-        values.append(math.fsum(found) / len(found) if len(found) == len(datasets) else None)
+        is_sensible = all(metric(score(cell, "test")).direction is Direction.HIGHER for cell in line.values())
+        values.append(math.fsum(found) / len(found) if len(found) == len(datasets) and is_sensible else None)
     texts = [MISSING if value is None else f"{value:.4f}" for value in values]
     return _with_quoted(Column("mean", texts, values), [row.scores.get("mean", MISSING) for row in quoted])
 
@@ -436,23 +488,17 @@ def learning_rates(table: pd.DataFrame, best: pd.DataFrame) -> PaperTable | None
     for cell in as_rows(table):
         by_condition.setdefault(cell["condition_id"], {})[cell["learning_rate"]] = cell
     rates = sorted({rate for row in rows for rate in row["tried"]})
-    full = {(row["model"], row["dataset"]): row for row in rows if is_full(row)}
+    full = full_of(rows)
     columns = key_columns(rows)
     num_key_columns = len(columns)
     for rate in rates:
         found = [by_condition[row["condition_id"]].get(rate) for row in rows]
         columns.append(_rate_column(rate, rows, found))
-    columns.append(
-        Column(
-            "best",
-            [show_rate(row["learning_rate"]) + (EDGE_MARK if row["edge"] else "") for row in rows],
-            [float(row["learning_rate"]) for row in rows],
-        )
-    )
+    columns.append(learning_rate_column(rows, "best"))
     if full:
         ratios = [
             row["learning_rate"] / full[row["model"], row["dataset"]]["learning_rate"]
-            if (row["model"], row["dataset"]) in full
+            if (row["model"], row["dataset"]) in full and row["is_chosen"]
             else None
             for row in rows
         ]
@@ -466,9 +512,9 @@ def learning_rates(table: pd.DataFrame, best: pd.DataFrame) -> PaperTable | None
         text=text_table(columns, num_key_columns=num_key_columns),
         numbers=_long_numbers([{**cell, "edge": None} for cell in shown], ("val", "test")),
         notes=[
-            NOTE_N,
-            "Bold: the best rate of the row, by the mean over seeds on val; this marks the choice and is no test of a "
-            "difference.",
+            f"{count_note(shown)} (n=...): fewer than at other rates of the row, which are then preferred.",
+            "Bold: the chosen rate of the row; this marks the choice and is no test of a difference.",
+            *collapsed_note(shown),
             *edge_notes(rows),
             *recipe_notes(rows),
         ],
@@ -493,8 +539,10 @@ def _rate_column(rate: float, rows: Sequence[Cell], found: Sequence[Cell | None]
         has_value = bool(cell.get(f"{name}_n", 0))
         num_failed = sum(cell[num_status(status)] for status in Status if status is not Status.FINISHED)
         text = show_metric(cell, name) if has_value else show_status(cell)
+        fewer = has_value and cell[f"{name}_n"] < row.get(f"{name}_n", 0)
+        text += f" (n={cell[f'{name}_n']})" if fewer else ""
         texts.append(f"{text} ({num_failed} failed)" if has_value and num_failed else text)
         values.append(float(cell[name]) if has_value else None)
-        if has_value and rate == row["learning_rate"]:
+        if has_value and row["is_chosen"] and rate == row["learning_rate"]:
             bold.add(index)
     return Column(show_rate(rate), texts, values, frozenset(bold))

@@ -11,7 +11,6 @@ computed by one of them, so the `sweep` in its result file cannot tell; it is lo
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -165,14 +164,14 @@ def load_curves(runs_dir: Path, run_ids: Iterable[str]) -> dict[str, list[dict[s
 def _curve_row(line: str) -> dict[str, float] | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):
         return None
     return {
         str(name): value
         for name, value in row.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST < value < _LARGEST
     }
 
 
@@ -188,7 +187,7 @@ def _read_sweep_file(runs_dir: Path, sweep: str) -> _SweepFile | None:
     remedy = f"Run the sweep again to rewrite it, or delete it: the runs that {sweep} computed itself are then taken."
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LoadError(f"{path}: not readable as JSON ({error}). {remedy}") from error
     run_ids = raw.get("run_ids") if isinstance(raw, dict) else None
     if not isinstance(run_ids, list) or not all(isinstance(run_id, str) for run_id in run_ids):
@@ -198,7 +197,8 @@ def _read_sweep_file(runs_dir: Path, sweep: str) -> _SweepFile | None:
         raise LoadError(f"{path}: {odd[0]!r:.80} in run_ids is no name of a run. {remedy}")
     if raw.get("sweep") != sweep:
         raise LoadError(f"{path}: is about sweep {raw.get('sweep')!r}, not {sweep!r}. {remedy}")
-    return _SweepFile(run_ids, raw.get("command"), raw.get("created"))
+    command, created = (value if isinstance(value, str) else None for value in (raw.get("command"), raw.get("created")))
+    return _SweepFile(run_ids, _as_text(command), _as_text(created))
 
 
 def _known_sweeps(runs_dir: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -221,7 +221,11 @@ def _read_rows(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[str]]:
         except ResultError as error:
             problems.append(str(error))
             continue
-        row = _row(result)
+        try:
+            row = _row(result)
+        except RecursionError:
+            problems.append(f"{path}: its config or environment is nested too deeply")
+            continue
         found = _find_problem(path, row)
         if found:
             problems.append(f"{path}: {found}")
@@ -242,14 +246,19 @@ def _row(result: RunResult) -> dict[str, Any]:
         **result.metrics,
         **_flatten("environment", result.environment),
     }
-    return {name: _as_unicode(value) for name, value in row.items()}
+    return {_as_text(name): _as_text(value, keep_lines=name == "error") for name, value in row.items()}
 
 
-def _as_unicode(value: Any) -> Any:
-    """Text without halves of surrogate pairs, which JSON can carry and no file can."""
+def _as_text(value: Any, *, keep_lines: bool = False) -> Any:
+    """Text without halves of surrogate pairs, which no file can hold, and without what would steer a terminal."""
     if isinstance(value, tuple):
-        return tuple(map(_as_unicode, value))
-    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+        return tuple(map(_as_text, value))
+    if not isinstance(value, str):
+        return value
+    text = value.encode("utf-8", "replace").decode()
+    return "".join(
+        character if character.isprintable() or (keep_lines and character == "\n") else " " for character in text
+    )
 
 
 def _flatten(name: str, value: Any) -> dict[str, Any]:
@@ -260,6 +269,8 @@ def _flatten(name: str, value: Any) -> dict[str, Any]:
 
 
 def _as_tuple(value: Any) -> Any:
+    if isinstance(value, dict):  # inside a list: a text can be compared and grouped by
+        return json.dumps(value)
     return tuple(_as_tuple(item) for item in value) if isinstance(value, list) else value
 
 
@@ -269,11 +280,15 @@ def _find_problem(path: Path, row: dict[str, Any]) -> str | None:
         return f"its config has no {', '.join(setting.removeprefix('config.') for setting in absent)}"
     for setting, kind in (_NEEDED_SETTINGS | _TYPED_SETTINGS).items():
         value = row.get(setting)
-        is_kind = isinstance(value, int | float if kind is float else kind) and not isinstance(value, bool)
-        if value is not None and (not is_kind or (kind is not str and abs(value) > _LARGEST)):
-            return (
-                f"its config has {setting.removeprefix('config.')}={str(value)[:60]!r}, which is not a {kind.__name__}"
-            )
+        if value is not None and not _is_sensible(value, kind):
+            shown = f"{setting.removeprefix('config.')}={str(value)[:60]!r}"
+            return f"its config has {shown}, which is not a {kind.__name__}"
+    if row["config.method.name"] == "lora":
+        absent = [setting for setting in _TYPED_SETTINGS if row.get(setting) is None]
+        if absent:
+            return f"its method is lora and its config has no {', '.join(name[len('config.') :] for name in absent)}"
+    if not isinstance(row.get("config.target_layers.blocks", ""), str | tuple | None):
+        return f"its config has target_layers.blocks={row['config.target_layers.blocks']!r}, which is no list"
     best_metric = row["config.dataset.best_metric"]
     if f"val_{best_metric}" not in METRICS:
         return f"its dataset.best_metric {best_metric!r} is not in the METRICS registry"
@@ -284,6 +299,13 @@ def _find_problem(path: Path, row: dict[str, Any]) -> str | None:
     if path.parent.name != row["run_id"]:
         return f"is the result of run {row['run_id']} and belongs into a folder of that name"
     return None
+
+
+def _is_sensible(value: Any, kind: type) -> bool:
+    if kind is str:
+        return isinstance(value, str)
+    allowed = int if kind is int else int | float
+    return isinstance(value, allowed) and not isinstance(value, bool) and -_LARGEST < value < _LARGEST
 
 
 def _position(row: dict[str, Any]) -> tuple[tuple[int, float, str], ...]:

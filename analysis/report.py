@@ -171,7 +171,8 @@ def _summary(runs: Runs, scores: str) -> Iterator[str]:
         yield "What is still to do is not known: no sweep file lists the runs of this sweep."
     if runs.to_do:
         yield f"To do: {rows.listed(runs.to_do)}."
-    yield f"Selection: {rows.selection_rule(runs.frame, scores)}."
+    best_metrics = " or ".join(runs.frame["config.dataset.best_metric"].unique())
+    yield f"Selection: {rows.selection_rule(best_metrics, scores)}."
     for problem in runs.problems:
         yield f"Left out: {as_code(problem)}"
 
@@ -199,7 +200,7 @@ def _without_empty_metrics(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _as_list(lines: Sequence[str]) -> str:
-    return "".join(f"- {line}\n" for line in lines)
+    return "".join(f"- {formats.note_in_markdown(line)}\n" for line in lines)
 
 
 def _remove_others(directory: Path, written: Iterable[Path]) -> None:

@@ -102,10 +102,29 @@ def ranks_of(rows: Sequence[Cell]) -> list[float | None]:
     return [None if row["rank"] is None else float(row["rank"]) for row in rows]
 
 
-def learning_rate_column(rows: Sequence[Cell]) -> Column:
+def learning_rate_column(rows: Sequence[Cell], heading: str = "learning rate") -> Column:
     """The chosen rates, marked where they lie at the edge of their grid."""
-    texts = [show_rate(row["learning_rate"]) + (EDGE_MARK if row.get("edge") else "") for row in rows]
-    return Column("learning rate", texts, [float(row["learning_rate"]) for row in rows])
+    return Column(heading, [chosen_rate(row) for row in rows], [_rate_value(row) for row in rows])
+
+
+def chosen_rate(row: Cell) -> str:
+    """The chosen rate as text; nothing was chosen where several were tried and none finished."""
+    if len(row["tried"]) > 1 and not row["is_chosen"]:
+        return MISSING
+    return show_rate(row["learning_rate"]) + (EDGE_MARK if row["edge"] else "")
+
+
+def _rate_value(row: Cell) -> float | None:
+    return None if len(row["tried"]) > 1 and not row["is_chosen"] else float(row["learning_rate"])
+
+
+def full_of(rows: Sequence[Cell]) -> dict[tuple[str, str], Cell]:
+    """For each model and dataset the finished full fine-tuning to compare with, that of the usual recipe first."""
+    found: dict[tuple[str, str], Cell] = {}
+    for row in sorted(filter(is_full, rows), key=lambda row: row["recipe"] is not None):
+        if row[num_status(Status.FINISHED)]:
+            found.setdefault((row["model"], row["dataset"]), row)
+    return found
 
 
 def show_rate(rate: float) -> str:
@@ -119,10 +138,10 @@ def recipe_mark(row: Cell) -> str:
 
 
 def groups_of(rows: Sequence[Cell]) -> list[list[int]]:
-    """Indices of the rows that may be compared: those of one model on one dataset."""
-    groups: dict[tuple[str, str], list[int]] = {}
+    """Indices of the rows that may be compared: those of one model on one dataset, in one recipe."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
     for index, row in enumerate(rows):
-        groups.setdefault((row["model"], row["dataset"]), []).append(index)
+        groups.setdefault((row["model"], row["dataset"], row["recipe"]), []).append(index)
     return list(groups.values())
 
 
@@ -168,26 +187,42 @@ def methods_of(rows: Sequence[Cell]) -> list[str]:
     return [row["method"] for row in rows]
 
 
-NOTE_N = (
-    "n: finished runs, one per seed; only they give numbers. ±: sample standard deviation over them; the CSV has the "
-    "half width of the 95 % interval (Student's t) as well."
+NOTE_N = "n: finished runs, one per seed; only they give numbers. ±: sample standard deviation over them."
+
+
+NOTE_BOLD = (
+    "Bold: better than the runner-up of its model, dataset and recipe by Welch's t-test, two-sided, p < 0.05, not "
+    "corrected for the number of rows."
 )
 
 
-NOTE_BOLD = "Bold: better than the runner-up by Welch's t-test, two-sided, p < 0.05."
-
-
-NOTE_NO_NOISE = "One seed: no row can be told from another beyond noise, so nothing is bold."
-
-
-def bold_note(rows: Sequence[Cell], names: Sequence[str]) -> str:
+def bold_note(rows: Sequence[Cell], names: Sequence[str], *, any_bold: bool) -> Iterator[str]:
     """What bold means here, or why there is none."""
-    return NOTE_BOLD if any(row.get(f"{name}_n", 0) > 1 for row in rows for name in names) else NOTE_NO_NOISE
+    if any_bold:
+        yield NOTE_BOLD
+    elif any(row.get(f"{name}_n", 0) > 1 for row in rows for name in names):
+        yield "Nothing is bold: no row is better than its runner-up by Welch's t-test, two-sided, p < 0.05."
+    elif any(row.get(f"{name}_n", 0) for row in rows for name in names):
+        yield "One seed: no row can be told from another beyond noise, so nothing is bold."
 
 
-def selection_rule(frame: pd.DataFrame, scores: str = "best") -> str:
+def setting_note(rows: Sequence[Cell], scores: str) -> str:
+    """Where a table's numbers are from, for those that stand alone."""
+    same = same_everywhere(rows, ("model", "dataset"))
+    best_metrics = " or ".join(dict.fromkeys(row["best_metric"] for row in rows))
+    rule = f"{selection_rule(best_metrics, scores)}."
+    return f"{same}: {rule}" if same else f"{rule[0].upper()}{rule[1:]}"
+
+
+def count_note(rows: Sequence[Cell]) -> str:
+    """How many seeds stand behind the numbers of a table that has no column for it."""
+    counts = sorted({row[num_status(Status.FINISHED)] for row in rows})
+    shown = str(counts[-1]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}, fewer where runs failed"
+    return f"Finished runs behind each number, one per seed: {shown}. ±: sample standard deviation over them."
+
+
+def selection_rule(best_metrics: str, scores: str = "best") -> str:
     """From which split and which step the scores come, in words."""
-    best_metrics = " or ".join(frame["config.dataset.best_metric"].unique())
     if scores == "last":
         return "scores of the last step; learning rate chosen on val only; test used for no choice"
     return f"best step chosen on val only, by {best_metrics}; test evaluated after training, and used for no choice"
@@ -197,10 +232,18 @@ def edge_notes(rows: Sequence[Cell]) -> Iterator[str]:
     """How the learning rates were chosen, and which lie at the edge of their grid."""
     tuned = [row for row in rows if len(row["tried"]) > 1]
     if tuned:
-        yield "Learning rate: the best of those tried for the row, by the mean over seeds on val only."
+        yield (
+            "Learning rate: the best of those tried for the row that have the most finished runs, by the mean over "
+            "seeds on val only."
+        )
     at_edge = [row for row in tuned if row["edge"]]
     if at_edge:
-        listed = "; ".join(f"{cell_name(row)}, tried {', '.join(map(show_rate, row['tried']))}" for row in at_edge)
+        several = len({(row["model"], row["dataset"]) for row in rows}) > 1
+        listed = "; ".join(
+            (f"{row['model']} on {row['dataset']}, " if several else "")
+            + f"{cell_name(row)}{recipe_mark(row)}, tried {', '.join(map(show_rate, row['tried']))}"
+            for row in at_edge
+        )
         yield f"{EDGE_MARK} at the edge of the rates that were tried, so a better one may lie outside: {listed}."
 
 
@@ -215,10 +258,16 @@ def warnings(rows: Sequence[Cell], frame: pd.DataFrame) -> Iterator[str]:
             f"{COLLAPSED_MARK} collapsed: one class received more than {COLLAPSED_ABOVE:.1%} of the predictions on val "
             f"or test. Counted in all the same: {listed(collapsed)}."
         )
-    departures = {row["recipe"]: row["differs"] for row in rows if row["recipe"] is not None}
-    for number, differs in sorted(departures.items()):
-        settings = "; ".join(as_code(difference) for difference in differs)
-        yield f"[{number}] differs in recipe or environment: {settings}."
+    yield from recipe_notes(rows)
+
+
+def collapsed_note(rows: Sequence[Cell]) -> Iterator[str]:
+    """The meaning of the mark, where a table shows one."""
+    if any(row["num_collapsed"] for row in rows):
+        yield (
+            f"{COLLAPSED_MARK} a run behind it collapsed: one class received more than {COLLAPSED_ABOVE:.1%} of its "
+            "predictions."
+        )
 
 
 # So many runs are named; a page holds them all, a table's footnote need not.
@@ -282,7 +331,10 @@ def with_spread(table: pd.DataFrame, names: Sequence[str]) -> list[str]:
 
 
 def recipe_notes(rows: Sequence[Cell]) -> list[str]:
-    """Only that marks are explained elsewhere: the list may be long, and stands under the trade-off table."""
-    numbers = sorted({row["recipe"] for row in rows if row["recipe"] is not None})
-    marks = ", ".join(f"[{number}]" for number in numbers)
-    return [f"{marks}: differs in recipe or environment, as told under the trade-off table."] if numbers else []
+    """What the numbers in brackets stand for."""
+    departures = {row["recipe"]: row["differs"] for row in rows if row["recipe"] is not None}
+    notes = []
+    for number, differs in sorted(departures.items()):
+        settings = "; ".join(as_code(difference) for difference in differs)
+        notes.append(f"[{number}] differs in recipe or environment: {settings}.")
+    return notes

@@ -51,6 +51,7 @@ CELL_COLUMNS = (
     "recipe",
     "tried",
     "edge",
+    "is_chosen",
 )
 
 
@@ -88,7 +89,8 @@ def cells(frame: pd.DataFrame) -> pd.DataFrame:
     always = {*ALWAYS, *(f"{split}_{name}" for name in best_metrics for split in ("val", "test"))}
     names = [name for name in METRICS if name in always or frame[name].notna().any()]
     values = {name: frame[name].to_numpy(dtype=float) for name in names}
-    values[TRAINABLE_SHARE] = (frame["num_trainable_params"] / frame["num_total_params"]).to_numpy(dtype=float)
+    totals = frame["num_total_params"].where(frame["num_total_params"] > 0)
+    values[TRAINABLE_SHARE] = (frame["num_trainable_params"] / totals).to_numpy(dtype=float)
     finished = (frame["status"] == Status.FINISHED.value).to_numpy()
     collapsed = (frame[["val_majority_share", "test_majority_share"]] > COLLAPSED_ABOVE).any(axis="columns").to_numpy()
     differences = _recipe_differences(frame)
@@ -148,7 +150,7 @@ def _name(run: pd.Series[Any]) -> dict[str, Any]:
 
 def _placement(run: pd.Series[Any]) -> str | None:
     name, blocks = run.get("config.target_layers.name"), run.get("config.target_layers.blocks")
-    if name is None or blocks == "all":
+    if name is None or blocks is None or blocks == "all":
         return name
     return f"{name} ({blocks})" if isinstance(blocks, str) else f"{name} (blocks {', '.join(map(str, blocks or ()))})"
 
@@ -199,13 +201,16 @@ def _t_quantile(degrees: int) -> float:
 
 
 def p_value(first: dict[Hashable, Any], second: dict[Hashable, Any], name: str) -> float | None:
-    """Welch's t-test, two-sided, that two cells have the same mean of a metric; None below two runs in either."""
+    """Welch's t-test, two-sided, that two cells have the same mean of a metric.
+
+    None where it does not exist: fewer than two runs in either, or no spread in both.
+    """
     samples = [(cell[name], cell[f"{name}_sd"], cell[f"{name}_n"]) for cell in (first, second)]
     if any(num < 2 for _, _, num in samples):
         return None
     (mean, sd, num), (other_mean, other_sd, other_num) = samples
-    if sd == other_sd == 0:
-        return 0.0 if mean != other_mean else 1.0
+    if sd == other_sd == 0:  # the test divides by their spread
+        return None
     test = stats.ttest_ind_from_stats(mean, sd, num, other_mean, other_sd, other_num, equal_var=False)
     return float(test.pvalue)
 
@@ -216,9 +221,12 @@ def is_better(name: str, value: float, other: float) -> bool:
 
 
 def best_beyond_noise(rows: Sequence[dict[Hashable, Any]], name: str) -> int | None:
-    """Index of the best row by a metric, if it differs from the runner-up by Welch's test at 5 %; else None."""
+    """Index of the best row by a metric, if it differs from the runner-up by Welch's test at 5 %; else None.
+
+    A row of which a run collapsed to one class is never it.
+    """
     ranked = ranked_by(rows, name)
-    if len(ranked) < 2:
+    if len(ranked) < 2 or rows[ranked[0]]["num_collapsed"]:
         return None
     probability = p_value(rows[ranked[0]], rows[ranked[1]], name)
     return ranked[0] if probability is not None and probability < 1 - CONFIDENCE else None
@@ -238,9 +246,10 @@ def best_cells(table: pd.DataFrame) -> pd.DataFrame:
     """The cells at the best learning rate of their condition, a row per condition, in the order of `cells`.
 
     Chosen by the mean of the dataset's metric on val, among the rates with the most finished runs (a rate at which
-    seeds failed is not chosen for the luck of the others); among equals the lowest rate. Added columns: `tried`, all
-    its learning rates in order; `edge`, "low" or "high" when the best of several is the first or last of them, so that
-    a better one may lie outside the grid, else None.
+    seeds failed is not chosen for the luck of the others); among equals the lowest rate. Where no rate finished, the
+    first stands for all, with the runs of all of them. Added columns: `tried`, all its learning rates in order;
+    `is_chosen`, whether there was anything to choose by; `edge`, "low" or "high" when the best of several is the first
+    or last of those with the most finished runs, so that a better one may lie outside, else None.
     """
     chosen = []
     for _, group in table.groupby("condition_id", sort=False):
@@ -249,15 +258,25 @@ def best_cells(table: pd.DataFrame) -> pd.DataFrame:
         most = max(cell[num_status(Status.FINISHED)] for cell in candidates)
         complete = [cell for cell in candidates if cell[num_status(Status.FINISHED)] == most]
         ranked = ranked_by(complete, score(candidates[0], "val"))
-        best = complete[ranked[0] if ranked else 0]
+        best = complete[ranked[0]] if ranked else _together(candidates)
         edge = None
-        if ranked and len(tried) > 1 and best["learning_rate"] in (tried[0], tried[-1]):
-            edge = "low" if best["learning_rate"] == tried[0] else "high"
-        chosen.append({**best, "tried": tried, "edge": edge})
+        eligible = [cell["learning_rate"] for cell in complete]
+        if ranked and len(tried) > 1 and best["learning_rate"] in (eligible[0], eligible[-1]):
+            edge = "low" if best["learning_rate"] == eligible[0] else "high"
+        chosen.append({**best, "tried": tried, "edge": edge, "is_chosen": bool(ranked)})
     order = {cell_id: position for position, cell_id in enumerate(table["cell_id"])}
     chosen.sort(key=lambda cell: min(order[cell["cell_id"]], len(order)))
-    best_table = pd.DataFrame(chosen, columns=[*table.columns, "tried", "edge"], dtype=object)
+    best_table = pd.DataFrame(chosen, columns=[*table.columns, "tried", "edge", "is_chosen"], dtype=object)
     return best_table.astype({column: table[column].dtype for column in table.columns if column not in CELL_COLUMNS})
+
+
+def _together(candidates: Sequence[dict[Hashable, Any]]) -> dict[Hashable, Any]:
+    """The first of cells without numbers, with the runs of all."""
+    counts: dict[Hashable, Any] = {
+        num_status(status): sum(cell[num_status(status)] for cell in candidates) for status in Status
+    }
+    run_ids = tuple(run_id for cell in candidates for run_id in cell["run_ids"])
+    return {**candidates[0], **counts, "run_ids": run_ids}
 
 
 def _conditions(frame: pd.DataFrame) -> dict[str, str]:
@@ -314,6 +333,7 @@ _SCOPES = {
     "config.model.": "config.model.name",
     "config.dataset.": "config.dataset.name",
     "config.method.": "config.method.name",
+    "config.trainer.": "config.dataset.name",  # tasks have recipes of their own
     "config.rank": "config.method.name",
     "config.target_layers": "config.target_layers.name",
     "environment.data_fingerprint": "config.dataset.name",

@@ -7,6 +7,7 @@ their best learning rate, chosen on val alone. Bold is what differs from the run
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -30,11 +31,12 @@ from analysis.rows import (
     best_rows,
     bold_note,
     cell_name,
+    collapsed_note,
+    count_note,
     edge_notes,
     failure_notes,
     format_value,
-    groups_of,
-    is_full,
+    full_of,
     is_lora,
     key_columns,
     learning_rate_column,
@@ -42,10 +44,12 @@ from analysis.rows import (
     metric_column,
     num_finished_column,
     ratio_to,
+    recipe_mark,
     recipe_notes,
     run_ids_of,
     same_everywhere,
     selection_rule,
+    setting_note,
     show_metric,
     show_rate,
     show_status,
@@ -82,7 +86,6 @@ def paper_tables(
     """
     best = best_cells(table)
     found = [
-        tradeoff(best, frame, scores=scores),
         summary(best),
         costs(best),
         rank_by_target_layers(best, published=published),
@@ -91,7 +94,10 @@ def paper_tables(
         tasks_by_methods(best, published=published),
         learning_rates(table, best),
     ]
-    return [one for one in found if one is not None]
+    # Each is pasted alone, and must say by itself what it is about.
+    setting = setting_note(as_rows(best), scores)
+    others = [replace(one, notes=[setting, *one.notes]) for one in found if one is not None]
+    return [tradeoff(best, frame, scores=scores), *others]
 
 
 # ---------------------------------------------------------------- trade-off
@@ -104,7 +110,7 @@ def tradeoff(best: pd.DataFrame, frame: pd.DataFrame, *, scores: str = "best") -
     if len({row["learning_rate"] for row in rows}) > 1 or any(row["edge"] for row in rows):
         columns.append(learning_rate_column(rows))
     num_key_columns = len(columns)
-    reference = {(row["model"], row["dataset"]): row for row in rows if is_full(row)}
+    reference = full_of(rows)
     for name in (
         "num_adapter_params",
         TRAINABLE_SHARE,
@@ -122,14 +128,15 @@ def tradeoff(best: pd.DataFrame, frame: pd.DataFrame, *, scores: str = "best") -
     columns.append(num_finished_column(rows))
     if any(row[num_status(status)] for row in rows for status in Status if status is not Status.FINISHED):
         columns.append(Column("status", [show_status(row) for row in rows]))
+    text = text_table(columns, num_key_columns=num_key_columns)
     return PaperTable(
         name="tradeoff",
-        caption=f"Cost and quality. {_sentence(selection_rule(frame, scores))}",
-        text=text_table(columns, num_key_columns=num_key_columns),
+        caption=f"Cost and quality. {_sentence(selection_rule(_best_metrics(rows), scores))}",
+        text=text,
         numbers=best,
         notes=[
             *_definitions(rows, reference, frame),
-            bold_note(rows, score_names),
+            *bold_note(rows, score_names, any_bold=bool(text.bold)),
             *edge_notes(rows),
             *warnings(rows, frame),
             *failure_notes(frame),
@@ -137,6 +144,10 @@ def tradeoff(best: pd.DataFrame, frame: pd.DataFrame, *, scores: str = "best") -
         run_ids=run_ids_of(rows),
         methods=methods_of(rows),
     )
+
+
+def _best_metrics(rows: Sequence[Cell]) -> str:
+    return " or ".join(dict.fromkeys(row["best_metric"] for row in rows))
 
 
 def _sentence(text: str) -> str:
@@ -201,6 +212,7 @@ def costs(best: pd.DataFrame) -> PaperTable | None:
             "Peak memory is the sum of weights, gradients, optimizer and activations at the moment of the peak, in "
             "bytes of live tensors. Peak RSS: of the whole process, the test split included.",
             "Trainable params: adapter and head, and the base in full fine-tuning; counted from shapes.",
+            count_note(rows),
             *recipe_notes(rows),
         ],
         run_ids=run_ids_of(rows),
@@ -226,15 +238,18 @@ def summary(best: pd.DataFrame) -> PaperTable | None:
     texts: list[list[str]] = []
     numbers: list[dict[str, Any]] = []
     notes: list[str] = []
-    for indices in groups_of(records):
-        rows = [records[index] for index in indices]
-        full = next((row for row in rows if is_full(row) and row[num_status(Status.FINISHED)]), None)
-        chosen = _cheapest_within_noise([row for row in rows if is_lora(row)])
-        if full is None or chosen is None:
+    compared_rows: list[Cell] = []
+    for (model, dataset), full in full_of(records).items():
+        candidates = [row for row in records if is_lora(row) and (row["model"], row["dataset"]) == (model, dataset)]
+        # What differs in recipe is not compared where there is something that does not.
+        alike = [row for row in candidates if row["recipe"] == full["recipe"]]
+        chosen = _cheapest_within_noise(alike) or _cheapest_within_noise(candidates)
+        if chosen is None:
             continue
-        where = f"{full['model']} on {full['dataset']}"
+        where = f"{model} on {dataset}"
         lora, why = chosen
-        notes.append(f"{where}: LoRA is {cell_name(lora)}, {why}.")
+        compared_rows += [full, lora]
+        notes.append(f"{where}: LoRA is {cell_name(lora)}{recipe_mark(lora)}, {why}.")
         quality = [
             (f"quality ({score(full, split).replace('_', ' ')})", score(full, split)) for split in ("val", "test")
         ]
@@ -259,6 +274,10 @@ def summary(best: pd.DataFrame) -> PaperTable | None:
                     "metric": name,
                     "full": full.get(name),
                     "lora": lora.get(name),
+                    "full_sd": full.get(f"{name}_sd"),
+                    "lora_sd": lora.get(f"{name}_sd"),
+                    "full_n": full.get(f"{name}_n", 0),
+                    "lora_n": lora.get(f"{name}_n", 0),
                     "ratio": ratio,
                     "lora_rank": lora["rank"],
                     "lora_target_layers": lora["target_layers"],
@@ -269,6 +288,7 @@ def summary(best: pd.DataFrame) -> PaperTable | None:
     titles = ["", "", "full fine-tuning", "LoRA", "LoRA against full"]
     columns = [Column(name, [row[index] for row in texts]) for index, name in enumerate(titles)]
     columns = columns[1:] if len(notes) == 1 else columns
+    notes += [count_note(compared_rows), *collapsed_note(compared_rows), *recipe_notes(compared_rows)]
     return PaperTable(
         name="summary",
         caption="Full fine-tuning against LoRA in one look.",
@@ -284,7 +304,7 @@ def _difference(row: Cell, reference: Cell, name: str) -> str | None:
     sign = f"{row[name] - reference[name]:+.4f}".replace("-", "\N{MINUS SIGN}")
     probability = p_value(row, reference, name)
     if probability is None:
-        return f"{sign} (one seed: noise unknown)"
+        return f"{sign} (noise unknown)"
     return f"{sign} ({'within' if probability >= 0.05 else 'beyond'} noise)"
 
 
@@ -301,6 +321,8 @@ def _cheapest_within_noise(rows: Sequence[Cell]) -> tuple[Cell, str] | None:
         return None
     best = ranked[0]
     probabilities = [p_value(row, best, name) for row in ranked[1:]]
+    if len(ranked) == 1:
+        return best, "the only one of its recipe with as many finished runs"
     if all(probability is None for probability in probabilities):
         return best, "the best on val (too few seeds to know what lies within noise)"
     within = [best] + [

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from analysis import select
 from analysis.load import LoadError, load_curves, load_runs
 from harness.config import from_dict, to_dict
 from harness.results import METRICS, RunResult, Status, write_result
@@ -385,6 +386,10 @@ def test_a_file_that_is_no_result_is_named_and_the_others_are_read(
         ({"trainer__learning_rate": 10**400}, "trainer.learning_rate"),
         ({"model__name": ["a", "list"]}, "model.name"),
         ({"rank__rank": "eight"}, "rank.rank"),
+        ({"rank__rank": None}, "no rank.rank"),
+        ({"target_layers__name": None}, "no target_layers.name"),
+        ({"blocks": 5}, "target_layers.blocks"),
+        ({"trainer__learning_rate": math.nan}, "trainer.learning_rate"),
         ({"dataset__best_metric": "__import__('os')"}, "best_metric"),
     ],
 )
@@ -402,6 +407,36 @@ def test_half_a_surrogate_pair_is_a_question_mark(tmp_path: Path) -> None:
     assert (row["config.target_layers.name"], row["error"]) == ("q?", "?")
 
 
+def test_what_would_steer_a_terminal_is_a_space(tmp_path: Path) -> None:
+    save_run(tmp_path, "a", target_layers="q\x1b[2J\n# H", error="one\ntwo\x1b]0;x")
+    (row,) = load_runs(tmp_path).frame.to_dict("records")
+    assert (row["config.target_layers.name"], row["error"]) == ("q [2J # H", "one\ntwo ]0;x")
+
+
+def test_odd_but_possible_values_are_read(tmp_path: Path) -> None:
+    gpus = {"gpus": [{"name": "a"}], "k\ud800": 1}
+    save_run(tmp_path, "a", blocks=None, environment=ENVIRONMENT | gpus, metrics={"num_total_params": 0})
+    (row,) = select.cells(load_runs(tmp_path).frame).to_dict("records")
+    assert row["target_layers"] == "qv"
+    assert row["trainable_share_n"] == 0
+
+
+def test_deep_nesting_and_a_sweep_file_of_other_types(tmp_path: Path) -> None:
+    save_run(tmp_path, "a")
+    deep: dict[str, Any] = {}
+    for _ in range(900):
+        deep = {"x": deep or 1}
+    save_run(tmp_path, "deep", environment=deep)
+    assert "nested too deeply" in " ".join(load_runs(tmp_path).problems) or len(load_runs(tmp_path).frame) == 2
+    sweep = {"sweep": "demo", "run_ids": ["a"], "command": ["x"], "created": 5}
+    save_json(tmp_path / "sweeps/demo.json", sweep)
+    runs = load_runs(tmp_path, sweep="demo")
+    assert (runs.command, runs.created) == (None, None)
+    (tmp_path / "sweeps/demo.json").write_text("[" * 100_000)
+    with pytest.raises(LoadError, match="not readable as JSON"):
+        load_runs(tmp_path, sweep="demo")
+
+
 def test_a_sweep_file_cannot_point_out_of_the_folder(tmp_path: Path) -> None:
     save_run(tmp_path / "elsewhere", "a")
     save_run(tmp_path / "runs", "b")
@@ -413,5 +448,6 @@ def test_a_sweep_file_cannot_point_out_of_the_folder(tmp_path: Path) -> None:
 def test_curves_without_the_half_written_last_line(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     rows = '{"step": 1, "train_nll": 2.0}\n{"step": 2, "train_nll": NaN, "note": "x"}\n[1]\n{"step": 3, "tra'
+    rows = rows.replace("[1]", '[1]\n{"step": 2, "n": ' + "9" * 400 + "}\n" + "[" * 100_000)
     (tmp_path / "a/metrics.jsonl").write_text(rows)
-    assert load_curves(tmp_path, ["a", "b"]) == {"a": [{"step": 1, "train_nll": 2.0}, {"step": 2}]}
+    assert load_curves(tmp_path, ["a", "b"]) == {"a": [{"step": 1, "train_nll": 2.0}, {"step": 2}, {"step": 2}]}

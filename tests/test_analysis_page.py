@@ -175,7 +175,10 @@ def test_hostile_text_survives_in_the_data(hostile: pd.DataFrame) -> None:
     assert not re.search("[<>&\u2028\u2029]", raw)
     data = data_of(text)
     assert f"lora{IMAGE}, {SCRIPT}" in data["series"]
-    assert {run["error"] for run in data["runs"].values()} == {"", SCRIPT + IMAGE + HALF_PAIR}
+    assert {run["error"] for run in data["runs"].values()} == {
+        "",
+        SCRIPT + IMAGE + "?",
+    }  # half a pair does not survive the loading
 
 
 def test_the_same_runs_give_the_same_bytes(frame: pd.DataFrame) -> None:

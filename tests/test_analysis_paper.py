@@ -20,7 +20,7 @@ from test_analysis_load import save_run
 from test_analysis_tables import measured
 
 from analysis import select
-from analysis.formats import PaperTable, TextTable, to_csv, to_html, to_latex, to_markdown
+from analysis.formats import PaperTable, TextTable, note_in_markdown, to_csv, to_html, to_latex, to_markdown
 from analysis.load import load_runs
 from analysis.published import quoted_rows
 from analysis.tables import paper_tables
@@ -91,7 +91,7 @@ def by_name(frame: pd.DataFrame) -> dict[str, PaperTable]:
 
 
 def rendered(table: PaperTable) -> dict[str, str]:
-    notes = "".join(f"- {note}\n" for note in table.notes)
+    notes = "".join(f"- {note_in_markdown(note)}\n" for note in table.notes)
     return {
         "md": to_markdown(table.text) + notes,
         "tex": to_latex(table, label=f"paper-{table.name}"),
@@ -195,7 +195,77 @@ def test_the_summary_takes_the_cheapest_cell_within_noise(tmp_path: Path) -> Non
             save_run(tmp_path, f"r{rank}-s{seed}", cell_id=f"r{rank}", seed=seed, rank=rank, metrics=measured(**counts))
     save_run(tmp_path, "full", method="full", metrics=measured())
     summary = by_name(load_runs(tmp_path).frame)["summary"]
-    assert "LoRA is lora rank 1 qv, the smallest adapter that val does not tell from the best" in summary.notes[0]
+    assert "LoRA is lora rank 1 qv, the smallest adapter that val does not tell from the best" in summary.notes[1]
+
+
+def test_full_fine_tuning_of_the_usual_recipe_is_the_reference(tmp_path: Path) -> None:
+    """Another one with another batch size, and a LoRA cell of that recipe that looks better, are not compared with."""
+    for rank in (1, 2, 4):
+        save_run(tmp_path, f"r{rank}", rank=rank, metrics=measured(val_accuracy=0.8))
+    save_run(tmp_path, "big", rank=8, trainer__batch_size=64, metrics=measured(val_accuracy=0.95))
+    save_run(tmp_path, "full", method="full", metrics=measured(peak_memory_bytes=40 * MIB))
+    save_run(tmp_path, "full-big", method="full", trainer__batch_size=64, metrics=measured(peak_memory_bytes=400 * MIB))
+    tables = by_name(load_runs(tmp_path).frame)
+    column = tables["tradeoff"].text.titles.index("memory / full")
+    ratios = {row[0]: row[column] for row in tables["tradeoff"].text.rows}
+    assert ratios == {"lora": "0.25×", "lora [1]": "0.25×", "full": "1.00×", "full [1]": "10.00×"}  # noqa: RUF001
+    assert "LoRA is lora rank 1 qv" in tables["summary"].notes[1]
+
+
+def test_nothing_is_chosen_where_nothing_finished(tmp_path: Path) -> None:
+    for rate in (1e-4, 1e-3):
+        save_run(tmp_path, f"a{rate}", learning_rate=rate, status="diverged", error="nan")
+        save_run(tmp_path, f"f{rate}", method="full", learning_rate=rate, metrics=measured(val_accuracy=100 * rate))
+    tables = by_name(load_runs(tmp_path).frame)
+    (lora,) = (row for row in tables["learning_rates"].text.rows if row[0] == "lora")
+    assert lora[-4:] == ["1 diverged", "1 diverged", "\N{EN DASH}", "\N{EN DASH}"]
+    (lora,) = (row for row in tables["tradeoff"].text.rows if row[0] == "lora")
+    assert (lora[3], lora[-1]) == ("\N{EN DASH}", "2 diverged")
+
+
+def test_cells_without_spread_or_with_collapsed_runs_are_never_bold(tmp_path: Path) -> None:
+    for seed in range(3):
+        save_run(tmp_path, f"a{seed}", cell_id="a", rank=1, seed=seed, metrics=measured(val_accuracy=0.68))
+        save_run(tmp_path, f"b{seed}", cell_id="b", rank=2, seed=seed, metrics=measured(val_accuracy=0.6799))
+        scores = {"val_accuracy": 0.9 + 0.001 * seed, "val_majority_share": 1.0}
+        save_run(tmp_path, f"c{seed}", cell_id="c", rank=4, seed=seed, metrics=measured(**scores))
+    table = by_name(load_runs(tmp_path).frame)["tradeoff"]
+    assert table.text.bold == frozenset()
+    assert any(note.startswith("Nothing is bold") for note in table.notes)
+
+
+def test_a_form_needs_its_axes_within_one_dataset(tmp_path: Path) -> None:
+    save_run(tmp_path, "a", rank=1, target_layers="q", metrics=measured())
+    save_run(tmp_path, "b", rank=8, target_layers="v", dataset__name="cola", metrics=measured())
+    for size in (8, 16, 32):
+        save_run(tmp_path, f"c{size}", trainer__batch_size=size, dataset__name="rte", metrics=measured())
+    for placement, rank, count in (("q", 1, 900), ("v", 2, 1000), ("o", 4, 1200)):
+        counts = measured(num_adapter_params=count)
+        save_run(tmp_path, placement, target_layers=placement, rank=rank, dataset__name="qqp", metrics=counts)
+    names = by_name(load_runs(tmp_path).frame).keys()
+    assert names.isdisjoint({"rank_sweep", "target_layers_at_budget"})
+    rows = by_name(load_runs(tmp_path).frame)["rank_by_target_layers"].text.rows
+    assert {row[0] for row in rows} == {"bert, qqp"}
+
+
+def test_tasks_have_recipes_of_their_own(tmp_path: Path) -> None:
+    for dataset, size in (("sst2", 16), ("cola", 32)):
+        for method in ("lora", "full"):
+            save_run(
+                tmp_path, f"{dataset}-{method}", method=method, dataset__name=dataset, trainer__batch_size=size,
+                metrics=measured(test_accuracy=0.7),
+            )  # fmt: skip
+    table = by_name(load_runs(tmp_path).frame)["tasks_by_methods"]
+    assert [row[-1] for row in table.text.rows] == ["0.7000", "0.7000"]
+
+
+def test_no_mean_of_an_accuracy_and_an_error(tmp_path: Path) -> None:
+    save_run(tmp_path, "a", metrics=measured())
+    save_run(
+        tmp_path, "b", dataset__name="stsb", dataset__best_metric="mse", metrics=measured(val_mse=1.0, test_mse=2.6)
+    )
+    (row,) = by_name(load_runs(tmp_path).frame)["tasks_by_methods"].text.rows
+    assert row[-1] == "\N{EN DASH}"
 
 
 def test_the_last_step_can_be_asked_for(tmp_path: Path) -> None:
@@ -295,13 +365,14 @@ def test_one_number_changes_exactly_its_cells_in_every_format(tmp_path: Path) ->
 
 
 def test_names_and_messages_are_neither_markup_nor_commands(tmp_path: Path) -> None:
-    hostile = '<script>alert(1)</script> \\input{/etc/passwd} $x$ | `a` "b" %'
+    hostile = '<script>alert(1)</script> \\input{/etc/passwd} $x$ | `a` "b" % ![t](http://e/p.png) [x](javascript:e)'
     save_run(tmp_path, "a", metrics=measured(), target_layers=hostile)
     save_run(tmp_path, "b", rank=2, target_layers=hostile, status="failed", error=hostile, model__name=hostile)
     for table in tables_of(load_runs(tmp_path).frame):
         texts = rendered(table)
         assert "<script" not in texts["html"]
         assert "<script" not in re.sub("`[^`]*`", "", texts["md"])
+        assert "](" not in re.sub("`[^`]*`", "", texts["md"])
         assert "\\input{" not in texts["tex"]
         assert texts["tex"].count("\\begin") == texts["tex"].count("\\end")
 

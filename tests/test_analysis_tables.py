@@ -149,14 +149,14 @@ GOLDEN_MARKDOWN = """\
 
 GOLDEN_NOTES = [
     "The same in every row: model bert, dataset sst2.",
-    "n: finished runs, one per seed; only they give numbers. ±: sample standard deviation over them; the CSV has the "
-    "half width of the 95 % interval (Student's t) as well. Step time: median over runs of each run's median step "
-    "(smallest\N{EN DASH}largest).",
+    "n: finished runs, one per seed; only they give numbers. ±: sample standard deviation over them. "
+    "Step time: median over runs of each run's median step (smallest\N{EN DASH}largest).",
     "Trainable: share of all parameters (base, adapter and head) that were trained (adapter and head; the base too in "
     "full fine-tuning). Adapter params leave the head out, which has 512.",
     "Peak memory: bytes of live tensors at the peak of a training step. Checkpoint: what the run saved.",
     "/ full: ratio to full fine-tuning on the same model and dataset; below 1\N{MULTIPLICATION SIGN} is less.",
-    "Bold: better than the runner-up by Welch's t-test, two-sided, p < 0.05.",
+    "Bold: better than the runner-up of its model, dataset and recipe by Welch's t-test, two-sided, p < 0.05, not "
+    "corrected for the number of rows.",
     "† collapsed: one class received more than 99.9% of the predictions on val or test. Counted in all the same: "
     "`q1-s0`.",
     "Not finished, so without numbers: 3 of 11 runs:\n"
