@@ -158,6 +158,12 @@ def _escape_json(text: str) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
+def _item(line: str) -> str:
+    """A sentence; lines of its own below it are a list in it."""
+    first, *rest = line.split("\n  - ")
+    return _prose(first) + ("<ul>" + "".join(f"<li>{_prose(part)}</li>" for part in rest) + "</ul>" if rest else "")
+
+
 def _prose(text: str) -> str:
     """Escaped text, its backtick spans as code."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
@@ -218,7 +224,7 @@ def _figures_html(num_detailed: int, num_runs: int) -> str:
 def _listing(lines: Sequence[str], kind: str = "lines") -> str:
     if not lines:
         return ""
-    html = f'<ul class="{kind}">' + "".join(f"<li>{_prose(line)}</li>" for line in lines) + "</ul>"
+    html = f'<ul class="{kind}">' + "".join(f"<li>{_item(line)}</li>" for line in lines) + "</ul>"
     return html if len(lines) <= MAX_LINES_OPEN else f"<details><summary>{len(lines):,} lines</summary>{html}</details>"
 
 

@@ -181,6 +181,15 @@ def test_hostile_text_survives_in_the_data(hostile: pd.DataFrame) -> None:
     }  # half a pair does not survive the loading
 
 
+def test_a_list_in_a_note_is_a_list(frame: pd.DataFrame) -> None:
+    table = PageTable("t", "c", "<table></table>", ["two:\n  - `a`\n  - <b>"])
+    text = page(
+        title="t", summary=[], tables=[table], cells=cells(frame), frame=frame, curves={}, environment=[],
+        failures=[],
+    )  # fmt: skip
+    assert "<li>two:<ul><li><code>a</code></li><li>&lt;b&gt;</li></ul></li>" in text
+
+
 def test_the_same_runs_give_the_same_bytes(frame: pd.DataFrame) -> None:
     assert make(frame) == make(frame.copy())
 
