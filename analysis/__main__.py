@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from analysis.load import LoadError, load_runs
-from analysis.report import write_report
 from analysis.status import print_status
 
 
@@ -54,6 +53,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _report(options: argparse.Namespace) -> None:
+    # Imported late: the status comes without waiting for what draws figures.
+    from analysis.report import write_report
+
     report_dir = write_report(
         options.runs_dir, options.reports_dir, options.sweep, scores=options.scores, published=options.published
     )

@@ -168,6 +168,11 @@ class _Cell:
         half = self.row.get(f"{name}_ci")
         return 0.0 if half is None or math.isnan(half) else float(half)
 
+    def deviation(self, name: str) -> float:
+        """Standard deviation over seeds; 0 where there is one."""
+        sd = self.row.get(f"{name}_sd")
+        return 0.0 if sd is None or math.isnan(sd) else float(sd)
+
     @property
     def rank(self) -> float | None:
         return None if pd.isna(self.row["rank"]) else float(self.row["rank"])
@@ -488,7 +493,11 @@ def _draw_front(place: SubFigure, panel: _Panel, notes: _Notes, *, cost: str) ->
     axes.plot(*zip(*corners, strict=True), color=INK, linewidth=0.7, zorder=0.5, label="front")
     axes.margins(0.12)
     near = [cell for cell in cells if not _is_far(cell, cells, panel.test)]
-    spread = [cell.shown(panel.test) + side * cell.interval(panel.test) for cell in near for side in (-1, 1)]
+    # The interval of two seeds is thirteen times their deviation and would press all means onto one line.
+    reach = {id(cell): min(cell.interval(panel.test), 2 * cell.deviation(panel.test)) for cell in near}
+    spread = [cell.shown(panel.test) + side * reach[id(cell)] for cell in near for side in (-1, 1)]
+    if any(cell.interval(panel.test) > reach[id(cell)] for cell in near):
+        notes.remarks.append("intervals of few seeds reach beyond the axis")
     room = 0.12 * (max(spread) - min(spread)) or 0.01
     axes.set_ylim(min(spread) - room, max(spread) + room)
     for index, (x, y) in zip(front, at, strict=True):
