@@ -190,7 +190,7 @@ def test_path_goes_before_every_other_source(saved: Path, monkeypatch: pytest.Mo
 
 
 def test_an_asset_is_loaded_from_its_folder(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "asset_dir", {"minilm": saved}.__getitem__)
+    monkeypatch.setattr(models, "_verified_asset_dir", lambda name, _: {"minilm": saved}[name])
     config = ModelConfig(name="minilm", asset="minilm")
     assert torch.equal(logits_of(load(config)), logits_of(load(ModelConfig(name="x", path=str(saved)))))
     assert len(load_tokenizer(config)) == 260
