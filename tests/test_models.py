@@ -183,7 +183,7 @@ def test_a_saved_model_loads_by_path_and_says_the_same(tiny: TinyModel, tmp_path
 
 
 def test_path_goes_before_every_other_source(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "asset_dir", lambda name: pytest.fail(f"{name} was asked for"))
+    monkeypatch.setattr(models, "_verified_asset_dir", lambda name, _: pytest.fail(f"{name} was asked for"))
     expected = logits_of(load(ModelConfig(name="x", path=str(saved))))
     for source in ({"asset": "minilm"}, {"hub_id": "no/such"}, {"tiny": TinyModel.gpt2}):
         assert torch.equal(logits_of(load(ModelConfig(name="x", path=str(saved), **source))), expected)
