@@ -206,11 +206,15 @@ def bold_note(rows: Sequence[Cell], names: Sequence[str], *, any_bold: bool) -> 
         yield "One seed: no row can be told from another beyond noise, so nothing is bold."
 
 
+def best_metrics_of(rows: Sequence[Cell]) -> str:
+    """By what the rows' datasets are judged, in words."""
+    return " or ".join(dict.fromkeys(row["best_metric"] for row in rows))
+
+
 def setting_note(rows: Sequence[Cell], scores: str) -> str:
     """Where a table's numbers are from, for those that stand alone."""
     same = same_everywhere(rows, ("model", "dataset"))
-    best_metrics = " or ".join(dict.fromkeys(row["best_metric"] for row in rows))
-    rule = f"{selection_rule(best_metrics, scores)}."
+    rule = f"{selection_rule(best_metrics_of(rows), scores)}."
     return f"{same}: {rule}" if same else f"{rule[0].upper()}{rule[1:]}"
 
 

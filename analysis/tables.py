@@ -28,6 +28,7 @@ from analysis.rows import (
     TIMES,
     Cell,
     as_rows,
+    best_metrics_of,
     best_rows,
     bold_note,
     cell_name,
@@ -131,7 +132,7 @@ def tradeoff(best: pd.DataFrame, frame: pd.DataFrame, *, scores: str = "best") -
     text = text_table(columns, num_key_columns=num_key_columns)
     return PaperTable(
         name="tradeoff",
-        caption=f"Cost and quality. {_sentence(selection_rule(_best_metrics(rows), scores))}",
+        caption=f"Cost and quality. {_sentence(selection_rule(best_metrics_of(rows), scores))}",
         text=text,
         numbers=best,
         notes=[
@@ -144,10 +145,6 @@ def tradeoff(best: pd.DataFrame, frame: pd.DataFrame, *, scores: str = "best") -
         run_ids=run_ids_of(rows),
         methods=methods_of(rows),
     )
-
-
-def _best_metrics(rows: Sequence[Cell]) -> str:
-    return " or ".join(dict.fromkeys(row["best_metric"] for row in rows))
 
 
 def _sentence(text: str) -> str:
