@@ -1,4 +1,4 @@
-# make demo | test | check | venv | clean. Each sets up .venv first, which takes minutes once and nothing afterwards.
+# make demo | demo-lm | test | check | venv | clean. Each sets up .venv first, which takes minutes once and nothing afterwards.
 
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 VENV := .venv
@@ -9,10 +9,14 @@ INSTALLED := $(VENV)/.installed
 # Two workers, whole files each, so that a file's fixtures are built once. `make test PYTEST_ARGS=tests/test_lora.py`
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: demo test check venv clean
+.PHONY: demo demo-lm test check venv clean
 
 demo: venv
 	./.venv/bin/python -m harness -m sweeps=demo && ./.venv/bin/python -m analysis report --sweep demo
+
+# A language model pretrained here, then adapted to another domain: about half an hour.
+demo-lm: venv
+	./.venv/bin/python -m harness -m sweeps=newsgpt && ./.venv/bin/python -m harness -m sweeps=demo_lm && ./.venv/bin/python -m analysis report --sweep demo_lm
 
 test: venv
 	$(RUN) -m pytest $(PYTEST_ARGS)

@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from harness.parallel import like, put, whole
+
 logger = logging.getLogger("harness")
 
 
@@ -48,9 +50,9 @@ def pack_training(
 ) -> dict[str, Tensor]:
     """Every tensor that decides how training goes on: trained parameters, optimizer, random states, best so far."""
     trainable = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
-    tensors = {f"model/{name}": value for name, value in trainable}
+    tensors = {f"model/{name}": whole(value.detach()) for name, value in trainable}
     for name, value in trainable:
-        tensors |= {f"optimizer/{name}/{key}": entry for key, entry in optimizer.state[value].items()}
+        tensors |= {f"optimizer/{name}/{key}": whole(entry) for key, entry in optimizer.state[value].items()}
     tensors |= {f"best/{name}": value for name, value in (best_state or {}).items()}
     tensors["random/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
@@ -67,15 +69,14 @@ def unpack_training(
         group, _, rest = name.partition("/")
         groups[group][rest] = value
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    with torch.no_grad():
-        for name, value in parameters.items():
-            value.copy_(groups["model"][name])
+    for name, value in parameters.items():
+        put(value, groups["model"][name])
     by_identity = {id(value): name for name, value in parameters.items()}
     ordered = [by_identity[id(value)] for group in optimizer.param_groups for value in group["params"]]
     states: dict[int, dict[str, Tensor]] = {}
     for name, value in groups["optimizer"].items():
         parameter, _, key = name.rpartition("/")
-        states.setdefault(ordered.index(parameter), {})[key] = value
+        states.setdefault(ordered.index(parameter), {})[key] = like(parameters[parameter], value)
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
     torch.set_rng_state(groups["random"]["cpu"])
     cuda = [value for name, value in sorted(groups["random"].items()) if name.startswith("cuda")]

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from typing import Any, cast
 
@@ -73,10 +73,45 @@ class Precision(StrEnum):
 
 
 class Task(StrEnum):
-    """What the head predicts."""
+    """What is predicted: a label of a text, or the text itself.
+
+    `causal_lm`: every token of raw text. `completion`: a target after a prompt, the loss on the target alone. `chat`:
+    the assistant's turns of a conversation.
+    """
 
     classification = "classification"
     regression = "regression"
+    causal_lm = "causal_lm"
+    completion = "completion"
+    chat = "chat"
+
+    @property
+    def is_language(self) -> bool:
+        """Whether the task is for a language model, without a head of its own."""
+        return self in (Task.causal_lm, Task.completion, Task.chat)
+
+
+class Blocks(StrEnum):
+    """How raw text becomes training examples of `max_length` tokens: each document by itself, or several in a block."""
+
+    cut = "cut"
+    packed = "packed"
+
+
+class TooLong(StrEnum):
+    """What becomes of a prompt with its target, or a conversation, of more than `max_length` tokens."""
+
+    truncate = "truncate"
+    drop = "drop"
+    error = "error"
+
+
+class Quantization(StrEnum):
+    """How the frozen weights of the base model are held (bitsandbytes)."""
+
+    none = "none"
+    int8 = "int8"
+    nf4 = "nf4"
 
 
 class Schedule(StrEnum):
@@ -114,11 +149,36 @@ class WandbMode(StrEnum):
 
 # Marks a field that cannot change a result and is therefore no part of `run_id`.
 NOT_SCIENTIFIC = {"scientific": False}
+# Marks a field that came after the first runs were made. It is left out of `run_id` while it has its default, so that
+# those runs keep their names.
+ADDED_LATER = {"added_later": True}
+
+
+@dataclass
+class ScratchConfig:
+    """A base model to be pretrained here: a small Llama of random weights, and a byte-level BPE learned from text.
+
+    Embedding and unembedding are one matrix. The vocabulary is learned from a column of a training file, which lies in
+    `asset` or in the folder `path`.
+    """
+
+    num_blocks: int = 4
+    width: int = 256
+    num_heads: int = 4
+    max_tokens: int = 512
+    vocab_size: int = 8192
+    asset: str | None = None
+    path: str | None = None
+    file: str = "???"
+    column: str = "text"
 
 
 @dataclass
 class ModelConfig:
-    """The base model. One of `asset`, `hub_id` and `tiny` names it; `path`, a local folder, goes before all three."""
+    """The base model: one of `asset`, `hub_id`, `tiny`, `run` and `scratch`, or `path`, a local folder, before all.
+
+    `run` is the run id of a finished full fine-tuning in the same runs folder, whose model is the base of this run.
+    """
 
     name: str = "???"
     asset: str | None = None
@@ -129,17 +189,42 @@ class ModelConfig:
     attention: str = "sdpa"
     dtype: Dtype = Dtype.float32
     dropout: float = 0.0
+    run: str | None = field(default=None, metadata=ADDED_LATER)
+    scratch: ScratchConfig | None = field(default=None, metadata=ADDED_LATER)
+    quantization: Quantization = field(default=Quantization.none, metadata=ADDED_LATER)
+
+
+@dataclass
+class GenerationConfig:
+    """How texts are generated on the test split, for tasks `completion` and `chat`.
+
+    `num_examples` takes the first prompts in the order of the file, null all; `no_repeat_ngram_size` 0 allows repeats.
+    """
+
+    max_new_tokens: int = 64
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    num_examples: int | None = None
+    batch_size: int = field(default=32, metadata=NOT_SCIENTIFIC)
 
 
 @dataclass
 class DatasetConfig:
-    """Texts, labels and how they are split.
+    """Rows, what is predicted of them, and how they are split.
 
     One of `asset`, `hub_id` and `train_file` names the data. `path` is the folder in which the files are looked up;
     for an asset it replaces the download. Where there is no validation data, `val_fraction` of the training rows is
     carved off, stratified, by `split_seed`; where there are no test rows with labels, `test_fraction` likewise.
     `num_train_examples` takes the first rows of a permutation fixed by `subset_seed`, so smaller subsets lie inside
-    larger ones.
+    larger ones; `num_eval_examples` likewise limits validation and test rows (of prompts with a target: prompts, each
+    with all its references).
+
+    Language models: `causal_lm` reads one text column; `completion` fills `prompt_template`, in which `{name}` stands
+    for a column, and predicts `target_column`; `chat` reads lists of `{"role", "content"}` in `messages_column` through
+    `chat_template` (`chatml`, a file of a Jinja template, or null for the tokenizer's own). In files of lines (.txt) a
+    line is a row: of one column `text`, or of `line_columns` between `line_separator`. `letters_only` makes texts lower
+    case and everything but letters a space, which is how the 20 Newsgroups come: for a model that knows nothing else.
     """
 
     name: str = "???"
@@ -165,6 +250,18 @@ class DatasetConfig:
     num_train_examples: int | None = None
     subset_seed: int = 0
     max_length: int = 128
+    num_eval_examples: int | None = field(default=None, metadata=ADDED_LATER)
+    line_separator: str | None = field(default=None, metadata=ADDED_LATER)
+    line_columns: list[str] = field(default_factory=list, metadata=ADDED_LATER)
+    letters_only: bool = field(default=False, metadata=ADDED_LATER)
+    blocks: Blocks = field(default=Blocks.cut, metadata=ADDED_LATER)
+    attend_across_documents: bool = field(default=False, metadata=ADDED_LATER)
+    prompt_template: str | None = field(default=None, metadata=ADDED_LATER)
+    target_column: str = field(default="target", metadata=ADDED_LATER)
+    messages_column: str = field(default="messages", metadata=ADDED_LATER)
+    chat_template: str | None = field(default=None, metadata=ADDED_LATER)
+    too_long: TooLong = field(default=TooLong.truncate, metadata=ADDED_LATER)
+    generation: GenerationConfig = field(default_factory=GenerationConfig, metadata=ADDED_LATER)
 
 
 @dataclass
@@ -222,7 +319,11 @@ class TargetLayersConfig:
 
 @dataclass
 class TrainerConfig:
-    """The recipe. Exactly one of `num_epochs` and `max_steps` is given; periods count optimizer steps, 0 = never."""
+    """The recipe. Exactly one of `num_epochs` and `max_steps` is given; periods count optimizer steps, 0 = never.
+
+    `loss_chunk_tokens`: of how many targets a language model's logits are held at once; null takes as many as fit into
+    128 MiB of float32, 0 all.
+    """
 
     learning_rate: float = "${method.learning_rate}"  # type: ignore[assignment]
     num_epochs: float | None = None
@@ -238,6 +339,8 @@ class TrainerConfig:
     max_gradient_norm: float | None = 1.0
     precision: Precision = Precision.fp32
     gradient_checkpointing: bool = False
+    label_smoothing: float = field(default=0.0, metadata=ADDED_LATER)
+    loss_chunk_tokens: int | None = field(default=None, metadata=ADDED_LATER)
     eval_every: int = 0
     eval_each_epoch: bool = False
     eval_batch_size: int = field(default=64, metadata=NOT_SCIENTIFIC)
@@ -257,7 +360,12 @@ class TrackingConfig:
 
 @dataclass
 class RunConfig:
-    """One run. `rank` and `target_layers` belong to method `lora` alone and have no hidden default."""
+    """One run. `rank` and `target_layers` belong to method `lora` alone and have no hidden default.
+
+    `evaluate_also` names further language sets whose test split is scored before and after training; the first is the
+    domain of the base model, on which forgetting is measured. `shard_model`: under several processes, each holds a part
+    of the weights instead of all.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
@@ -266,6 +374,7 @@ class RunConfig:
     target_layers: TargetLayersConfig | None = None
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     seed: int = 0
+    evaluate_also: dict[str, DatasetConfig] = field(default_factory=dict, metadata=ADDED_LATER)
     tracking: TrackingConfig = field(default_factory=TrackingConfig, metadata=NOT_SCIENTIFIC)
     sweep: str | None = field(default=None, metadata=NOT_SCIENTIFIC)
     runs_dir: str = field(default="runs", metadata=NOT_SCIENTIFIC)
@@ -274,6 +383,7 @@ class RunConfig:
     num_threads: int | None = field(default=None, metadata=NOT_SCIENTIFIC)
     allow_busy_device: bool = field(default=False, metadata=NOT_SCIENTIFIC)
     save_weights: bool = field(default=True, metadata=NOT_SCIENTIFIC)
+    shard_model: bool = field(default=False, metadata=NOT_SCIENTIFIC)
 
 
 # ---------------------------------------------------------------- composing
@@ -284,9 +394,14 @@ def register() -> None:
     ConfigStore.instance().store(name="schema", node=RunConfig)
 
 
+# Scores of generated texts; computed at the end, on test alone, and therefore never what chooses a step.
+GENERATION_METRICS = ("bleu", "chrf", "rouge_l", "nist", "exact_match", "number_match")
 _METRICS_OF_TASK = {
     Task.classification: ("accuracy", "f1", "mcc", "nll"),
     Task.regression: ("pearson", "spearman", "mse"),
+    Task.causal_lm: ("nll", "perplexity", "bits_per_byte"),
+    Task.completion: ("nll", "perplexity", "bits_per_byte", *GENERATION_METRICS),
+    Task.chat: ("nll", "perplexity", "bits_per_byte", *GENERATION_METRICS),
 }
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -345,6 +460,7 @@ def find_problems(config: RunConfig) -> list[str]:
     return [
         *_model_problems(config.model),
         *_dataset_problems(config.dataset),
+        *_language_problems(config),
         *_method_problems(config),
         *_trainer_problems(config.trainer),
         *_dtype_problems(config),
@@ -354,7 +470,13 @@ def find_problems(config: RunConfig) -> list[str]:
 
 def _model_problems(model: ModelConfig) -> list[str]:
     problems = _name_problems("model.name", model.name)
-    sources = {"model.asset": model.asset, "model.hub_id": model.hub_id, "model.tiny": model.tiny}
+    sources = {
+        "model.asset": model.asset,
+        "model.hub_id": model.hub_id,
+        "model.tiny": model.tiny,
+        "model.run": model.run,
+        "model.scratch": model.scratch,
+    }
     given = [name for name, value in sources.items() if value is not None]
     if model.path is None and len(given) != 1:
         problems.append(
@@ -365,6 +487,33 @@ def _model_problems(model: ModelConfig) -> list[str]:
         problems.append("model.revision: a hub model needs a pinned revision (a commit hash, or main).")
     if not 0 <= model.dropout < 1:
         problems.append(f"model.dropout={model.dropout}: allowed is 0 <= dropout < 1.")
+    if model.run is not None and re.fullmatch(r"\w[\w.+-]*", model.run) is None:
+        problems.append(f"model.run={model.run!r}: the id of a run, as its folder is called.")
+    if model.quantization is not Quantization.none and (model.tiny or model.scratch) and model.path is None:
+        problems.append(
+            f"model.quantization={model.quantization}: quantises weights as they are read, and random ones are not "
+            "read; name saved weights (model.path, run, asset or hub_id)."
+        )
+    if model.scratch is not None:
+        problems += _scratch_problems(model.scratch)
+    return problems
+
+
+def _scratch_problems(scratch: ScratchConfig) -> list[str]:
+    problems = []
+    for name in ("num_blocks", "width", "num_heads", "max_tokens"):
+        if getattr(scratch, name) < 1:
+            problems.append(f"model.scratch.{name}={getattr(scratch, name)}: at least 1.")
+    if scratch.num_heads > 0 and scratch.width % scratch.num_heads:
+        problems.append(
+            f"model.scratch.width={scratch.width}: must be a multiple of model.scratch.num_heads={scratch.num_heads}."
+        )
+    if scratch.vocab_size < 258:
+        problems.append(
+            f"model.scratch.vocab_size={scratch.vocab_size}: at least 258, the bytes and two special tokens."
+        )
+    if (scratch.asset is None) == (scratch.path is None):
+        problems.append("model.scratch: the vocabulary's text needs either asset or path, a folder with the file.")
     return problems
 
 
@@ -377,8 +526,22 @@ def _dataset_problems(dataset: DatasetConfig) -> list[str]:
         )
     if dataset.asset is not None and dataset.hub_id is not None:
         problems.append(f"dataset: asset={dataset.asset} and hub_id={dataset.hub_id} both name data; set one to null.")
-    if not 1 <= len(dataset.text_columns) <= 2:
+    if dataset.task is Task.causal_lm and len(dataset.text_columns) != 1:
+        problems.append(f"dataset.text_columns={dataset.text_columns}: task=causal_lm reads one column.")
+    elif not 1 <= len(dataset.text_columns) <= 2:
         problems.append(f"dataset.text_columns={dataset.text_columns}: one or two columns are allowed.")
+    if dataset.task is Task.completion and not dataset.prompt_template:
+        problems.append(
+            "dataset.prompt_template: task=completion needs the text before the target, with columns in braces: "
+            '"{question}\\nAnswer: ".'
+        )
+    if dataset.letters_only and dataset.task is not Task.causal_lm:
+        problems.append(f"dataset.letters_only=true: for raw text, and not for task={dataset.task}.")
+    if (dataset.line_separator is None) != (not dataset.line_columns):
+        problems.append(
+            f"dataset.line_separator={dataset.line_separator!r} and dataset.line_columns={dataset.line_columns}: set "
+            "both, or neither."
+        )
     allowed = _METRICS_OF_TASK[dataset.task]
     for name in dict.fromkeys((*dataset.metrics, dataset.best_metric)):
         if name not in allowed:
@@ -386,8 +549,19 @@ def _dataset_problems(dataset: DatasetConfig) -> list[str]:
                 f"dataset.metrics / dataset.best_metric: {name!r} is not a metric of task {dataset.task}; "
                 f"allowed: {', '.join(allowed)}."
             )
+    if dataset.task.is_language:
+        if dataset.best_metric in GENERATION_METRICS:
+            problems.append(
+                f"dataset.best_metric={dataset.best_metric}: texts are generated once, at the end and on test, so they "
+                "cannot choose a step; set dataset.best_metric=nll."
+            )
+        problems += _generation_problems(dataset.generation)
     always = "mse" if dataset.task is Task.regression else "nll"
-    if dataset.best_metric in allowed and dataset.best_metric not in (*dataset.metrics, always):
+    if (
+        not dataset.task.is_language
+        and dataset.best_metric in allowed
+        and dataset.best_metric not in (*dataset.metrics, always)
+    ):
         problems.append(
             f"dataset.best_metric={dataset.best_metric}: must be {always} or one of dataset.metrics="
             f"[{','.join(dataset.metrics)}]; add it there."
@@ -398,8 +572,45 @@ def _dataset_problems(dataset: DatasetConfig) -> list[str]:
             problems.append(f"dataset.{name}={value}: allowed is 0 < {name} < 1.")
     if dataset.num_train_examples is not None and dataset.num_train_examples < 2:
         problems.append(f"dataset.num_train_examples={dataset.num_train_examples}: at least 2, or null for all rows.")
+    if dataset.num_eval_examples is not None and dataset.num_eval_examples < 1:
+        problems.append(f"dataset.num_eval_examples={dataset.num_eval_examples}: at least 1, or null for all rows.")
     if dataset.max_length < 4:
         problems.append(f"dataset.max_length={dataset.max_length}: at least 4 tokens.")
+    return problems
+
+
+def _generation_problems(generation: GenerationConfig) -> list[str]:
+    problems = []
+    lowest = {"max_new_tokens": 1, "num_beams": 1, "no_repeat_ngram_size": 0, "num_examples": 1, "batch_size": 1}
+    for name, least in lowest.items():
+        value = getattr(generation, name)
+        if value is not None and value < least:
+            problems.append(f"dataset.generation.{name}={value}: at least {least}.")
+    if not math.isfinite(generation.length_penalty):
+        problems.append(f"dataset.generation.length_penalty={generation.length_penalty}: a finite number.")
+    return problems
+
+
+def _language_problems(config: RunConfig) -> list[str]:
+    """What does not go together with a language model, and further sets that cannot be scored."""
+    problems = []
+    if config.dataset.task.is_language and config.method.name is Method.head_only:
+        problems.append(
+            f"method=head_only: a language model (dataset.task={config.dataset.task}) has no head of its own to train; "
+            "use method=lora or method=full."
+        )
+    for name, dataset in config.evaluate_also.items():
+        if not config.dataset.task.is_language or not dataset.task.is_language:
+            problems.append(
+                f"evaluate_also.{name}: scores language models; dataset.task={config.dataset.task} and "
+                f"evaluate_also.{name}.task={dataset.task} must be causal_lm, completion or chat."
+            )
+        problems += [problem.replace("dataset", f"evaluate_also.{name}", 1) for problem in _dataset_problems(dataset)]
+    if config.model.quantization is not Quantization.none and config.method.name is Method.full:
+        problems.append(
+            f"model.quantization={config.model.quantization}: quantised weights are frozen; use method=lora, or "
+            "model.quantization=none for method=full."
+        )
     return problems
 
 
@@ -421,7 +632,7 @@ def _method_problems(config: RunConfig) -> list[str]:
     if config.rank is not None:
         problems += _rank_problems(config.rank)
     if config.target_layers is not None:
-        problems += _target_layers_problems(config.target_layers)
+        problems += _target_layers_problems(config.target_layers, config.dataset.task)
     return problems
 
 
@@ -443,11 +654,11 @@ def _rank_problems(rank: RankConfig) -> list[str]:
     return problems
 
 
-def _target_layers_problems(target_layers: TargetLayersConfig) -> list[str]:
+def _target_layers_problems(target_layers: TargetLayersConfig, task: Task) -> list[str]:
     problems = _name_problems("target_layers.name", target_layers.name)
     if bool(target_layers.projections) == bool(target_layers.modules):
         problems.append("target_layers: set either projections or modules (regular expressions), not both or neither.")
-    problems += placement.projection_problems(target_layers.projections)
+    problems += placement.projection_problems(target_layers.projections, language_model=task.is_language)
     problems += placement.block_problems(target_layers.blocks)
     if target_layers.modules and target_layers.blocks != "all":
         problems.append(
@@ -494,6 +705,12 @@ def _trainer_problems(trainer: TrainerConfig) -> list[str]:
         "max_gradient_norm",
         "a finite number above 0, or null for no clipping",
     )
+    require(0 <= trainer.label_smoothing < 1, "label_smoothing", "0 <= label_smoothing < 1")
+    require(
+        trainer.loss_chunk_tokens is None or trainer.loss_chunk_tokens >= 0,
+        "loss_chunk_tokens",
+        "null, 0 (all at once) or a number of targets",
+    )
     require(trainer.eval_every >= 0, "eval_every", "0 (only at the end) or a number of steps")
     require(trainer.eval_batch_size >= 1, "eval_batch_size", "at least 1")
     require(trainer.checkpoint_every >= 0, "checkpoint_every", "0 (only when asked to stop) or a number of steps")
@@ -523,6 +740,8 @@ def _run_problems(config: RunConfig) -> list[str]:
         problems += _name_problems("sweep", config.sweep)
     if config.num_threads is not None and config.num_threads < 1:
         problems.append(f"num_threads={config.num_threads}: at least 1, or null for PyTorch's choice.")
+    if config.shard_model and config.trainer.precision is Precision.fp16:
+        problems.append("shard_model=true: trainer.precision=fp16 is not scaled across parts; use bf16 or fp32.")
     if config.tracking.log_every < 1:
         problems.append(f"tracking.log_every={config.tracking.log_every}: at least 1 step.")
     return problems
@@ -546,10 +765,23 @@ def scientific(config: RunConfig) -> dict[str, Any]:
 def _scientific_fields(node: Any) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for item in fields(node):
-        if item.metadata.get("scientific", True):
-            value = getattr(node, item.name)
-            values[item.name] = _scientific_fields(value) if is_dataclass(value) else value
+        value = getattr(node, item.name)
+        if not item.metadata.get("scientific", True) or (item.metadata.get("added_later") and value == _default(item)):
+            continue
+        values[item.name] = _scientific_value(value)
     return values
+
+
+def _scientific_value(value: Any) -> Any:
+    if is_dataclass(value):
+        return _scientific_fields(value)
+    if isinstance(value, dict):
+        return {key: _scientific_value(entry) for key, entry in value.items()}
+    return value
+
+
+def _default(item: Field[Any]) -> Any:
+    return item.default if item.default_factory is MISSING else item.default_factory()
 
 
 def _hash(values: dict[str, Any]) -> str:

@@ -1,22 +1,22 @@
-"""From a `DatasetConfig` to tokenised splits, and from those to batches of similar length.
+"""Texts with a label: from a `DatasetConfig` to tokenised splits, and from those to batches of similar length.
 
-The only module that imports `datasets`. Everything is tokenised once per dataset and tokenizer and kept in the cache
+Everything is tokenised once per dataset and tokenizer and kept in the cache
 folder; subsets, the validation split and the order of examples are drawn from the cached rows.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
+import math
 import os
 import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,8 +27,9 @@ import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from harness.assets import asset_dir, cache_dir
+from harness.assets import cache_dir
 from harness.config import DatasetConfig, Task
+from harness.sources import DataError, Source, counted_rows, digest, open_source
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +37,6 @@ logger = logging.getLogger(__name__)
 _FORMAT = 1
 
 _WINDOW_BATCHES = 50
-
-
-class DataError(ValueError):
-    """Data that cannot be used; the message counts what is wrong, shows some of it, and names the setting."""
 
 
 class Tokenizer(Protocol):
@@ -57,7 +54,7 @@ class Batch:
     """What one forward pass takes.
 
     `inputs`: `input_ids` and the like, each `(examples, tokens)`, padded on the right to the longest example.
-    `labels`: `(examples,)`, class index (int64) or target value (float32).
+    `labels`: `(examples,)`, class index (int64) or target value (float32); for language models `(examples, tokens)`.
     `num_tokens`: real tokens, without padding. `num_targets`: what the loss is averaged over.
     """
 
@@ -139,11 +136,40 @@ class Split:
             yield self.batch(order[start : start + batch_size])
 
 
-class TrainingBatches:
-    """The batches of a training split: per optimizer step a list of micro-batches, in a seeded order per epoch."""
+class Examples(Protocol):
+    """A split as training needs it: the length of each example in tokens, and batches of them."""
 
-    def __init__(self, split: Split, *, batch_size: int, micro_batch_size: int | None, seed: int) -> None:
+    lengths: np.ndarray
+
+    def __len__(self) -> int:
+        """How many examples there are."""
+        ...
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
+        """The examples at `indices` as one batch."""
+        ...
+
+
+class TrainingBatches:
+    """The batches of a training split: per optimizer step a list of micro-batches, in a seeded order per epoch.
+
+    Of several processes, each gets every n-th example of a step, and all get the same number of micro-batches: one that
+    has run out of examples repeats one, without targets.
+    """
+
+    def __init__(
+        self,
+        split: Examples,
+        *,
+        batch_size: int,
+        micro_batch_size: int | None,
+        seed: int,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ) -> None:
         self._split = split
+        self._process_index = process_index
+        self._num_processes = num_processes
         self._batch_size = batch_size
         self._micro_batch_size = micro_batch_size or batch_size
         self._seed = seed
@@ -156,7 +182,7 @@ class TrainingBatches:
             yield self._micro_batches(indices)
 
     def shortest(self) -> list[Batch]:
-        """A step made of the shortest example alone."""
+        """A step made of the shortest example alone, in every process."""
         return [self._split.batch([int(self._split.lengths.argmin())])]
 
     def longest(self) -> list[Batch]:
@@ -165,7 +191,12 @@ class TrainingBatches:
 
     def _micro_batches(self, indices: np.ndarray) -> list[Batch]:
         size = self._micro_batch_size
-        return [self._split.batch(indices[start : start + size]) for start in range(0, len(indices), size)]
+        own = indices[self._process_index :: self._num_processes]
+        num_batches = math.ceil(math.ceil(len(indices) / self._num_processes) / size)
+        batches = [self._split.batch(own[start : start + size]) for start in range(0, len(own), size)]
+        while len(batches) < num_batches:
+            batches.append(replace(self._split.batch(indices[:1]), num_tokens=0, num_targets=0))
+        return batches
 
 
 # ---------------------------------------------------------------- splits
@@ -194,8 +225,8 @@ def load_data(config: DatasetConfig, tokenizer: Tokenizer) -> TextData:
         DataError: files or columns that do not exist, rows with empty text, labels that training has not, too few
             classes or rows; each counted and shown.
     """
-    source = _open_source(config)
-    key = _digest(source.fingerprint, _tokenizer_text(tokenizer), _tokenising_settings(config, tokenizer))[:16]
+    source = open_source(config)
+    key = digest(source.fingerprint, tokenizer_text(tokenizer), _tokenising_settings(config, tokenizer))[:16]
     folder = cache_dir() / "tokenised" / f"{config.name}-{key}"
     if not (folder / "labels.json").is_file():
         _tokenise(source, config, tokenizer, folder)
@@ -260,7 +291,7 @@ def _carve(train: datasets.Dataset, fraction: float, name: str, config: DatasetC
 # ---------------------------------------------------------------- tokenising, once
 
 
-def _tokenizer_text(tokenizer: Any) -> str:
+def tokenizer_text(tokenizer: Any) -> str:
     """A text that changes whenever the tokenizer would cut a text differently."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
@@ -277,7 +308,7 @@ def _tokenising_settings(config: DatasetConfig, tokenizer: Tokenizer) -> str:
     return json.dumps([_FORMAT, config.task, config.text_columns, config.label_column, config.max_length, inputs])
 
 
-def _tokenise(source: _Source, config: DatasetConfig, tokenizer: Tokenizer, folder: Path) -> None:
+def _tokenise(source: Source, config: DatasetConfig, tokenizer: Tokenizer, folder: Path) -> None:
     started = time.perf_counter()
     tables, label_names = source.read()
     label_names = _check_rows(tables, label_names, config, source)
@@ -337,7 +368,7 @@ def _tokenised_columns(
 
 
 def _check_rows(
-    tables: dict[str, pd.DataFrame], label_names: list[str], config: DatasetConfig, source: _Source
+    tables: dict[str, pd.DataFrame], label_names: list[str], config: DatasetConfig, source: Source
 ) -> list[str]:
     """Checks every row of every split and returns the names of the classes; raises one `DataError` for all problems.
 
@@ -364,12 +395,12 @@ def _check_rows(
                 shown = ", ".join(repr(value) for value in not_text[:3])
                 problems.append(f"{where}: column {column} has {len(not_text)} values that are not text: {shown}.")
             if len(empty):
-                problems.append(f"{where}: column {column} is empty in {_counted(empty)}.")
+                problems.append(f"{where}: column {column} is empty in {counted_rows(empty)}.")
         if config.task is Task.classification:
             labels = table[config.label_column]
             missing = table.index[labels.isna() | (labels.astype(str).str.strip() == "")]
             if len(missing):
-                problems.append(f"{where}: column {config.label_column} has no label in {_counted(missing)}.")
+                problems.append(f"{where}: column {config.label_column} has no label in {counted_rows(missing)}.")
     if problems:
         raise DataError("\n".join(problems))
     if config.task is Task.regression:
@@ -381,11 +412,6 @@ def _check_rows(
     if problems:
         raise DataError("\n".join(problems))
     return names
-
-
-def _counted(rows: pd.Index) -> str:
-    shown = ", ".join(str(row) for row in rows[:5])
-    return f"{len(rows)} rows (counted from 0): {shown}{', ...' if len(rows) > 5 else ''}"
 
 
 def _label_problems(tables: dict[str, pd.DataFrame], config: DatasetConfig, names: list[str]) -> list[str]:
@@ -423,193 +449,3 @@ def _number_problems(tables: dict[str, pd.DataFrame], config: DatasetConfig) -> 
 def _sorted_labels(column: pd.Series) -> list[str]:
     names = sorted({str(value) for value in column})
     return sorted(names, key=int) if all(re.fullmatch(r"-?\d+", name) for name in names) else names
-
-
-# ---------------------------------------------------------------- reading
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Rows that are not read yet: the fingerprint is enough to find them in the cache of tokenised data.
-
-    `read` returns a table for each split, and the names of the classes in their order where the data have one.
-    """
-
-    description: str
-    fingerprint: str
-    read: Callable[[], tuple[dict[str, pd.DataFrame], list[str]]]
-
-
-def _open_source(config: DatasetConfig) -> _Source:
-    if config.hub_id is not None and config.path is None:
-        return _open_hub(config)
-    return _open_files(config)
-
-
-def _open_files(config: DatasetConfig) -> _Source:
-    folder, given = None, {"train": config.train_file, "val": config.val_file, "test": config.test_file}
-    if config.path is not None:
-        folder = Path(config.path).expanduser()
-        if folder.is_file() and config.train_file is None:
-            folder, given["train"] = folder.parent, folder.name
-        elif not folder.is_dir():
-            raise DataError(f"dataset.path={config.path}: no such folder. Give the folder that holds {_named(given)}.")
-    elif config.asset is not None:
-        folder = asset_dir(config.asset)
-    files: dict[str, Path] = {}
-    for split, name in given.items():
-        if name is None:
-            continue
-        path = (folder / name) if folder is not None else Path(name).expanduser()
-        if not path.is_file():
-            raise DataError(f"dataset.{split}_file={name}: no file {path}. There: {_listing(path.parent)}.")
-        if path.suffix not in _READERS:
-            raise DataError(f"dataset.{split}_file={name}: known endings are {', '.join(_READERS)}.")
-        files[split] = path
-    if "train" not in files:
-        there = f" In {folder}: {_listing(folder)}." if folder is not None else ""
-        raise DataError(f"dataset.train_file: not set. Name the file with the training rows.{there}")
-
-    def read() -> tuple[dict[str, pd.DataFrame], list[str]]:
-        return {split: _read_file(path) for split, path in files.items()}, []
-
-    hashes = {split: _hash_file(path) for split, path in files.items()}
-    description = ", ".join(path.name for path in files.values())
-    return _Source(description, _digest(json.dumps(hashes)), read)
-
-
-def _named(given: dict[str, str | None]) -> str:
-    return ", ".join(name for name in given.values() if name is not None) or "dataset.train_file"
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    return (", ".join(names[:10]) + (", ..." if len(names) > 10 else "")) or "nothing"
-
-
-def _hash_file(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
-
-
-def _open_hub(config: DatasetConfig) -> _Source:
-    wanted = {"train": config.train_split, "val": config.val_split, "test": config.test_split}
-    names = {split: name for split, name in wanted.items() if name is not None}
-
-    def load(name: str) -> datasets.Dataset:
-        try:
-            return datasets.load_dataset(config.hub_id, config.subset, split=name, revision=config.revision)
-        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            raise DataError(
-                f"dataset={config.name}: split {name} of {config.hub_id} could not be loaded "
-                f"({_first_line(error)}). Without network, save the rows as CSV, JSON lines or Parquet and use "
-                "dataset=local dataset.train_file=... (and test_file)."
-            ) from error
-
-    # A pinned revision names the content. Without one, only the loaded rows can say what they are.
-    pinned = config.revision is not None and len(config.revision) == 40
-    loaded = {} if pinned else {split: load(name) for split, name in names.items()}
-    content = config.revision if pinned else {split: rows._fingerprint for split, rows in loaded.items()}
-
-    def read() -> tuple[dict[str, pd.DataFrame], list[str]]:
-        tables, label_names = {}, []
-        for split, name in names.items():
-            rows = loaded.get(split) or load(name)
-            feature = rows.features.get(config.label_column)
-            table = rows.to_pandas()
-            if isinstance(feature, datasets.ClassLabel):
-                # Their order counts: F1 is that of class 1, in MRPC `equivalent` and not the first of the alphabet.
-                label_names = feature.names
-                # GLUE marks hidden labels with -1: they must not become a class.
-                table[config.label_column] = [
-                    feature.int2str(int(label)) if label >= 0 else f"hidden ({label})"
-                    for label in table[config.label_column]
-                ]
-            tables[split] = table
-        return tables, label_names
-
-    fingerprint = _digest(json.dumps([config.hub_id, config.subset, content, names], sort_keys=True))
-    return _Source(f"{config.hub_id} {config.subset or ''}".strip(), fingerprint, read)
-
-
-def _read_file(path: Path) -> pd.DataFrame:
-    try:
-        return _READERS[path.suffix](path)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({_first_bad_line(path)}); save it as UTF-8.") from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable as {path.suffix} ({_first_line(error)}).") from error
-
-
-def _first_bad_line(path: Path) -> str:
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        try:
-            line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            return f"line {number}: {line[max(0, error.start - 20) : error.start + 20]!r}"
-    raise AssertionError(f"{path} is UTF-8")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-def _read_csv(path: Path) -> pd.DataFrame:
-    # Everything as text: a label "NA" or "007" stays what it is.
-    table = pd.read_csv(path, dtype=str, keep_default_na=False, sep="\t" if path.suffix == ".tsv" else ",")
-    if not isinstance(table.index, pd.RangeIndex):
-        # pandas would take the first field for the row's name and shift the others.
-        raise ValueError(f"the rows have more fields than the header's {len(table.columns)}")
-    return table
-
-
-def _read_json_lines(path: Path) -> pd.DataFrame:
-    rows = []
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"line {number}: {error.msg} at character {error.pos + 1}: {line.strip()[:60]}"
-                ) from error
-            if not isinstance(row, dict):
-                raise ValueError(f"line {number} is no JSON object; one object per line: {line.strip()[:60]}")
-            rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def _read_parquet(path: Path) -> pd.DataFrame:
-    return pd.read_parquet(path)
-
-
-def _read_orange_tab(path: Path) -> pd.DataFrame:
-    """Orange's tab-separated format: three header lines (names, types, flags), then rows; blank rows are skipped."""
-    lines = path.read_text(encoding="utf-8-sig").split("\n")
-    if len(lines) < 4:
-        raise ValueError("three header lines are needed: names, types and flags of the columns")
-    names = lines[0].split("\t")
-    rows = [line.split("\t") for line in lines[3:] if line.strip()]
-    odd = [row for row in rows if len(row) != len(names)]
-    if odd:
-        raise ValueError(f"{len(odd)} rows have not the {len(names)} columns {', '.join(names)}")
-    return pd.DataFrame(rows, columns=names)
-
-
-_READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-    ".jsonl": _read_json_lines,
-    ".json": _read_json_lines,
-    ".parquet": _read_parquet,
-    ".tab": _read_orange_tab,
-}
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()

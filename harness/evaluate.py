@@ -47,15 +47,18 @@ class Objective(Protocol):
 class SequenceObjective:
     """One label per text: classification by cross-entropy, or regression by squared error."""
 
-    def __init__(self, config: DatasetConfig, *, val: Split, eval_batch_size: int) -> None:
+    def __init__(
+        self, config: DatasetConfig, *, val: Split, eval_batch_size: int, label_smoothing: float = 0.0
+    ) -> None:
         self._config = config
+        self._label_smoothing = label_smoothing
         self._val = val
         self._eval_batch_size = eval_batch_size
         self.loss_name = "train_mse" if config.task is Task.regression else "train_nll"
 
     def summed_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Summed cross-entropy in nats, or summed squared error, in float32."""
-        return _summed_loss(self._config.task, _logits(model, batch), batch.labels)
+        return _summed_loss(self._config.task, _logits(model, batch), batch.labels, self._label_smoothing)
 
     def evaluate(self, model: nn.Module) -> Evaluation:
         """Scores on the validation split."""
@@ -74,10 +77,10 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
     return model(**batch.inputs).logits.float()
 
 
-def _summed_loss(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
+def _summed_loss(task: Task, logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     if task is Task.regression:
         return functional.mse_loss(logits.squeeze(-1), labels, reduction="sum")
-    return functional.cross_entropy(logits, labels, reduction="sum")
+    return functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
 
 
 @torch.no_grad()

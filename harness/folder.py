@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from harness.claims import current_owner
-from harness.config import Rerun, RunConfig, run_id
+from harness.config import Method, Rerun, RunConfig, Task, run_id
 from harness.results import RESULT_FILE, ResultError, RunResult, Status, read_result
 
 CONFIG_FILE = "config.yaml"
@@ -69,3 +69,39 @@ def run_state(config: RunConfig) -> str:
     if current_owner(folder) is not None:
         return "running"
     return "stopped" if (folder / CHECKPOINT_FILE).is_file() else "new"
+
+
+def base_model_dir(config: RunConfig) -> Path:
+    """Where the weights of `config.model.run` lie. Raises `FileNotFoundError`, saying what that run is instead."""
+    named = f"model.run={config.model.run}"
+    folder = Path(config.runs_dir) / str(config.model.run)
+    try:
+        result = read_result(folder / RESULT_FILE)
+    except ResultError:
+        state = "was not finished" if folder.is_dir() else "does not exist"
+        raise FileNotFoundError(
+            f"{named}: this run {state} in runs_dir={config.runs_dir}; make it first. {_possible_bases(config)}"
+        ) from None
+    if result.status is not Status.FINISHED:
+        raise FileNotFoundError(
+            f"{named}: this run ended as {result.status}: {result.error}. {_possible_bases(config)}"
+        )
+    method = result.config["method"]["name"]
+    if method != Method.full:
+        raise FileNotFoundError(
+            f"{named}: this run has method={method} and so no weights of its own to start from; a base is a run with "
+            f"method=full. {_possible_bases(config)}"
+        )
+    if config.dataset.task.is_language and not Task(result.config["dataset"]["task"]).is_language:
+        raise FileNotFoundError(
+            f"{named}: this run trained a classifier, and dataset.task={config.dataset.task} needs a language model. "
+            f"{_possible_bases(config)}"
+        )
+    if not (folder / "model" / "config.json").is_file():
+        raise FileNotFoundError(f"{named}: its weights were not kept; make it again with save_weights=true rerun=all.")
+    return folder / "model"
+
+
+def _possible_bases(config: RunConfig) -> str:
+    found = sorted(path.parent.parent.name for path in Path(config.runs_dir).glob("*/model/config.json"))
+    return f"Finished full runs there: {', '.join(found[:5]) or 'none'}{', ...' if len(found) > 5 else ''}."

@@ -19,6 +19,48 @@ from harness.tracking import NullProgress, Progress, Tracker, open_progress
 from harness.trainer import Position, PreemptedError
 
 
+def _read(path: Path) -> tuple[dict[str, Tensor], Position, dict[str, Any]] | None:
+    """Tensors, position and the whole state of a checkpoint, if there is one that can be read."""
+    found = read_checkpoint(path)
+    if found is None:
+        return None
+    tensors, state = found
+    position = dict(state["position"])
+    if position["best"] is not None:
+        position["best"] = Evaluation(**position["best"])
+    return tensors, Position(**position), state
+
+
+class FollowingJournal:
+    """The journal of a process beside the main one: it goes on from the same checkpoint, and tells nobody anything."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / CHECKPOINT_FILE
+        self.measured: dict[str, float] = {}
+        self.first_step_at: float | None = None
+
+    def last_checkpoint(self) -> tuple[dict[str, Tensor], Position] | None:
+        """Reads the checkpoint of the main process."""
+        found = _read(self._path)
+        return None if found is None else found[:2]
+
+    def started(self, num_steps: int, measured: dict[str, float]) -> None:
+        """Nothing."""
+
+    def stepped(self, step: int, values: dict[str, float]) -> None:
+        """Nothing."""
+
+    def evaluated(self, step: int, scores: dict[str, float]) -> None:
+        """Nothing."""
+
+    def wants_checkpoint(self, step: int) -> bool:
+        """Never: the main process wants it for all."""
+        return False
+
+    def keep_checkpoint(self, tensors: dict[str, Tensor], position: Position) -> None:
+        """Nothing: the main process keeps it."""
+
+
 class RunJournal:
     """The trainer's journal of one run.
 
@@ -46,18 +88,15 @@ class RunJournal:
 
     def last_checkpoint(self) -> tuple[dict[str, Tensor], Position] | None:
         """Reads the checkpoint and hands its curve to the trackers again."""
-        found = read_checkpoint(self._path)
+        found = _read(self._path)
         if found is None:
             return None
-        tensors, state = found
-        position = dict(state["position"])
-        if position["best"] is not None:
-            position["best"] = Evaluation(**position["best"])
+        tensors, position, state = found
         self._losses = list(state["losses"])
         for step, values in state["rows"]:
             self._log(step, values)
-        self.resumed_at_step = position["step"]
-        return tensors, Position(**position)
+        self.resumed_at_step = position.step
+        return tensors, position
 
     def started(self, num_steps: int, measured: dict[str, float]) -> None:
         """Opens the display; keeps what was measured for a run that does not finish."""

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from harness.config import AlphaPolicy, Method, RankConfig
+from harness.parallel import whole
 from harness.results import write_json_atomically
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -100,6 +101,8 @@ class LoRALayer(nn.Module):
         """Adds the delta weight to the base weight, and keeps a copy of the latter. Does nothing when merged."""
         if not self.merged:
             weight = _weight(self.base)
+            if weight.shape != self.delta_weight().shape:
+                raise LoRAError("a quantised weight holds no sum; load the base model unquantised to merge into it.")
             self._unmerged_weight = weight.detach().clone()
             with torch.no_grad():
                 weight.copy_(weight.float() + self.delta_weight())
@@ -300,7 +303,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> int:
     """Writes tensors as safetensors, atomically, and returns the bytes written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+    save_file({name: whole(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}, temporary)
     temporary.replace(path)
     return path.stat().st_size
 

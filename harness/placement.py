@@ -21,6 +21,10 @@ ATTENTION = ("q", "k", "v", "o", "qkv")
 MLP = ("up", "down", "gate")
 ROLES = (*ATTENTION, *MLP)
 
+# The last matrix of a language model, from hidden states to logits. There is one, outside the blocks, so it belongs to
+# no group: an adapter on it is asked for by name (`projections: [all, lm_head]`).
+UNEMBEDDING = "lm_head"
+
 # A group stands for those of its roles that an architecture has; a single role must exist.
 GROUPS = {"attention": ATTENTION, "mlp": MLP, "all": ROLES}
 
@@ -30,14 +34,16 @@ class Architecture:
     """Where the projections of one family of models are.
 
     `block` is the path of a block with `{}` for its index, `projections` the path of each role inside a block,
-    `head` the modules of the task head (everything a checkpoint of the base model does not hold), and `fused`
-    says of roles that exist only as part of another role which one that is.
+    `head` the modules of a classifier's task head (everything a checkpoint of the base model does not hold), `fused`
+    says of roles that exist only as part of another role which one that is, and `unembedding` is the path of the
+    unembedding of the family's causal language models, `None` where it has none.
     """
 
     block: str
     projections: dict[str, str]
     head: tuple[str, ...]
     fused: dict[str, str] = field(default_factory=dict)
+    unembedding: str | None = None
 
 
 _BERT_BLOCK = {
@@ -64,7 +70,22 @@ _LLAMA_BLOCK = {
     "down": "mlp.down_proj",
 }
 _GPT2_BLOCK = {"qkv": "attn.c_attn", "o": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}
-_LLAMA = Architecture("model.layers.{}", _LLAMA_BLOCK, ("score",))
+_GPT_NEOX_BLOCK = {
+    "qkv": "attention.query_key_value",
+    "o": "attention.dense",
+    "up": "mlp.dense_h_to_4h",
+    "down": "mlp.dense_4h_to_h",
+}
+_OPT_BLOCK = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.out_proj",
+    "up": "fc1",
+    "down": "fc2",
+}
+_FUSED_QKV = {"q": "qkv", "k": "qkv", "v": "qkv"}
+_LLAMA = Architecture("model.layers.{}", _LLAMA_BLOCK, ("score",), unembedding="lm_head")
 
 # Keys are transformers' `config.model_type`. RoBERTa's head has a dense layer of its own; the pooler of DeBERTa is
 # not in its checkpoints and is part of the head, that of BERT is and belongs to the base.
@@ -75,20 +96,33 @@ ARCHITECTURES: dict[str, Architecture] = {
         "deberta.encoder.layer.{}",
         {"qkv": "attention.self.in_proj", **{role: _BERT_BLOCK[role] for role in ("o", "up", "down")}},
         ("pooler", "classifier"),
-        fused={"q": "qkv", "k": "qkv", "v": "qkv"},
+        fused=_FUSED_QKV,
     ),
     "deberta-v2": Architecture("deberta.encoder.layer.{}", _DEBERTA_BLOCK, ("pooler", "classifier")),
-    "gpt2": Architecture("transformer.h.{}", _GPT2_BLOCK, ("score",), fused={"q": "qkv", "k": "qkv", "v": "qkv"}),
+    "gpt2": Architecture("transformer.h.{}", _GPT2_BLOCK, ("score",), fused=_FUSED_QKV, unembedding="lm_head"),
+    # Pythia. Its unembedding was `embed_out` in earlier versions of transformers and is in its checkpoints.
+    "gpt_neox": Architecture(
+        "gpt_neox.layers.{}", _GPT_NEOX_BLOCK, ("score",), fused=_FUSED_QKV, unembedding="lm_head"
+    ),
+    "opt": Architecture("model.decoder.layers.{}", _OPT_BLOCK, ("score",), unembedding="lm_head"),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "gemma": _LLAMA,
+    "gemma2": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "smollm3": _LLAMA,
 }
 
 
-def head_modules(model_type: str) -> tuple[str, ...]:
-    """Names of the task head's modules on an architecture. Raises `PlacementError` for an unknown one."""
-    return _architecture(model_type).head
+def head_modules(model_type: str, *, language_model: bool = False) -> tuple[str, ...]:
+    """Names of the task head's modules on an architecture. Raises `PlacementError` for an unknown one.
+
+    A causal language model has no task head: its unembedding is in the base model's checkpoint.
+    """
+    head = _architecture(model_type).head
+    return () if language_model else head
 
 
 def select_modules(
@@ -98,16 +132,20 @@ def select_modules(
     projections: Sequence[str] = (),
     blocks: Any = "all",
     modules: Sequence[str] = (),
+    language_model: bool = False,
 ) -> list[str]:
     """The names of the modules that get an adapter, in the model's own order.
 
     Args:
         module_names: every name in `model.named_modules()`.
         model_type: transformers' name of the architecture, a key of `ARCHITECTURES`.
-        projections: roles or groups of roles; see `ROLES` and `GROUPS`.
+        projections: roles or groups of roles; see `ROLES` and `GROUPS`. On a language model also `lm_head`, the
+            unembedding, which is one module whatever `blocks` says.
         blocks: `all`, `first_half`, `last_half`, `first_N`, `last_N` or a list of indices.
         modules: instead of projections, regular expressions over whole names, each matching at least one, and none a
             part of the task head.
+        language_model: whether this is a causal language model, which has an unembedding and no task head, instead of
+            a classifier.
 
     Raises:
         PlacementError: a role, block or expression that selects nothing here, with a list of what there is.
@@ -119,7 +157,7 @@ def select_modules(
     names = list(module_names)
     architecture = _architecture(model_type)
     if modules:
-        return _match_expressions(names, modules, architecture.head)
+        return _match_expressions(names, modules, head_modules(model_type, language_model=language_model))
     if not projections:
         raise PlacementError("target_layers: neither projections nor modules are given.")
     present = set(names)
@@ -129,11 +167,15 @@ def select_modules(
             f"target_layers: a {model_type} model has blocks named {architecture.block}, and there is none here; names "
             f"here are like {_examples(names)}."
         )
+    roles = _resolve_roles(projections, model_type, architecture, language_model)
     wanted = {
         f"{architecture.block.format(block)}.{architecture.projections[role]}"
         for block in resolve_blocks(blocks, num_blocks)
-        for role in _resolve_roles(projections, model_type, architecture)
+        for role in roles
+        if role != UNEMBEDDING
     }
+    if UNEMBEDDING in roles and architecture.unembedding is not None:
+        wanted.add(architecture.unembedding)
     absent = sorted(wanted - present)
     if absent:
         raise PlacementError(f"target_layers: this {model_type} model has no module {', '.join(absent)}.")
@@ -184,12 +226,20 @@ def block_problems(blocks: Any) -> list[str]:
     return [] if fine else [f"target_layers.blocks={blocks!r}: {allowed}"]
 
 
-def projection_problems(projections: Sequence[str]) -> list[str]:
-    """Roles that exist on no architecture, and roles named twice; empty when there are none."""
-    unknown = [role for role in projections if role not in ROLES and role not in GROUPS]
+def projection_problems(projections: Sequence[str], *, language_model: bool = False) -> list[str]:
+    """Roles that exist on no architecture, and roles named twice; empty when there are none.
+
+    `lm_head` exists on language models alone.
+    """
+    known = (*ROLES, UNEMBEDDING, *GROUPS) if language_model else (*ROLES, *GROUPS)
+    unknown = [role for role in projections if role not in known]
+    if UNEMBEDDING in unknown:
+        return [
+            f"target_layers.projections: {UNEMBEDDING} is the unembedding of a causal language model; a model with a "
+            "task head has none. Leave it out."
+        ]
     if unknown:
-        known = ", ".join((*ROLES, *GROUPS))
-        return [f"target_layers.projections: {', '.join(unknown)} unknown; known: {known}."]
+        return [f"target_layers.projections: {', '.join(unknown)} unknown; known: {', '.join(known)}."]
     expanded = [role for name in projections for role in GROUPS.get(name, (name,))]
     twice = sorted({role for role in expanded if expanded.count(role) > 1})
     return [f"target_layers.projections: {', '.join(twice)} named twice."] if twice else []
@@ -205,15 +255,20 @@ def _architecture(model_type: str) -> Architecture:
         ) from None
 
 
-def _resolve_roles(projections: Sequence[str], model_type: str, architecture: Architecture) -> list[str]:
-    problems = projection_problems(projections)
+def _resolve_roles(
+    projections: Sequence[str], model_type: str, architecture: Architecture, language_model: bool
+) -> list[str]:
+    problems = projection_problems(projections, language_model=language_model)
     if problems:
         raise PlacementError(problems[0])
     roles: list[str] = []
+    has = [*architecture.projections]
+    if language_model and architecture.unembedding is not None:
+        has.append(UNEMBEDDING)
     for name in projections:
         if name in GROUPS:
             roles += [role for role in GROUPS[name] if role in architecture.projections]
-        elif name in architecture.projections:
+        elif name in has:
             roles.append(name)
         elif name in architecture.fused:
             whole = architecture.fused[name]
@@ -223,7 +278,7 @@ def _resolve_roles(projections: Sequence[str], model_type: str, architecture: Ar
     if problems:
         raise PlacementError(
             f"target_layers.projections={list(projections)} on {model_type}: {'; '.join(problems)}. "
-            f"It has: {', '.join(architecture.projections)} (and the groups {', '.join(GROUPS)})."
+            f"It has: {', '.join(has)} (and the groups {', '.join(GROUPS)})."
         )
     return roles
 

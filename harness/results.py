@@ -104,6 +104,18 @@ METRICS: dict[str, Metric] = {
     "best_step": Metric("1", Direction.NEUTRAL, "best step", ",.0f"),
     "train_nll": Metric("nats", Direction.LOWER, "train nll", ".4f"),
     "train_mse": Metric("1", Direction.LOWER, "train mse", ".4f"),
+    # Multiplications and additions of all training steps, forward and backward, by formula (harness/flops.py).
+    "train_flops": Metric("FLOP", Direction.LOWER, "training compute", ",.1f", "TFLOP", 1e12),
+    # The first set of `evaluate_also`, the domain that the base model comes from: its nll before training and at the
+    # best step, and the difference of the two.
+    "base_domain_nll_before": Metric("nats", Direction.NEUTRAL, "base domain nll before", "z.4f"),
+    "base_domain_nll": Metric("nats", Direction.LOWER, "base domain nll", "z.4f"),
+    "forgetting_nll": Metric("nats", Direction.LOWER, "forgetting", "+z.4f"),
+    "base_domain_nll_last": Metric("nats", Direction.LOWER, "base domain nll (last step)", "z.4f"),
+    "forgetting_nll_last": Metric("nats", Direction.LOWER, "forgetting (last step)", "+z.4f"),
+    # Of the model as training found it; a language model has such a score, a fresh task head has none worth having.
+    "val_nll_before": Metric("nats", Direction.NEUTRAL, "val nll before training", "z.4f"),
+    "test_nll_before": Metric("nats", Direction.NEUTRAL, "test nll before training", "z.4f"),
 }
 
 # Scores exist on two splits and at two moments: `val_accuracy` belongs to the step that was best on val,
@@ -116,6 +128,16 @@ _SCORES = {
     "pearson": _score("Pearson"),
     "spearman": _score("Spearman"),
     "mse": Metric("1", Direction.LOWER, "mse", "z.4f"),
+    "perplexity": Metric("1", Direction.LOWER, "perplexity", "z.2f"),
+    # Of the target text in UTF-8: the one that compares models with different tokenizers.
+    "bits_per_byte": Metric("bits/byte", Direction.LOWER, "bits per byte", "z.4f"),
+    # Of generated texts (harness/scores.py): BLEU and chrF from 0 to 100, ROUGE-L and the shares from 0 to 1.
+    "bleu": Metric("1", Direction.HIGHER, "BLEU", "z.2f"),
+    "chrf": Metric("1", Direction.HIGHER, "chrF", "z.2f"),
+    "rouge_l": _score("ROUGE-L"),
+    "nist": Metric("1", Direction.HIGHER, "NIST", "z.3f"),
+    "exact_match": _score("exact match"),
+    "number_match": _score("final number right"),
     # Largest share of the predictions that one class received: 1.0 marks a collapsed classifier.
     "majority_share": Metric("1", Direction.NEUTRAL, "share of the most predicted class", ".3f"),
 }

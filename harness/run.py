@@ -2,40 +2,60 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import signal
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Protocol, cast
 
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch import Tensor, nn
 
 from harness import lora, models
 from harness.assets import AssetError
 from harness.claims import Claim, ClaimLostError
 from harness.config import (
+    GENERATION_METRICS,
+    Blocks,
     ConfigError,
     Device,
     Method,
+    ModelConfig,
     Precision,
     Rerun,
     RunConfig,
+    Task,
     cell_id,
     run_id,
     to_dict,
 )
-from harness.data import DataError, TextData, TrainingBatches, load_data
-from harness.evaluate import SequenceObjective
-from harness.folder import CHECKPOINT_FILE, CONFIG_FILE, LOG_FILE, OutputError, kept_result, require_writable, run_dir
-from harness.journal import RunJournal
+from harness.data import Batch, Split, TextData, TrainingBatches, load_data
+from harness.evaluate import Evaluation, SequenceObjective
+from harness.flops import FlopsError, StepFlops, formula_flops
+from harness.folder import (
+    CHECKPOINT_FILE,
+    CONFIG_FILE,
+    LOG_FILE,
+    OutputError,
+    base_model_dir,
+    kept_result,
+    require_writable,
+    run_dir,
+)
+from harness.journal import FollowingJournal, RunJournal
+from harness.language import LanguageObjective, generate
+from harness.language_data import LanguageData, TokenSplit, load_language_data
 from harness.measure import (
     DeviceBusyError,
     device_peaks,
@@ -46,12 +66,15 @@ from harness.measure import (
 )
 from harness.models import ModelError
 from harness.placement import PlacementError, head_modules, select_modules
-from harness.results import RESULT_FILE, RunResult, Status, write_result
+from harness.results import RESULT_FILE, RunResult, Status, write_atomically, write_result
+from harness.scores import score_texts, write_texts
+from harness.sources import DataError
 from harness.tracking import open_tracker
 from harness.trainer import PreemptedError, TrainingDivergedError, TrainingOutcome, train
 
 logger = logging.getLogger("harness")
 
+GENERATIONS_DIR = "generations"
 WEIGHTS_DIRS = {Method.lora: "adapter", Method.full: "model", Method.head_only: "head"}
 
 
@@ -74,7 +97,8 @@ class PreparedRun:
 
     config: RunConfig
     accelerator: Accelerator
-    data: TextData
+    data: TextData | LanguageData
+    also: dict[str, LanguageData]
     model: models.PreTrainedModel
     tokenizer: models.PreTrainedTokenizerBase
     head: tuple[str, ...]
@@ -95,9 +119,11 @@ def plan(config: RunConfig) -> Plan:
 
     Raises `PlacementError`, `LoRAError` or `ModelError` for a placement or rank that the model does not allow.
     """
-    skeleton = models.build_skeleton(config.model, num_labels=2)
+    is_language = config.dataset.task.is_language
+    skeleton = models.build_skeleton(_base_model(config), num_labels=None if is_language else 2)
+    _require_packing(skeleton.config.model_type, config)
     target_modules = _adapt(skeleton, config)
-    counts = lora.count_parameters(skeleton, head_modules(skeleton.config.model_type))
+    counts = lora.count_parameters(skeleton, _head(skeleton, config))
     return Plan(target_modules, counts.num_adapter_params)
 
 
@@ -120,6 +146,8 @@ def run(config: RunConfig) -> RunResult:
         return kept
     require_writable(config.runs_dir)
     prepared = prepare(config)
+    if not prepared.accelerator.is_main_process:
+        return _follow(prepared, folder, started)
     # Only now, when nothing is left to go wrong before training, does the run leave a trace.
     with Claim.acquire(folder) as claim:
         # Whoever had the claim before may have ended the run while this process prepared.
@@ -133,10 +161,20 @@ def run(config: RunConfig) -> RunResult:
     return result
 
 
+def _follow(prepared: PreparedRun, folder: Path, started: float) -> RunResult:
+    """What the processes beside the main one do: the same training, and nothing written."""
+    # The main process is told to stop as well and ends training for all.
+    with _stop_signals_call(lambda: None):
+        prepared.accelerator.wait_for_everyone()
+        return _train_and_evaluate(prepared, folder, FollowingJournal(folder), started)
+
+
 def _run_claimed(prepared: PreparedRun, folder: Path, claim: Claim, started: float) -> RunResult:
     config = prepared.config
     (folder / CONFIG_FILE).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
     logger.info("%s", run_id(config))
+    for note in cast(list[str], prepared.environment.get("data_notes", [])):
+        logger.warning("%s", note)
     tracker = open_tracker(
         config.tracking,
         run_dir=folder,
@@ -147,6 +185,7 @@ def _run_claimed(prepared: PreparedRun, folder: Path, claim: Claim, started: flo
         run_config=to_dict(config),
     )
     journal = RunJournal(config, folder, tracker, claim)
+    prepared.accelerator.wait_for_everyone()  # whatever an earlier attempt left is cleared
     try:
         with _stop_signals_call(journal.ask_to_stop):
             result = _train_and_evaluate(prepared, folder, journal, started)
@@ -168,23 +207,66 @@ def prepare(config: RunConfig) -> PreparedRun:
     accelerator = _accelerator(config)
     if not config.allow_busy_device:
         require_free_device(accelerator.device)
-    tokenizer = models.load_tokenizer(config.model)
-    max_tokens = models.max_tokens(config.model, tokenizer)
-    if config.dataset.max_length > max_tokens:
-        raise ConfigError(
-            [f"dataset.max_length={config.dataset.max_length}: {config.model.name} reads at most {max_tokens} tokens."]
-        )
-    data = load_data(config.dataset, tokenizer)
-    model = models.load_model(
-        config.model, num_labels=data.num_labels, pad_token_id=tokenizer.pad_token_id, seed=config.seed
-    )
+    base = _base_model(config)
+    tokenizer = models.load_tokenizer(base)
+    max_tokens = models.max_tokens(base, tokenizer)
+    named = {"dataset": config.dataset} | {f"evaluate_also.{name}": also for name, also in config.evaluate_also.items()}
+    too_long = [
+        f"{setting}.max_length={dataset.max_length}: {config.model.name} reads at most {max_tokens} tokens."
+        for setting, dataset in named.items()
+        if dataset.max_length > max_tokens
+    ]
+    if too_long:
+        raise ConfigError(too_long)
+    data: TextData | LanguageData
+    if config.dataset.task.is_language:
+        data = load_language_data(config.dataset, tokenizer)
+        num_labels = None
+    else:
+        data = load_data(config.dataset, tokenizer)
+        num_labels = data.num_labels
+    also = {name: load_language_data(dataset, tokenizer) for name, dataset in config.evaluate_also.items()}
+    model = models.load_model(base, num_labels=num_labels, pad_token_id=tokenizer.pad_token_id, seed=config.seed)
+    _require_packing(model.config.model_type, config)
     target_modules = _adapt(model, config)
     if config.trainer.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     recorded = environment(accelerator.device, num_threads=config.num_threads)
     recorded["data_fingerprint"] = data.fingerprint
-    head = head_modules(model.config.model_type)
-    return PreparedRun(config, accelerator, data, model, tokenizer, head, target_modules, recorded)
+    if accelerator.num_processes > 1:
+        recorded |= {"num_processes": accelerator.num_processes, "shard_model": config.shard_model}
+    notes = [note for found in (data, *also.values()) if isinstance(found, LanguageData) for note in found.notes]
+    if notes:
+        recorded["data_notes"] = notes
+    head = _head(model, config)
+    return PreparedRun(config, accelerator, data, also, model, tokenizer, head, target_modules, recorded)
+
+
+def _base_model(config: RunConfig) -> ModelConfig:
+    """The model with `model.run` resolved to the folder of that run's weights. Raises `ModelError`."""
+    if config.model.run is None or config.model.path is not None:
+        return config.model
+    try:
+        folder = base_model_dir(config)
+    except FileNotFoundError as error:
+        raise ModelError(str(error)) from None
+    return replace(config.model, path=str(folder))
+
+
+def _require_packing(model_type: str, config: RunConfig) -> None:
+    for setting, dataset in (("dataset", config.dataset), *config.evaluate_also.items()):
+        isolated = dataset.blocks is Blocks.packed and not dataset.attend_across_documents
+        if dataset.task is Task.causal_lm and isolated and model_type not in models.PACKS_BY_POSITIONS:
+            raise ConfigError(
+                [
+                    f"{setting}.blocks=packed: a {model_type} model would attend across documents; set "
+                    f"{setting}.blocks=cut, or say that it may with {setting}.attend_across_documents=true."
+                ]
+            )
+
+
+def _head(model: models.PreTrainedModel, config: RunConfig) -> tuple[str, ...]:
+    return head_modules(model.config.model_type, language_model=config.dataset.task.is_language)
 
 
 def _adapt(model: models.PreTrainedModel, config: RunConfig) -> list[str]:
@@ -198,6 +280,7 @@ def _adapt(model: models.PreTrainedModel, config: RunConfig) -> list[str]:
             projections=config.target_layers.projections,
             blocks=config.target_layers.blocks,
             modules=config.target_layers.modules,
+            language_model=config.dataset.task.is_language,
         )
         # A generator of its own: the adapter depends on the seed and not on what was drawn before it.
         lora.apply_lora(
@@ -207,22 +290,27 @@ def _adapt(model: models.PreTrainedModel, config: RunConfig) -> list[str]:
             dropout=config.method.adapter_dropout,
             generator=torch.Generator().manual_seed(config.seed),
         )
-    lora.set_trainable(model, config.method.name, head_modules(model.config.model_type))
+    lora.set_trainable(model, config.method.name, _head(model, config))
     return target_modules
 
 
-def _train_and_evaluate(prepared: PreparedRun, folder: Path, journal: RunJournal, started: float) -> RunResult:
+def _train_and_evaluate(
+    prepared: PreparedRun, folder: Path, journal: RunJournal | FollowingJournal, started: float
+) -> RunResult:
     """Trains, scores, saves; whatever happens to training becomes a status."""
     config, device = prepared.config, prepared.accelerator.device
-    metrics: dict[str, float] = asdict(lora.count_parameters(prepared.model, prepared.head))
+    metrics: dict[str, float] = asdict(_counts(prepared))
     status, error = Status.FINISHED, ""
     started_at = time.time()
     reset_device_peaks(device)
     try:
+        before = _score_before(prepared)
+        metrics |= before
         outcome = _train(prepared, journal)
         metrics |= outcome.measured
         metrics |= device_peaks(device)  # before the test split: peaks are those of training and validation
-        metrics |= _score_test(prepared, outcome)
+        metrics |= _score_test(prepared, outcome, before)
+        metrics |= _score_generations(prepared, folder)
         if config.save_weights:
             metrics["checkpoint_bytes"] = _save(prepared, folder)
     except (PreemptedError, ClaimLostError):
@@ -251,16 +339,19 @@ def _train_and_evaluate(prepared: PreparedRun, folder: Path, journal: RunJournal
     )
 
 
-def _train(prepared: PreparedRun, journal: RunJournal) -> TrainingOutcome:
+def _train(prepared: PreparedRun, journal: RunJournal | FollowingJournal) -> TrainingOutcome:
     config = prepared.config
     batches = TrainingBatches(
         prepared.data.train,
         batch_size=config.trainer.batch_size,
         micro_batch_size=config.trainer.micro_batch_size,
         seed=config.seed,
+        process_index=prepared.accelerator.process_index,
+        num_processes=prepared.accelerator.num_processes,
     )
-    # After everything is built, so that dropout draws the same numbers whatever the method drew before.
-    torch.manual_seed(config.seed)
+    # After everything is built, so that dropout draws the same numbers whatever the method drew before; and other ones
+    # in each process.
+    torch.manual_seed(config.seed + prepared.accelerator.process_index)
     return train(
         prepared.model,
         batches,
@@ -268,33 +359,143 @@ def _train(prepared: PreparedRun, journal: RunJournal) -> TrainingOutcome:
         config=config.trainer,
         accelerator=prepared.accelerator,
         journal=journal,
+        shard_model=config.shard_model,
+        flops=_step_flops(prepared),
     )
 
 
-def _objective(prepared: PreparedRun) -> SequenceObjective:
+def _step_flops(prepared: PreparedRun) -> StepFlops | None:
+    try:
+        return formula_flops(prepared.model)
+    except FlopsError as reason:
+        logger.info("train_flops is not recorded: %s", reason)
+        return None
+
+
+def _counts(prepared: PreparedRun) -> lora.ParameterCounts:
+    """From shapes: a quantised weight has fewer entries than its matrix, so its model is counted as it was before."""
+    if not getattr(prepared.model, "is_quantized", False):
+        return lora.count_parameters(prepared.model, prepared.head)
     config = prepared.config
-    return SequenceObjective(config.dataset, val=prepared.data.val, eval_batch_size=config.trainer.eval_batch_size)
+    num_labels = None if config.dataset.task.is_language else prepared.model.config.num_labels
+    skeleton = models.build_skeleton(_base_model(config), num_labels=num_labels)
+    _adapt(skeleton, config)
+    return lora.count_parameters(skeleton, prepared.head)
 
 
-def _score_test(prepared: PreparedRun, outcome: TrainingOutcome) -> dict[str, float]:
+class _Objective(Protocol):
+    """An objective that scores any split."""
+
+    loss_name: str
+
+    def summed_loss(self, model: nn.Module, batch: Batch) -> Tensor: ...
+
+    def evaluate(self, model: nn.Module) -> Evaluation: ...
+
+    def evaluate_split(self, model: nn.Module, split: Any) -> Evaluation: ...
+
+
+def _objective(prepared: PreparedRun) -> _Objective:
+    config = prepared.config
+    if isinstance(prepared.data, LanguageData):
+        return LanguageObjective(
+            val=prepared.data.val,
+            eval_batch_size=config.trainer.eval_batch_size,
+            chunk_tokens=config.trainer.loss_chunk_tokens,
+            label_smoothing=config.trainer.label_smoothing,
+        )
+    return SequenceObjective(
+        config.dataset,
+        val=prepared.data.val,
+        eval_batch_size=config.trainer.eval_batch_size,
+        label_smoothing=config.trainer.label_smoothing,
+    )
+
+
+def _score_before(prepared: PreparedRun) -> dict[str, float]:
+    """The nll that a language model begins with: on val, on test, and on the domain that it comes from."""
+    if not isinstance(prepared.data, LanguageData):
+        return {}
+    model = prepared.model
+    if not getattr(model, "is_quantized", False):
+        model.to(prepared.accelerator.device)
+    objective = _objective(prepared)
+    splits = {"val_nll_before": prepared.data.val, "test_nll_before": prepared.data.test}
+    if prepared.also:
+        splits["base_domain_nll_before"] = _base_domain(prepared)
+    scores = {name: objective.evaluate_split(model, split).scores for name, split in splits.items()}
+    return {name: values["nll"] for name, values in scores.items() if values}
+
+
+def _base_domain(prepared: PreparedRun) -> TokenSplit:
+    return next(iter(prepared.also.values())).test
+
+
+def _score_test(prepared: PreparedRun, outcome: TrainingOutcome, before: dict[str, float]) -> dict[str, float]:
     """Scores of both splits at the last step and at the step that was best on val; the model ends at the best."""
     objective, test = _objective(prepared), prepared.data.test
-    last = objective.evaluate_split(prepared.model, test)
+    sets: dict[str, Split | TokenSplit] = {"test": test, **{name: data.test for name, data in prepared.also.items()}}
+
+    def evaluate_all() -> dict[str, dict[str, float]]:
+        return {name: objective.evaluate_split(prepared.model, split).scores for name, split in sets.items()}
+
+    last = evaluate_all()
     best = last
     if outcome.best_state is not None:
         outcome.restore_best(prepared.model)
-        best = objective.evaluate_split(prepared.model, test)
+        best = evaluate_all()
     scores: dict[str, float] = {}
-    for split, at_best, at_last in (("val", outcome.best, outcome.last), ("test", best, last)):
-        scores |= {f"{split}_{name}": value for name, value in at_best.scores.items()}
-        scores |= {f"{split}_{name}_last": value for name, value in at_last.scores.items()}
+    for split, at_best, at_last in (
+        ("val", outcome.best.scores, outcome.last.scores),
+        ("test", best["test"], last["test"]),
+    ):
+        scores |= {f"{split}_{name}": value for name, value in at_best.items()}
+        scores |= {f"{split}_{name}_last": value for name, value in at_last.items()}
+    if prepared.also:
+        prepared.environment["evaluated_also"] = {name: best[name] for name in prepared.also}
+        first = next(iter(prepared.also))
+        for suffix, found in (("", best), ("_last", last)):
+            if "nll" in found[first] and "base_domain_nll_before" in before:
+                nll = found[first]["nll"]
+                scores[f"base_domain_nll{suffix}"] = nll
+                scores[f"forgetting_nll{suffix}"] = nll - before["base_domain_nll_before"]
     return scores
+
+
+def _score_generations(prepared: PreparedRun, folder: Path) -> dict[str, float]:
+    """Generates from the test split's prompts at the best step, keeps the texts and scores them."""
+    config, data = prepared.config.dataset, prepared.data
+    wanted = [name for name in (*config.metrics, config.best_metric) if name in GENERATION_METRICS]
+    if not wanted or not isinstance(data, LanguageData):
+        return {}
+    prompts = data.test.prompts()[: config.generation.num_examples]
+    texts = generate(prepared.model, prompts, config.generation, prepared.tokenizer)
+    if not prepared.accelerator.is_main_process:
+        return {}
+    references = [prompt.references for prompt in prompts]
+    rows = [
+        {"prompt": prompt.text, "generated": text, "references": prompt.references}
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomically(folder / GENERATIONS_DIR / "generations.jsonl", lines.encode())
+    write_texts(folder / GENERATIONS_DIR, texts, references)
+    scored = score_texts(texts, references, wanted)
+    prepared.environment["generation_signatures"] = scored.signatures
+    return {f"test_{name}": value for name, value in scored.values.items()}
 
 
 def _save(prepared: PreparedRun, folder: Path) -> int:
     """Saves what the method trained, at the best step; returns the bytes of the tensor files."""
     config = prepared.config
-    directory = folder / WEIGHTS_DIRS[config.method.name]
+    with tempfile.TemporaryDirectory() as elsewhere:
+        # Weights that are spread over processes are put together by all of them, and kept by one.
+        kept = folder if prepared.accelerator.is_main_process else Path(elsewhere)
+        return _save_weights(prepared, kept / WEIGHTS_DIRS[config.method.name])
+
+
+def _save_weights(prepared: PreparedRun, directory: Path) -> int:
+    config = prepared.config
     if config.method.name is Method.lora:
         assert config.rank is not None
         return lora.save_adapter(
@@ -303,7 +504,8 @@ def _save(prepared: PreparedRun, folder: Path) -> int:
             rank=config.rank,
             head_modules=prepared.head,
             dropout=config.method.adapter_dropout,
-            base_model=config.model.path or config.model.hub_id or config.model.asset,
+            base_model=config.model.path or config.model.hub_id or config.model.asset or config.model.run,
+            task_type="CAUSAL_LM" if config.dataset.task.is_language else "SEQ_CLS",
         )
     if config.method.name is Method.full:
         return models.save_model(prepared.model, prepared.tokenizer, directory)
@@ -331,7 +533,8 @@ def _accelerator(config: RunConfig) -> Accelerator:
     if precision is Precision.fp16 and will_be_cpu:
         raise ConfigError(["trainer.precision=fp16 needs a GPU; on the CPU use bf16 or fp32."])
     mixed = "no" if precision is Precision.fp32 else str(precision)
-    return Accelerator(cpu=on_cpu, mixed_precision=mixed)
+    # Not on_cpu: of several processes where there is nothing but a CPU, each would take itself for the only one.
+    return Accelerator(cpu=will_be_cpu, mixed_precision=mixed)
 
 
 def _clear(folder: Path, *, keep_checkpoint: bool) -> None:
@@ -339,7 +542,7 @@ def _clear(folder: Path, *, keep_checkpoint: bool) -> None:
     (folder / RESULT_FILE).unlink(missing_ok=True)
     if not keep_checkpoint:
         (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
-    for name in WEIGHTS_DIRS.values():
+    for name in (*WEIGHTS_DIRS.values(), GENERATIONS_DIR):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 

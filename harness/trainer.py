@@ -6,6 +6,7 @@ methods is decided before it starts, so a comparison of methods cannot be biased
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,9 @@ from harness.checkpoint import pack_training, unpack_training
 from harness.config import Schedule, TrainerConfig
 from harness.data import Batch
 from harness.evaluate import Evaluation, Objective
+from harness.flops import StepFlops
 from harness.measure import Stopwatch, measure_peak_memory
+from harness.parallel import put, shard, summed, whole
 
 
 class TrainingDivergedError(RuntimeError):
@@ -61,11 +64,21 @@ class Position:
     step_in_epoch: int = 0
     real_tokens: int = 0
     computed_tokens: int = 0
+    squared_tokens: int = 0
+    num_targets: int = 0
     seconds: float = 0.0
     lap_seconds: list[float] = field(default_factory=list)
     best: Evaluation | None = None
     best_step: int = 0
     scaler: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, sizes: Sequence[float]) -> None:
+        """Counts what a step was made of: see `_sizes`."""
+        real, computed, squared, targets = map(round, sizes)
+        self.real_tokens += real
+        self.computed_tokens += computed
+        self.squared_tokens += squared
+        self.num_targets += targets
 
 
 class Journal(Protocol):
@@ -112,9 +125,8 @@ class TrainingOutcome:
         """Puts the model at its best step."""
         if self.best_state is not None:
             parameters = dict(model.named_parameters())
-            with torch.no_grad():
-                for name, value in self.best_state.items():
-                    parameters[name].copy_(value)
+            for name, value in self.best_state.items():
+                put(parameters[name], value)
 
 
 def count_steps(config: TrainerConfig, steps_per_epoch: int) -> int:
@@ -168,6 +180,8 @@ def train(
     config: TrainerConfig,
     accelerator: Accelerator,
     journal: Journal,
+    shard_model: bool = False,
+    flops: StepFlops | None = None,
 ) -> TrainingOutcome:
     """Trains the parameters that require a gradient; the model ends at its last step.
 
@@ -178,6 +192,10 @@ def train(
     The loss of a step is the mean over its targets, whatever they are split into: each micro-batch contributes its sum
     divided by the targets of the whole step.
 
+    `flops` says what the model's operations come to; without it `train_flops` is missing from what is measured.
+
+    Several processes (see `harness.parallel`) make the steps that one would make; each scores all of val.
+
     A run that goes on from a checkpoint makes the steps that an undisturbed one would have made, bitwise on the CPU.
 
     Raises:
@@ -186,36 +204,53 @@ def train(
         torch.OutOfMemoryError: a step does not fit; also RuntimeError on the CPU.
     """
     device = accelerator.device
-    model.to(device).train()
-    optimizer = build_optimizer(model, config)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    # Quantised weights lie on their device already, and transformers refuses to move them.
+    if not getattr(model, "is_quantized", False):
+        model.to(device)
+    model.train()
+    if shard_model:
+        model = shard(model, accelerator)
+        optimizer = accelerator.prepare_optimizer(build_optimizer(model, config))
+    else:
+        model, optimizer = accelerator.prepare(model, build_optimizer(model, config))
     bare_model = accelerator.unwrap_model(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     num_steps = count_steps(config, batches.steps_per_epoch)
 
     def forward_backward(micro_batches: Sequence[Batch]) -> float:
         """Gradients of one step's mean loss, clipped; returns that loss. Reading it waits for the device."""
-        num_targets = sum(batch.num_targets for batch in micro_batches)
+        (num_targets,) = summed([sum(batch.num_targets for batch in micro_batches)], accelerator)
         total = 0.0
-        for batch in micro_batches:
-            with accelerator.autocast():
-                loss = objective.summed_loss(model, batch.to(device)) / num_targets
-            accelerator.backward(loss)
-            total += loss.item()
+        for number, batch in enumerate(micro_batches, start=1):
+            is_last = number == len(micro_batches)
+            with contextlib.nullcontext() if is_last or shard_model else accelerator.no_sync(model):
+                with accelerator.autocast():
+                    loss = objective.summed_loss(model, batch.to(device)) / num_targets
+                if batch.num_targets == 0:  # stands in for examples that this process has no more of
+                    loss = 0.0 * loss
+                total += loss.item()
+                if accelerator.num_processes > 1:
+                    # Gradients are averaged over the processes, and what is wanted is their sum.
+                    loss = loss * accelerator.num_processes
+                accelerator.backward(loss)
+        (total,) = summed([total], accelerator)
         if config.max_gradient_norm is not None:
             accelerator.clip_grad_norm_(parameters, config.max_gradient_norm)
         return total
 
     scaler_state = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
-    memory = measure_peak_memory(
-        lambda: forward_backward(batches.longest()),
-        model,
-        optimizer,
-        first=lambda: forward_backward(batches.shortest()),
-    )
+    measured: dict[str, float] = {}
+    if not shard_model:  # a part of a matrix has no storage that could be followed
+        memory = measure_peak_memory(
+            lambda: forward_backward(batches.longest()),
+            model,
+            optimizer,
+            first=lambda: forward_backward(batches.shortest()),
+        )
+        measured |= memory.as_metrics()
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(scaler_state)
-    measured: dict[str, float] = {**memory.as_metrics(), "num_steps": num_steps}
+    measured["num_steps"] = num_steps
 
     at, best_state, stopwatch = Position(), None, Stopwatch(device)
     checkpoint = journal.last_checkpoint()
@@ -242,8 +277,7 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             stopwatch.lap()
 
-            at.real_tokens += sum(batch.num_tokens for batch in micro_batches)
-            at.computed_tokens += sum(batch.inputs["input_ids"].numel() for batch in micro_batches)
+            at.add(summed(_sizes(micro_batches), accelerator))
             is_last, ends_epoch = at.step == num_steps, at.step_in_epoch == batches.steps_per_epoch
             with stopwatch.paused():
                 tokens_per_second = at.real_tokens / stopwatch.seconds
@@ -263,7 +297,7 @@ def train(
                         best_state = None if is_last else _trainable_state(bare_model)
                 if ends_epoch:
                     at.epoch, at.step_in_epoch = at.epoch + 1, 0
-                if not is_last and journal.wants_checkpoint(at.step):
+                if not is_last and any(summed([journal.wants_checkpoint(at.step)], accelerator)):
                     at.seconds, at.lap_seconds = stopwatch.seconds, stopwatch.lap_seconds
                     at.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
                     journal.keep_checkpoint(pack_training(bare_model, optimizer, best_state), at)
@@ -280,12 +314,27 @@ def train(
         "train_tokens_per_second": at.real_tokens / stopwatch.seconds,
         "padding_overhead": at.computed_tokens / at.real_tokens,
     }
+    if flops is not None:
+        measured["train_flops"] = flops.total(
+            num_tokens=at.computed_tokens, num_squared=at.squared_tokens, num_targets=at.num_targets
+        )
     return TrainingOutcome(measured, at.best, evaluation, best_state)
+
+
+def _sizes(micro_batches: Sequence[Batch]) -> list[float]:
+    """Real tokens, computed tokens, the sum over examples of padded length squared, targets."""
+    shapes = [batch.inputs["input_ids"].shape for batch in micro_batches]
+    return [
+        sum(batch.num_tokens for batch in micro_batches),
+        sum(num_examples * length for num_examples, length in shapes),
+        sum(num_examples * length**2 for num_examples, length in shapes),
+        sum(batch.num_targets for batch in micro_batches),
+    ]
 
 
 def _trainable_state(model: nn.Module) -> dict[str, Tensor]:
     return {
-        name: parameter.detach().to("cpu", copy=True)
+        name: whole(parameter.detach()).to("cpu", copy=True)
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }

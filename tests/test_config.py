@@ -21,9 +21,11 @@ from omegaconf import OmegaConf
 from harness.config import (
     AlphaPolicy,
     ConfigError,
+    DatasetConfig,
     Method,
     RankConfig,
     RunConfig,
+    ScratchConfig,
     cell_id,
     find_problems,
     from_composed,
@@ -74,7 +76,10 @@ def _problems(changes: Values) -> list[str]:
 KNOWN_ROLES = "q, k, v, o, qkv, up, down, gate, attention, mlp, all"
 BLOCKS = "all, first_half, last_half, first_N, last_N (N from 1), or a list of indices such as [0,2,5]"
 NAMES = "letters, digits, '.', '_' and '-' only, beginning with a letter or digit"
-SOURCES = "exactly one of model.asset, model.hub_id, model.tiny must be set (or model.path, a local folder)"
+SOURCES = (
+    "exactly one of model.asset, model.hub_id, model.tiny, model.run, model.scratch must be set (or model.path, a "
+    "local folder)"
+)
 NO_DATA = (
     "dataset: no data named. Set dataset.train_file=FILE (CSV, JSON lines or Parquet), or choose a dataset that names "
     "an asset or a hub id."
@@ -294,8 +299,11 @@ def test_every_problem_is_reported_at_once() -> None:
 @pytest.mark.parametrize(
     ("key", "known"),
     [
-        ("learning_rate", ["allow_busy_device", "dataset", "device", "method", "model", "num_threads", "rank"]),
-        ("model.hub", ["asset", "attention", "dropout", "dtype", "hub_id", "name", "path", "revision", "tiny"]),
+        (
+            "learning_rate",
+            ["allow_busy_device", "dataset", "device", "evaluate_also", "method", "model", "num_threads"],
+        ),
+        ("model.hub", ["asset", "attention", "dropout", "dtype", "hub_id", "name", "path", "quantization", "revision"]),
         ("rank.r", ["alpha", "alpha_per_rank", "alpha_policy", "rank"]),
         ("target_layers.layers", ["blocks", "modules", "name", "projections"]),
         ("tracking.group", ["entity", "log_every", "progress", "project", "wandb"]),
@@ -351,13 +359,14 @@ def test_past_from_dict_there_are_plain_types_alone() -> None:
         if dataclasses.is_dataclass(value):
             for item in dataclasses.fields(value):
                 yield from visit(getattr(value, item.name))
-        if isinstance(value, list):
+        if isinstance(value, list | dict):
             for item_ in value:
                 yield from visit(item_)
 
     config = _config({"target_layers.blocks": [0, 1]})
     kinds = {type(value) for value in visit(config) if not dataclasses.is_dataclass(value)}
-    assert all(kind in (str, int, float, bool, list, type(None)) or issubclass(kind, StrEnum) for kind in kinds), kinds
+    plain = {str, int, float, bool, list, dict, type(None)}
+    assert all(kind in plain or issubclass(kind, StrEnum) for kind in kinds), kinds
     assert config.method.name is Method.lora and config.rank is not None
     assert config.rank.alpha_policy is AlphaPolicy.fixed
 
@@ -439,6 +448,10 @@ def _another(hint: Any, value: Any) -> Any:
         return "last_half"
     if isinstance(hint, type) and issubclass(hint, StrEnum):
         return next(member for member in hint if member is not value)
+    if hint is ScratchConfig:
+        return ScratchConfig(asset="newsgroups_20", file="x")
+    if typing.get_origin(hint) is dict:
+        return {"x": DatasetConfig(name="x")}
     assert typing.get_origin(hint) is list, hint
     return [*value, "x"]
 

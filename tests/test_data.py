@@ -22,10 +22,11 @@ import pytest
 import tokenizers
 import torch
 
-from harness import data, models
+from harness import models, sources
 from harness.assets import AssetError, asset_dir
 from harness.config import DatasetConfig, ModelConfig, Task, TinyModel
-from harness.data import Batch, DataError, Split, TrainingBatches, length_bucketed_batches, load_data
+from harness.data import Batch, Split, TrainingBatches, length_bucketed_batches, load_data
+from harness.sources import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -638,7 +639,7 @@ def test_path_replaces_the_download_of_an_asset(
     def refuse(name: str) -> Path:
         raise AssetError(f"{name} was asked for")
 
-    monkeypatch.setattr(data, "asset_dir", refuse)
+    monkeypatch.setattr(sources, "asset_dir", refuse)
     config = DatasetConfig(
         name="reuters_r8", asset="reuters_r8", train_file="train.tab", test_file="test.tab", path=str(tmp_path)
     )
@@ -705,7 +706,7 @@ def refused(config: DatasetConfig, tmp_path: Path) -> str:
         ("rows.parquet", "no parquet", "rows.parquet: not readable as .parquet (.*Parquet"),
         ("rows.tab", "", "rows.tab: not readable as .tab (three header lines are needed"),
         ("rows.tab", "text\tlabel\ns\td\n\t\nfine\ta\nbroken\n", "1 rows have not the 2 columns text, label"),
-        ("rows.xlsx", "x", "rows.xlsx: known endings are .csv, .tsv, .jsonl, .json, .parquet, .tab."),
+        ("rows.xlsx", "x", "rows.xlsx: known endings are .csv, .tsv, .jsonl, .json, .parquet, .tab, .txt."),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_with_its_rows(
@@ -883,7 +884,7 @@ PAIRS = DatasetConfig(
 
 def use_hub(monkeypatch: pytest.MonkeyPatch, **splits: datasets.Dataset) -> Hub:
     hub = Hub(splits)
-    monkeypatch.setattr(data.datasets, "load_dataset", hub.load_dataset)
+    monkeypatch.setattr(sources.datasets, "load_dataset", hub.load_dataset)
     return hub
 
 
@@ -969,7 +970,7 @@ def test_whatever_the_hub_does_not_give_names_the_way_out(
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(data.datasets, "load_dataset", fail)
+    monkeypatch.setattr(sources.datasets, "load_dataset", fail)
     reason = (str(error).splitlines() or ["OSError"])[0]
     assert refused(PAIRS, tmp_path) == (
         f"dataset=pairs: split train of nyu-mll/glue could not be loaded ({reason}). Without network, save the rows as "

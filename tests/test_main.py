@@ -149,7 +149,7 @@ def test_a_config_is_refused_before_torch_is_imported(arguments: list[str], tmp_
 # ---------------------------------------------------------------- what Hydra and the schema refuse
 
 
-GROUPS = "allow_busy_device, dataset, device, method, model, num_threads, rank"
+GROUPS = "allow_busy_device, dataset, device, evaluate_also, method, model, num_threads, rank"
 NOT_APPLIED = (
     "A setting in a group needs the group itself, as in rank=r8 rank.alpha=32; a group takes the name of an option, "
     "not null: leave it out instead."
@@ -164,11 +164,13 @@ NOT_APPLIED = (
         (("+foo=bar",), f"foo: no such setting. Known here: {GROUPS}..."),
         (("trainer.learning_rte=1",), "trainer.learning_rte: no such setting. Known here: adam_epsilon, ..."),
         (("++trainer.learning_rte=1",), "trainer.learning_rte: no such setting. Known here: adam_epsilon, ..."),
-        (("rank=r3000",), "rank=r3000: no such option. There are: r1, r128, r16, r2, r256, r32, r4, r64, r8."),
+        (
+            ("rank=r3000",),
+            "rank=r3000: no such option. There are: r1, r1024, r128, r16, r2, r256, r32, r4, r512, r64, r8.",
+        ),
         (
             ("model=nope",),
-            "model=nope: no such option. There are: bert_base, deberta_v3_base, gpt2, gpt2_medium, llama3_2_1b, "
-            "minilm, qwen3_0_6b, roberta_base, roberta_large, tiny_bert, tiny_gpt2, tiny_llama.",
+            "model=nope: no such option. There are: bert_base, deberta_v3_base, gemma3_1b, gemma3_270m, gpt2, ...",
         ),
         (("trainer=lora_paper/x",), "trainer=lora_paper/x: no such option. There are: debug, default, lora_paper/..."),
         (("sweeps=nope",), "sweeps=nope: no such option. There are: ..."),
@@ -180,7 +182,7 @@ NOT_APPLIED = (
         ),
         (("seed=null",), "seed: field 'seed' is not Optional."),
         (("rank=null",), f"these overrides cannot be applied (Config group ... Got NoneType). {NOT_APPLIED}"),
-        (("rank=",), "rank=: no such option. There are: r1, r128, r16, r2, r256, r32, r4, r64, r8."),
+        (("rank=",), "rank=: no such option. There are: r1, r1024, r128, r16, r2, r256, r32, r4, r512, r64, r8."),
         (("seed",), "Error parsing override 'seed'\nmissing EQUAL at '<EOF>'"),
         (("rank=[",), "no viable alternative at input '['"),
         (

@@ -12,25 +12,35 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
     DebertaConfig,
     DebertaV2Config,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
     RobertaConfig,
+    SmolLM3Config,
 )
 from transformers.pytorch_utils import Conv1D
 
+from harness.config import Method, RankConfig
+from harness.lora import apply_lora, count_parameters, set_trainable
 from harness.placement import (
     ARCHITECTURES,
     GROUPS,
     ROLES,
+    UNEMBEDDING,
     PlacementError,
     block_problems,
     head_modules,
@@ -50,11 +60,38 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "deberta": lambda: DebertaConfig(**BERT_LIKE, **DEBERTA),
     "deberta-v2": lambda: DebertaV2Config(**BERT_LIKE, **DEBERTA, share_att_key=True),
     "gpt2": lambda: GPT2Config(n_embd=32, n_layer=NUM_BLOCKS, n_head=2, vocab_size=50),
+    "gpt_neox": lambda: GPTNeoXConfig(**BERT_LIKE, vocab_size=50),
+    # Embeddings of another width, as in OPT 350M: their projections are linear and outside the blocks.
+    "opt": lambda: OPTConfig(
+        hidden_size=32,
+        num_hidden_layers=NUM_BLOCKS,
+        num_attention_heads=2,
+        ffn_dim=48,
+        word_embed_proj_dim=16,
+        vocab_size=50,
+    ),
     "llama": lambda: LlamaConfig(**LLAMA_LIKE),
     "mistral": lambda: MistralConfig(**LLAMA_LIKE),
     "qwen2": lambda: Qwen2Config(**LLAMA_LIKE),
     "qwen3": lambda: Qwen3Config(**LLAMA_LIKE, head_dim=16),
+    "gemma": lambda: GemmaConfig(**LLAMA_LIKE, head_dim=16),
+    "gemma2": lambda: Gemma2Config(**LLAMA_LIKE, head_dim=16),
+    "gemma3_text": lambda: Gemma3TextConfig(**LLAMA_LIKE, head_dim=16),
+    "smollm3": lambda: SmolLM3Config(**LLAMA_LIKE, pad_token_id=0),
 }
+LANGUAGE_MODELS = [
+    "gpt2",
+    "gpt_neox",
+    "opt",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "smollm3",
+]
 
 # In a block, linear, and yet no role: DeBERTa's projections of relative positions see no token.
 WITHOUT_ROLE = {"deberta": {"attention.self.pos_proj", "attention.self.pos_q_proj"}}
@@ -67,6 +104,12 @@ def _model(model_type: str) -> PreTrainedModel:
 
 
 @functools.cache
+def _language_model(model_type: str) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(CONFIGS[model_type]())
+
+
+@functools.cache
 def _names(model_type: str) -> tuple[str, ...]:
     return tuple(name for name, _ in _model(model_type).named_modules())
 
@@ -74,6 +117,13 @@ def _names(model_type: str) -> tuple[str, ...]:
 def _select(model_type: str, *projections: str, blocks: object = "all", modules: tuple[str, ...] = ()) -> list[str]:
     return select_modules(
         _names(model_type), model_type=model_type, projections=projections, blocks=blocks, modules=modules
+    )
+
+
+def _select_lm(model_type: str, *projections: str, blocks: object = "all", modules: tuple[str, ...] = ()) -> list[str]:
+    names = [name for name, _ in _language_model(model_type).named_modules()]
+    return select_modules(
+        names, model_type=model_type, projections=projections, blocks=blocks, modules=modules, language_model=True
     )
 
 
@@ -131,10 +181,10 @@ ROLE_BY_HAND = {
     "q": r"query|query_proj|q_proj",
     "k": r"key|key_proj|k_proj",
     "v": r"value|value_proj|v_proj",
-    "o": r"attention\.output\.dense|o_proj|attn\.c_proj",
-    "qkv": r"c_attn|in_proj",
-    "up": r"intermediate\.dense|up_proj|c_fc",
-    "down": r"\d\.output\.dense|down_proj|mlp\.c_proj",
+    "o": r"attention\.output\.dense|attention\.dense|o_proj|out_proj|attn\.c_proj",
+    "qkv": r"c_attn|in_proj|query_key_value",
+    "up": r"intermediate\.dense|up_proj|c_fc|dense_h_to_4h|fc1",
+    "down": r"\d\.output\.dense|down_proj|mlp\.c_proj|dense_4h_to_h|fc2",
     "gate": r"gate_proj",
 }
 
@@ -162,6 +212,144 @@ def test_a_fused_role_names_a_projection_that_exists(model_type: str) -> None:
     assert not set(architecture.fused) & set(architecture.projections)
     # Query, key and value exist everywhere, by themselves or as a part.
     assert {"q", "k", "v"} <= set(architecture.fused) | set(architecture.projections)
+
+
+# ---------------------------------------------------------------- causal language models
+
+
+def test_every_architecture_with_an_unembedding_is_tested_as_a_language_model() -> None:
+    assert [name for name, architecture in ARCHITECTURES.items() if architecture.unembedding] == LANGUAGE_MODELS
+    assert all(_language_model(model_type).config.model_type == model_type for model_type in LANGUAGE_MODELS)
+
+
+@pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
+def test_a_language_model_has_the_blocks_of_the_classifier(model_type: str) -> None:
+    architecture = ARCHITECTURES[model_type]
+    for role in (*architecture.projections, *GROUPS):
+        assert _select_lm(model_type, role, blocks=[0, 2]) == _select(model_type, role, blocks=[0, 2])
+
+
+@pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
+def test_the_unembedding_is_the_module_that_computes_the_logits(model_type: str) -> None:
+    model = _language_model(model_type)
+    assert _select_lm(model_type, "lm_head") == [ARCHITECTURES[model_type].unembedding]
+    unembedding = model.get_submodule(str(ARCHITECTURES[model_type].unembedding))
+    assert unembedding is model.get_output_embeddings() and isinstance(unembedding, nn.Linear)
+    assert unembedding.out_features == model.config.vocab_size
+
+
+@pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
+def test_a_language_model_has_no_task_head(model_type: str) -> None:
+    assert head_modules(model_type, language_model=True) == ()
+    assert head_modules(model_type) == head_modules(model_type, language_model=False) == ("score",)
+    outside = [
+        name
+        for name, module in _language_model(model_type).named_modules()
+        if next(module.parameters(recurse=False), None) is not None
+        and not name.startswith(f"{_language_model(model_type).base_model_prefix}.")
+    ]
+    assert outside == [ARCHITECTURES[model_type].unembedding]
+
+
+@pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
+def test_the_unembedding_is_one_module_whatever_blocks_says_and_in_no_group(model_type: str) -> None:
+    unembedding = ARCHITECTURES[model_type].unembedding
+    for blocks in ("all", "last_1", [0, 2]):
+        selected = _select_lm(model_type, "lm_head", "all", blocks=blocks)
+        assert selected == [*_select_lm(model_type, "all", blocks=blocks), unembedding]
+    assert all(unembedding not in _select_lm(model_type, group) for group in GROUPS)
+    with pytest.raises(PlacementError, match=r"target_layers\.blocks=first_4: this model has 3 blocks\."):
+        _select_lm(model_type, "lm_head", blocks="first_4")
+
+
+def test_an_adapter_fits_the_unembedding() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIGS["llama"]())
+    apply_lora(model, _select_lm("llama", "q", "lm_head", blocks=[1]), rank=RankConfig(4, alpha=8))
+    assert count_parameters(model, ()).num_adapter_params == 4 * (32 + 32) + 4 * (32 + 50)
+    assert type(model.get_output_embeddings()).__name__ == "LoRALayer"
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_a_classifier_has_no_unembedding(model_type: str) -> None:
+    message = (
+        "target_layers.projections: lm_head is the unembedding of a causal language model; a model with a task head "
+        "has none. Leave it out."
+    )
+    assert projection_problems(["all", "lm_head"]) == [message]
+    with pytest.raises(PlacementError, match=f"^{re.escape(message)}$"):
+        _select(model_type, "all", "lm_head")
+    with pytest.raises(PlacementError, match=r"^target_layers: this .* model has no module lm_head\.$|does not exist"):
+        # A classifier that is taken for a language model has no such module either.
+        select_modules(_names(model_type), model_type=model_type, projections=["lm_head"], language_model=True)
+
+
+@pytest.mark.parametrize("model_type", [name for name in ARCHITECTURES if name not in LANGUAGE_MODELS])
+def test_an_encoder_has_no_unembedding(model_type: str) -> None:
+    with pytest.raises(PlacementError, match=r": lm_head does not exist\. It has: [a-z, ]*down \(and the groups"):
+        select_modules(_names(model_type), model_type=model_type, projections=["lm_head"], language_model=True)
+
+
+def test_what_a_language_model_has_includes_its_unembedding() -> None:
+    with pytest.raises(
+        PlacementError, match=r"gate does not exist\. It has: qkv, o, up, down, lm_head \(and the groups"
+    ):
+        _select_lm("gpt_neox", "gate")
+    assert projection_problems(["all", "lm_head"], language_model=True) == []
+    assert projection_problems(["lm_head", "lm_head"], language_model=True) == [
+        "target_layers.projections: lm_head named twice."
+    ]
+    assert projection_problems(["query"], language_model=True) == [
+        "target_layers.projections: query unknown; known: q, k, v, o, qkv, up, down, gate, lm_head, attention, mlp, "
+        "all."
+    ]
+
+
+def test_expressions_on_a_language_model_may_name_all_but_nothing() -> None:
+    assert _select_lm("llama", modules=("lm_head",)) == ["lm_head"]
+    with pytest.raises(PlacementError, match="'score' match no whole module name"):
+        _select_lm("llama", modules=("score",))
+
+
+# LoRA Without Regret, its table of matched parameters on Llama 3.1 8B, in billions as section 3.1 of the reference
+# has them: with the unembedding they are what the article prints (0.49, 0.25, 0.70, 0.24), without it they are not.
+@pytest.mark.parametrize(
+    ("projections", "rank", "with_unembedding", "without"),
+    [
+        ("mlp", 256, 0.487, 0.453),
+        ("attention", 256, 0.252, 0.218),
+        ("all", 256, 0.705, 0.671),
+        ("mlp", 128, 0.243, 0.226),
+    ],
+)
+def test_counts_of_llama_3_1_8b_are_those_of_lora_without_regret(
+    projections: str, rank: int, with_unembedding: float, without: float
+) -> None:
+    config = LlamaConfig(
+        hidden_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        intermediate_size=14336,
+        vocab_size=128256,
+        tie_word_embeddings=False,
+    )
+
+    def adapter_params(*roles: str) -> int:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        names = [name for name, _ in model.named_modules()]
+        selected = select_modules(names, model_type="llama", projections=roles, language_model=True)
+        apply_lora(model, selected, rank=RankConfig(rank, alpha=32))
+        set_trainable(model, Method.lora, head_modules("llama", language_model=True))
+        counts = count_parameters(model, head_modules("llama", language_model=True))
+        assert counts.num_trainable_params == counts.num_adapter_params
+        return counts.num_adapter_params
+
+    blocks = adapter_params(projections)
+    both = adapter_params(projections, UNEMBEDDING)
+    assert both - blocks == rank * (4096 + 128256)
+    assert (round(both / 1e9, 3), round(blocks / 1e9, 3)) == (with_unembedding, without)
 
 
 # ---------------------------------------------------------------- blocks
@@ -394,7 +582,7 @@ def test_no_request_at_all_is_an_error() -> None:
 @pytest.mark.parametrize("modules", [(), (r".*query",)])
 def test_an_unknown_architecture_is_an_error_that_says_what_to_add(modules: tuple[str, ...]) -> None:
     message = (
-        r"model type 'xlnet' is not described in harness/placement\.py; described are bert, .*, qwen3\. "
+        r"model type 'xlnet' is not described in harness/placement\.py; described are bert, .*, smollm3\. "
         r"Add an Architecture with its block path, projections and head\."
     )
     with pytest.raises(PlacementError, match=message):

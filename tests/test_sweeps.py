@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,11 @@ import pytest
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
-from transformers import RobertaConfig
+from transformers import GPT2Config, LlamaConfig, RobertaConfig
 
 from harness import models
 from harness.__main__ import main
+from harness.config import to_dict
 from harness.measure import environment
 from harness.results import RunResult, Status, write_result
 from hydra_plugins.lora_harness import sweeper as sweeper_module
@@ -65,16 +68,45 @@ def sweep(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return call
 
 
-def roberta_without_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The published shape of roberta-base, where `load_model_config` would ask the hub."""
-    load = models.load_model_config
+# What `config.json` of each hub model says of shapes, where it is not the default of its family.
+PUBLISHED = {
+    "FacebookAI/roberta-base": RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1),
+    "openai-community/gpt2-medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16),
+    "openai-community/gpt2-large": GPT2Config(n_embd=1280, n_layer=36, n_head=20),
+    "meta-llama/Llama-3.2-1B": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        tie_word_embeddings=True,
+    ),
+}
 
-    def stand_in(config: Any, *, num_labels: int, pad_token_id: int) -> Any:
-        if config.name != "roberta_base":
-            return load(config, num_labels=num_labels, pad_token_id=pad_token_id)
-        return RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, num_labels=num_labels)
 
-    monkeypatch.setattr(models, "load_model_config", stand_in)
+def shapes_without_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The published shapes, where transformers would ask the hub."""
+    load = models.AutoConfig.from_pretrained
+
+    def stand_in(source: str, **options: Any) -> Any:
+        return copy.deepcopy(PUBLISHED[source]) if source in PUBLISHED else load(source, **options)
+
+    monkeypatch.setattr(models.AutoConfig, "from_pretrained", stand_in)
+
+
+@pytest.fixture
+def newsgpt(sweep: Any, tmp_path: Path) -> str:
+    """The run id of the sweep that pretrains model=newsgpt, whose result and model's shape then lie in `tmp_path`."""
+    code, seen = sweep("sweeps=newsgpt")
+    assert code == 0
+    (run,) = seen["runs"]
+    # Under the name that the model has for it: whether that is right is for one test to say, and not for all.
+    folder = tmp_path / yaml.safe_load((ROOT / "conf/model/newsgpt.yaml").read_text())["run"]
+    models.load_model_config(run.config.model, num_labels=None, pad_token_id=0).save_pretrained(folder / "model")
+    write_result(folder, RunResult(folder.name, folder.name, None, Status.FINISHED, to_dict(run.config)))
+    return run.run_id
 
 
 def comment_of(path: Path) -> str:
@@ -82,22 +114,50 @@ def comment_of(path: Path) -> str:
     return "\n".join(line for line in lines if line.startswith("#"))
 
 
+def arguments_of(path: Path) -> list[str]:
+    """What the command in a sweep file's comment says after `-m harness -m`; of several commands, the last."""
+    line = re.search(r"^# Command: (.*)", comment_of(path), re.MULTILINE)[1]  # type: ignore[index]
+    return shlex.split(re.findall(r"python -m harness -m ((?:\S+=\S+ ?)+)", line)[-1])
+
+
 @pytest.mark.parametrize("path", SWEEP_FILES, ids=lambda path: path.stem)
 def test_every_sweep_file_expands_validates_and_counts_right(
-    path: Path, sweep: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    path: Path, sweep: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    roberta_without_a_hub(monkeypatch)
+    shapes_without_a_hub(monkeypatch)
+    if "override /model: newsgpt\n" in path.read_text():
+        request.getfixturevalue("newsgpt")
     head = comment_of(path)
     for heading in ("Which table:", "Command:", "Runs:", "Time:"):
         assert heading in head
     announced = int(re.search(r"Runs: (\d+)", head)[1])  # type: ignore[index]
 
-    code, seen = sweep(f"sweeps={path.stem}")
+    arguments = arguments_of(path)
+    assert f"sweeps={path.stem}" in arguments
+    code, seen = sweep(*arguments)
     assert code == 0
     assert len(seen["launched"]) == announced
     assert {run.config.sweep for run in seen["runs"]} == {path.stem}
     membership = (tmp_path / "sweeps" / f"{path.stem}.json").read_text()
     assert all(run.run_id in membership for run in seen["runs"])
+
+
+def test_the_embedded_language_model_is_what_its_sweep_makes(newsgpt: str) -> None:
+    named = yaml.safe_load((ROOT / "conf/model/newsgpt.yaml").read_text())["run"]
+    assert named == newsgpt, (
+        f"sweeps=newsgpt makes the run {newsgpt}, and model=newsgpt starts from {named}. Where the recipe was meant to "
+        f"change, write `run: {newsgpt}` into conf/model/newsgpt.yaml, and make that run again."
+    )
+
+
+def test_a_sweep_on_the_embedded_language_model_asks_for_its_run(
+    sweep: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, seen = sweep("sweeps=demo_lm")
+    error = capsys.readouterr().err
+    assert code == 2
+    assert not seen
+    assert "this run does not exist" in error and "make it first" in error
 
 
 def test_the_wandb_sweep_names_what_exists() -> None:

@@ -1,0 +1,261 @@
+"""What a language model is trained on and judged by: the nll of target tokens, and texts that it generates.
+
+Logits are the largest tensor of a small model: tokens x vocabulary, twice with their gradient. They are computed only
+where there is a target, a chunk of targets at a time, and the gradient of a chunk is taken at once: never is more than
+one chunk of them alive.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from harness.config import GenerationConfig
+from harness.data import Batch
+from harness.evaluate import Evaluation
+from harness.language_data import NO_TARGET, Prompt, TokenSplit
+
+# 128 MiB of float32 logits at once; their gradient takes as much again.
+_CHUNK_ELEMENTS = 2**25
+
+# Models whose unembedding gives the logits as they are. Others scale or cap them afterwards (Gemma 2, Granite), and get
+# whole logits.
+_PLAIN_LOGITS = {
+    "gemma",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "llama",
+    "mistral",
+    "opt",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+}
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of `head(hidden)` summed over rows, whose gradients are made chunk by chunk in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        head: Callable[[Tensor], Tensor],
+        chunk: int,
+        label_smoothing: float,
+        *parameters: Tensor,
+    ) -> Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        wants_hidden = ctx.needs_input_grad[0]
+        hidden_gradient = torch.empty_like(hidden) if wants_hidden else None
+        gradients = [torch.zeros_like(parameter) for parameter in parameters]
+        for start in range(0, len(targets), chunk):
+            rows = slice(start, start + chunk)
+            with torch.enable_grad():
+                part = hidden[rows].detach().requires_grad_(wants_hidden)
+                loss = functional.cross_entropy(
+                    head(part).float(), targets[rows], reduction="sum", label_smoothing=label_smoothing
+                )
+            wanted = [*([part] if wants_hidden else []), *parameters]
+            found = list(torch.autograd.grad(loss, wanted))
+            if hidden_gradient is not None:
+                hidden_gradient[rows] = found.pop(0)
+            for gradient, value in zip(gradients, found, strict=True):
+                gradient += value
+            total += loss.detach()
+        saved = [*([hidden_gradient] if hidden_gradient is not None else []), *gradients]
+        ctx.save_for_backward(*saved)
+        ctx.wants_hidden = wants_hidden
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = outputs
+        saved = [value * scale.to(value.dtype) for value in ctx.saved_tensors]
+        hidden_gradient = saved.pop(0) if ctx.wants_hidden else None
+        return hidden_gradient, None, None, None, None, *saved
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, targets: Tensor, head: nn.Module, *, chunk: int, label_smoothing: float = 0.0
+) -> Tensor:
+    """Cross-entropy in nats of `head(hidden)` against `targets`, summed, with at most `chunk` rows of logits alive.
+
+    Args:
+        hidden: `(rows, width)`.
+        targets: `(rows,)`, class indices.
+        head: a module from `(n, width)` to logits `(n, classes)`; its trainable parameters get gradients.
+        chunk: rows of logits at once.
+        label_smoothing: as in `torch.nn.functional.cross_entropy`.
+    """
+    return _summed_loss(head, hidden, targets, head.forward, chunk, label_smoothing)
+
+
+def _summed_loss(
+    head: nn.Module,
+    hidden: Tensor,
+    targets: Tensor,
+    forward: Callable[[Tensor], Tensor],
+    chunk: int,
+    label_smoothing: float,
+) -> Tensor:
+    parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    if torch.is_grad_enabled() and (hidden.requires_grad or parameters):
+        return _ChunkedCrossEntropy.apply(hidden, targets, forward, chunk, label_smoothing, *parameters)
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for start in range(0, len(targets), chunk):
+        rows = slice(start, start + chunk)
+        total += functional.cross_entropy(
+            forward(hidden[rows]).float(), targets[rows], reduction="sum", label_smoothing=label_smoothing
+        )
+    return total
+
+
+def summed_nll(
+    model: nn.Module, batch: Batch, *, chunk_tokens: int | None = None, label_smoothing: float = 0.0
+) -> Tensor:
+    """-log p of a batch's targets in nats, summed; a scalar with a graph where gradients are on.
+
+    The loss is made inside the model's own forward pass, in place of the logits, so that wrappers which do something
+    around that pass (data parallel, sharding, autocast) do it here as well.
+
+    Args:
+        model: a causal language model of transformers, possibly wrapped.
+        batch: labels `(examples, tokens)`, not shifted, `NO_TARGET` where nothing is predicted.
+        chunk_tokens: targets whose logits are held at once; None as many as fit into 128 MiB, 0 all.
+        label_smoothing: as in `torch.nn.functional.cross_entropy`.
+    """
+    bare = getattr(model, "module", model)
+    targets = batch.labels[:, 1:]
+    wanted = targets != NO_TARGET
+    chosen = targets[wanted]
+    if chunk_tokens == 0 or bare.config.model_type not in _PLAIN_LOGITS:
+        logits = model(**batch.inputs).logits[:, :-1][wanted]
+        return functional.cross_entropy(logits.float(), chosen, reduction="sum", label_smoothing=label_smoothing)
+    chunk = chunk_tokens or max(1, _CHUNK_ELEMENTS // bare.config.vocab_size)
+    head = bare.get_output_embeddings()
+    forward = head.forward
+
+    def loss_instead_of_logits(hidden: Tensor) -> Tensor:
+        return _summed_loss(head, hidden[:, :-1][wanted], chosen, forward, chunk, label_smoothing)
+
+    head.forward = loss_instead_of_logits
+    try:
+        return model(**batch.inputs).logits
+    finally:
+        del head.forward
+
+
+class LanguageObjective:
+    """Next-token prediction of the targets of each block."""
+
+    loss_name = "train_nll"
+
+    def __init__(
+        self,
+        *,
+        val: TokenSplit,
+        eval_batch_size: int,
+        best_metric: str = "nll",
+        chunk_tokens: int | None = None,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        self._val = val
+        self._eval_batch_size = eval_batch_size
+        self._best_metric = best_metric
+        self._chunk_tokens = chunk_tokens
+        self._label_smoothing = label_smoothing
+
+    def summed_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Summed -log p of the targets in nats, in float32."""
+        return summed_nll(model, batch, chunk_tokens=self._chunk_tokens, label_smoothing=self._label_smoothing)
+
+    def evaluate(self, model: nn.Module) -> Evaluation:
+        """Scores on the validation split."""
+        return self.evaluate_split(model, self._val)
+
+    def evaluate_split(self, model: nn.Module, split: TokenSplit) -> Evaluation:
+        """`nll` per target token in nats, `perplexity`, and `bits_per_byte` of the target text, on any split.
+
+        Empty where the model gives no finite numbers; perplexity is left out where no float can hold it.
+        """
+        total = 0.0
+        device = next(model.parameters()).device
+        with evaluating(model):
+            for batch in split.batches(self._eval_batch_size):
+                total += float(summed_nll(model, batch.to(device), chunk_tokens=self._chunk_tokens))
+        nll = total / int(split.num_targets.sum())
+        if not math.isfinite(nll):
+            return Evaluation({}, -math.inf)
+        scores = {"nll": nll, "bits_per_byte": total / math.log(2) / max(1, split.num_bytes)}
+        if nll < math.log(1e300):
+            scores["perplexity"] = math.exp(nll)
+        # All three fall together.
+        return Evaluation(scores, -nll)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout and gradients; the training mode is what it was afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def generate(model: nn.Module, prompts: Sequence[Prompt], config: GenerationConfig, tokenizer: Any) -> list[str]:
+    """The text that the model writes after each prompt, by greedy or beam search, special tokens left out.
+
+    A prompt that leaves no room for `max_new_tokens` in the model's context loses its beginning.
+    """
+    bare = getattr(model, "module", model)
+    device = next(bare.parameters()).device
+    room = getattr(bare.config, "max_position_embeddings", None)
+    texts = [""] * len(prompts)
+    # Longest first: little padding, and a batch that is too large fails at once.
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index].token_ids))
+    with evaluating(bare):
+        for start in range(0, len(order), config.batch_size):
+            chosen = order[start : start + config.batch_size]
+            rows = [prompts[index].token_ids for index in chosen]
+            if room is not None:
+                rows = [ids[-max(1, room - config.max_new_tokens) :] for ids in rows]
+            width = max(map(len, rows))
+            # On the left, so that every text goes on where its row ends.
+            token_ids = [[tokenizer.pad_token_id] * (width - len(ids)) + ids for ids in rows]
+            mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in rows]
+            written = bare.generate(
+                torch.tensor(token_ids, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                max_new_tokens=config.max_new_tokens,
+                num_beams=config.num_beams,
+                length_penalty=config.length_penalty if config.num_beams > 1 else None,
+                no_repeat_ngram_size=config.no_repeat_ngram_size,
+                # What a model recommends for sampling is in its files; a table needs the same text every time.
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                repetition_penalty=1.0,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                use_cache=True,
+            )
+            for index, ids in zip(chosen, written[:, width:].tolist(), strict=True):
+                if tokenizer.eos_token_id in ids:
+                    ids = ids[: ids.index(tokenizer.eos_token_id)]
+                text = tokenizer.decode(ids, skip_special_tokens=True)
+                stop = prompts[index].stop
+                texts[index] = text.partition(stop)[0] if stop else text
+    return texts

@@ -1,0 +1,582 @@
+"""Texts for language models: from a `DatasetConfig` to blocks of tokens with their targets.
+
+A block is a row of at most `max_length` tokens. Where `is_target` holds, the token is to be predicted from those before
+it; everything else is context. What becomes an example:
+
+    causal_lm    <start> w w w w <end>          every w and <end>; a long document goes on in the next block
+    completion   <start> p p p t t t <end>      t and <end>
+    chat         the chat template              the assistant's turns and what ends them
+
+`cut` gives each document blocks of its own; `packed` fills blocks with pieces of several documents, which do not see
+each other: positions start over at each piece, and attention stays inside. A block that goes on with a document begins
+with the last token of the block before, as context, so that every token of a document is a target exactly once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import string
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from harness.assets import cache_dir
+from harness.config import Blocks, DatasetConfig, Task, TooLong
+from harness.data import Batch, Tokenizer, tokenizer_text
+from harness.sources import DataError, Source, counted_rows, digest, open_source
+
+logger = logging.getLogger(__name__)
+
+# Part of the cache key: raise it when the blocks made from the same files change.
+_FORMAT = 1
+
+NO_TARGET = -100
+"""Label of a token that is not to be predicted."""
+
+# What `dataset.chat_template=chatml` stands for.
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a text is generated from, and what people wrote in its place.
+
+    `token_ids` are the tokens before the target, as in training; `references` all targets that the split has for them;
+    `stop` is what a chat template writes after an answer.
+    """
+
+    text: str
+    token_ids: list[int]
+    references: list[str]
+    stop: str = ""
+
+
+@dataclass
+class _Blocks:
+    """Blocks under construction. `piece_starts` are the positions at which a piece of another document begins."""
+
+    token_ids: list[list[int]] = field(default_factory=list)
+    is_target: list[list[bool]] = field(default_factory=list)
+    piece_starts: list[list[int]] = field(default_factory=list)
+    num_bytes: list[int] = field(default_factory=list)
+    texts: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def add(self, token_ids: list[int], is_target: list[bool], num_bytes: int) -> None:
+        self.token_ids.append(token_ids)
+        self.is_target.append(is_target)
+        self.piece_starts.append([0])
+        self.num_bytes.append(num_bytes)
+
+
+class TokenSplit:
+    """The blocks of one split, in a fixed order; `notes` says what was left out or cut."""
+
+    def __init__(self, arrays: dict[str, np.ndarray], texts: list[list[str]], *, pad_token_id: int, isolate: bool):
+        self._arrays = arrays
+        self._texts = texts
+        self._pad_token_id = pad_token_id
+        self._isolate = isolate
+        self._starts = np.concatenate([[0], np.cumsum(arrays["lengths"])])
+        self.lengths = arrays["lengths"]
+        self.num_targets = np.add.reduceat(arrays["is_target"].astype(np.int64), self._starts[:-1])
+        self.num_bytes = int(arrays["num_bytes"].sum())
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
+        """The blocks at `indices` as one batch, padded on the right to the longest of them.
+
+        Labels are the token ids themselves where they are targets, else `NO_TARGET`; nothing is shifted. Packed blocks
+        have `position_ids` that start over at each piece, which is how transformers knows that they are packed, and no
+        attention mask: padding is a piece of its own.
+        """
+        lengths = self.lengths[np.asarray(indices)]
+        shape = (len(lengths), int(lengths.max()))
+        # Packed, padding is a piece like any other; transformers would warn of pad tokens without a mask.
+        fill = self._arrays["token_ids"][0] if self._isolate else self._pad_token_id
+        token_ids = np.full(shape, fill, dtype=np.int64)
+        labels = np.full(shape, NO_TARGET, dtype=np.int64)
+        positions = np.zeros(shape, dtype=np.int64)
+        for row, (index, length) in enumerate(zip(indices, lengths, strict=True)):
+            where = slice(self._starts[index], self._starts[index] + length)
+            token_ids[row, :length] = self._arrays["token_ids"][where]
+            is_target = self._arrays["is_target"][where]
+            labels[row, :length][is_target] = token_ids[row, :length][is_target]
+            positions[row, :length] = self._arrays["positions"][where]
+            positions[row, length:] = np.arange(shape[1] - length)
+        inputs = {"input_ids": torch.from_numpy(token_ids)}
+        if self._isolate:
+            inputs["position_ids"] = torch.from_numpy(positions)
+        else:
+            inputs["attention_mask"] = torch.from_numpy((np.arange(shape[1]) < lengths[:, None]).astype(np.int64))
+        return Batch(
+            inputs,
+            torch.from_numpy(labels),
+            num_tokens=int(lengths.sum()),
+            num_targets=int(self.num_targets[np.asarray(indices)].sum()),
+        )
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """Every block once, longest first: padding is least, and a batch that is too large fails at once."""
+        order = np.argsort(-self.lengths, kind="stable")
+        for start in range(0, len(order), batch_size):
+            yield self.batch(order[start : start + batch_size])
+
+    def prompts(self) -> list[Prompt]:
+        """Each prompt once, in the order of the rows, with all its references; empty for raw text."""
+        found: dict[tuple[int, ...], Prompt] = {}
+        for index, (prompt, target, stop) in enumerate(self._texts):
+            where = slice(self._starts[index], self._starts[index + 1])
+            is_target = self._arrays["is_target"][where]
+            # Of a conversation, the last of the assistant's turns.
+            last = len(is_target) - int(np.argmax(is_target[::-1]))
+            context = np.flatnonzero(~is_target[:last])
+            ids = self._arrays["token_ids"][where][: int(context[-1]) + 1].tolist() if len(context) else []
+            found.setdefault(tuple(ids), Prompt(prompt, ids, [], stop)).references.append(target)
+        return list(found.values())
+
+
+@dataclass(frozen=True)
+class LanguageData:
+    """A dataset ready for a language model. `notes` says what was left out or cut, one sentence each."""
+
+    train: TokenSplit
+    val: TokenSplit
+    test: TokenSplit
+    fingerprint: str
+    notes: list[str]
+
+
+def load_language_data(config: DatasetConfig, tokenizer: Tokenizer) -> LanguageData:
+    """Reads, checks, splits and tokenises (once) a dataset for a language model.
+
+    Empty texts and conversations without an assistant's turn are left out, and what is longer than `max_length` is
+    treated as `too_long` says; both are counted in `notes`.
+
+    Raises:
+        DataError: files or columns that do not exist, values that are not text, or nothing left to learn from.
+    """
+    source = open_source(config)
+    key = digest(source.fingerprint, tokenizer_text(tokenizer), _settings(config, tokenizer))[:16]
+    path = cache_dir() / "blocks" / f"{config.name}-{key}.npz"
+    if not path.is_file():
+        _build(source, config, tokenizer, path)
+    with np.load(path) as file:
+        arrays = dict(file)
+    described = json.loads(arrays.pop("described").tobytes())
+    isolate = config.task is Task.causal_lm and config.blocks is Blocks.packed and not config.attend_across_documents
+
+    def split(name: str) -> TokenSplit:
+        own = {key.partition("/")[2]: value for key, value in arrays.items() if key.startswith(f"{name}/")}
+        return TokenSplit(own, described["texts"].get(name, []), pad_token_id=tokenizer.pad_token_id, isolate=isolate)
+
+    return LanguageData(split("train"), split("val"), split("test"), source.fingerprint, described["notes"])
+
+
+def _settings(config: DatasetConfig, tokenizer: Any) -> str:
+    template = _chat_template(config, tokenizer) if config.task is Task.chat else None
+    ends = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    chosen = [config.task, config.text_columns, config.max_length, config.blocks, config.attend_across_documents]
+    chosen += [config.prompt_template, config.target_column, config.messages_column, config.too_long]
+    chosen += [config.val_fraction, config.test_fraction, config.split_seed, config.subset_seed]
+    chosen += [config.letters_only, config.num_train_examples, config.num_eval_examples]
+    return json.dumps([_FORMAT, chosen, ends, template])
+
+
+# ---------------------------------------------------------------- rows
+
+
+def _build(source: Source, config: DatasetConfig, tokenizer: Any, path: Path) -> None:
+    started = time.perf_counter()
+    tables, _ = source.read()
+    notes: list[str] = []
+    tables = {name: _usable_rows(table, name, config, source, notes) for name, table in tables.items()}
+    splits = _split(tables, config)
+    arrays: dict[str, np.ndarray] = {}
+    texts: dict[str, list[tuple[str, str, str]]] = {}
+    for name, table in splits.items():
+        blocks = _encode(table, name, config, tokenizer, notes)
+        if not blocks.token_ids:
+            raise DataError(f"dataset={config.name}: nothing to predict is left in {name}. {' '.join(notes)}")
+        lengths = np.array([len(ids) for ids in blocks.token_ids], dtype=np.int64)
+        positions = [
+            _positions(len(ids), starts) for ids, starts in zip(blocks.token_ids, blocks.piece_starts, strict=True)
+        ]
+        arrays |= {
+            f"{name}/token_ids": np.concatenate([np.array(ids, dtype=np.int32) for ids in blocks.token_ids]),
+            f"{name}/is_target": np.concatenate([np.array(mask, dtype=bool) for mask in blocks.is_target]),
+            f"{name}/positions": np.concatenate(positions),
+            f"{name}/lengths": lengths,
+            f"{name}/num_bytes": np.array(blocks.num_bytes, dtype=np.int64),
+        }
+        if name == "test":
+            texts[name] = blocks.texts
+    described = json.dumps({"notes": notes, "texts": texts}).encode()
+    arrays["described"] = np.frombuffer(described, dtype=np.uint8)
+    _save(arrays, path)
+    num_tokens = sum(len(values) for key, values in arrays.items() if key.endswith("/token_ids"))
+    logger.info("tokenised %s: %d tokens in %.1f s", config.name, num_tokens, time.perf_counter() - started)
+
+
+def _save(arrays: dict[str, np.ndarray], path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-", ignore_cleanup_errors=True) as scratch:
+            partial = Path(scratch) / "blocks.npz"
+            np.savez(partial, **arrays)
+            os.replace(partial, path)
+    except OSError as error:
+        raise DataError(
+            f"the cache folder {path.parent} cannot be written ({error.strerror or error}); set LORA_HARNESS_CACHE to "
+            "another one."
+        ) from error
+
+
+def _positions(length: int, piece_starts: list[int]) -> np.ndarray:
+    ends = [*piece_starts[1:], length]
+    return np.concatenate(
+        [np.arange(end - start, dtype=np.int32) for start, end in zip(piece_starts, ends, strict=True)]
+    )
+
+
+def _columns(config: DatasetConfig) -> list[str]:
+    match config.task:
+        case Task.causal_lm:
+            return list(config.text_columns)
+        case Task.completion:
+            return list(dict.fromkeys([*_template_columns(config), config.target_column]))
+        case _:
+            return [config.messages_column]
+
+
+def _template_columns(config: DatasetConfig) -> list[str]:
+    assert config.prompt_template is not None
+    try:
+        return [name for _, name, _, _ in string.Formatter().parse(config.prompt_template) if name is not None]
+    except ValueError as error:
+        raise DataError(f"dataset.prompt_template={config.prompt_template!r}: {error}; braces name columns.") from error
+
+
+def _usable_rows(
+    table: pd.DataFrame, split: str, config: DatasetConfig, source: Source, notes: list[str]
+) -> pd.DataFrame:
+    """The rows from which something can be learned; what is left out is counted in `notes`. Raises `DataError`."""
+    where = f"dataset={config.name}, {split} rows of {source.description}"
+    table = table.reset_index(drop=True)
+    columns = _columns(config)
+    if table.empty:
+        raise DataError(f"{where}: no rows.")
+    absent = [column for column in columns if column not in table.columns]
+    if absent:
+        setting = {
+            Task.causal_lm: "dataset.text_columns",
+            Task.completion: "dataset.prompt_template and dataset.target_column",
+            Task.chat: "dataset.messages_column",
+        }[config.task]
+        raise DataError(
+            f"{where}: no column {', '.join(absent)}; it has {', '.join(map(str, table.columns))}. Set {setting}."
+        )
+    if config.task is Task.chat:
+        return _usable_conversations(table, where, config, notes)
+    for column in columns:
+        not_text = [value for value in table[column] if not isinstance(value, str)]
+        if not_text:
+            shown = ", ".join(repr(value) for value in not_text[:3])
+            raise DataError(f"{where}: column {column} has {len(not_text)} values that are not text: {shown}.")
+    # Of a prompt with its target, the target must say something; of raw text, the text.
+    empty = table[columns[-1]].str.strip() == ""
+    return _without(table, empty, f"{where}: column {columns[-1]} is empty", notes)
+
+
+def _without(table: pd.DataFrame, left_out: pd.Series, reason: str, notes: list[str]) -> pd.DataFrame:
+    if not left_out.any():
+        return table
+    if left_out.all():
+        raise DataError(f"{reason} in all {len(table)} rows.")
+    notes.append(f"{reason} in {counted_rows(table.index[left_out])}; they are left out.")
+    return table[~left_out].reset_index(drop=True)
+
+
+def _usable_conversations(table: pd.DataFrame, where: str, config: DatasetConfig, notes: list[str]) -> pd.DataFrame:
+    column = config.messages_column
+    wrong = [index for index, messages in enumerate(table[column]) if not _is_conversation(messages)]
+    if wrong:
+        raise DataError(
+            f'{where}: column {column} must hold lists of {{"role": ..., "content": ...}}, and does not in '
+            f"{counted_rows(pd.Index(wrong))}: {table[column][wrong[0]]!r:.80}."
+        )
+    silent = pd.Series(
+        [not any(_is_answer(message) for message in messages) for messages in table[column]], index=table.index
+    )
+    return _without(table, silent, f"{where}: no turn of the assistant", notes)
+
+
+def _is_conversation(messages: Any) -> bool:
+    return (
+        isinstance(messages, list | tuple | np.ndarray)
+        and len(messages) > 0
+        and all(
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+            for message in messages
+        )
+    )
+
+
+def _is_answer(message: dict[str, str]) -> bool:
+    return message["role"] == "assistant" and message["content"].strip() != ""
+
+
+# ---------------------------------------------------------------- splits
+
+
+def _split(tables: dict[str, pd.DataFrame], config: DatasetConfig) -> dict[str, pd.DataFrame]:
+    """Carves what is missing out of train (test first, then val), then takes the subsets."""
+    splits = dict(tables)
+    for name, fraction in (("test", config.test_fraction), ("val", config.val_fraction)):
+        if name not in splits:
+            splits["train"], splits[name] = _carve(splits["train"], fraction, name, config)
+    available = len(splits["train"])
+    if config.num_train_examples is not None and config.num_train_examples > available:
+        raise DataError(
+            f"dataset.num_train_examples={config.num_train_examples}: {config.name} has {available} training rows "
+            "(validation and test rows taken off); give at most that, or null for all."
+        )
+    if config.num_train_examples is not None:
+        order = np.random.default_rng(config.subset_seed).permutation(available)
+        splits["train"] = splits["train"].iloc[np.sort(order[: config.num_train_examples])].reset_index(drop=True)
+    if config.num_eval_examples is not None:
+        for name in ("val", "test"):
+            groups = _groups(splits[name], config)
+            order = np.random.default_rng(config.subset_seed).permutation(int(groups.max()) + 1)
+            splits[name] = splits[name][np.isin(groups, order[: config.num_eval_examples])].reset_index(drop=True)
+    return splits
+
+
+def _groups(table: pd.DataFrame, config: DatasetConfig) -> np.ndarray:
+    """A number for each row, the same for rows of one prompt: its references belong together."""
+    if config.task is not Task.completion:
+        return np.arange(len(table))
+    return pd.factorize(pd.Series([_prompt_text(row, config) for row in table.to_dict("records")]))[0]
+
+
+def _carve(train: pd.DataFrame, fraction: float, name: str, config: DatasetConfig) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rows of one prompt stay together: its other references in training would give the answer away."""
+    groups = _groups(train, config)
+    num_groups = int(groups.max()) + 1
+    num_carved = max(1, round(num_groups * fraction))
+    if num_carved >= num_groups:
+        raise DataError(
+            f"dataset={config.name}: {num_groups} rows are too few to carve a {name} split off; give more rows, or "
+            f"dataset.{name}_file."
+        )
+    # A seed of its own for each split: carved one after the other, they would otherwise take the same places.
+    generator = np.random.default_rng([config.split_seed, len(name)])
+    is_carved = np.isin(groups, generator.permutation(num_groups)[:num_carved])
+    return train[~is_carved].reset_index(drop=True), train[is_carved].reset_index(drop=True)
+
+
+def _prompt_text(row: dict[Any, Any], config: DatasetConfig) -> str:
+    assert config.prompt_template is not None
+    return config.prompt_template.format_map(row)
+
+
+# ---------------------------------------------------------------- tokens
+
+
+def _encode(table: pd.DataFrame, split: str, config: DatasetConfig, tokenizer: Any, notes: list[str]) -> _Blocks:
+    if tokenizer.eos_token_id is None and config.task is not Task.chat:
+        raise DataError(
+            f"dataset.task={config.task}: the tokenizer has no end-of-text token (eos_token), with which a text must "
+            "end; name one in its tokenizer_config.json."
+        )
+    match config.task:
+        case Task.causal_lm:
+            texts = table[config.text_columns[0]]
+            if config.letters_only:
+                texts = texts.map(_letters_only)
+            return _encode_documents(texts.tolist(), config, tokenizer)
+        case Task.completion:
+            examples = _completions(table, tokenizer, config)
+        case _:
+            examples = _conversations(table, tokenizer, config)
+    return _fitted(examples, split, config, tokenizer, notes)
+
+
+def _token_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    # Not verbose: transformers would warn that a document is longer than the model reads.
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+
+def _letters_only(text: str) -> str:
+    """Lower case, and one space for everything between letters."""
+    return " ".join(re.findall(r"[^\W\d_]+", text.lower()))
+
+
+def _start_token(tokenizer: Any) -> int:
+    """What stands before the first token of a document: without it that token could not be predicted."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
+def _encode_documents(texts: list[str], config: DatasetConfig, tokenizer: Any) -> _Blocks:
+    blocks = _Blocks()
+    start, end, size = _start_token(tokenizer), tokenizer.eos_token_id, config.max_length
+    for text, ids in zip(texts, _token_ids(texts, tokenizer), strict=True):
+        document = [start, *ids, end]
+        num_bytes = len(text.encode())
+        at = 0  # the last token that is context already
+        while at < len(document) - 1:
+            open_block = config.blocks is Blocks.packed and blocks.token_ids and size - len(blocks.token_ids[-1]) >= 2
+            room = size - len(blocks.token_ids[-1]) if open_block else size
+            piece = document[at : at + room]
+            mask = [False] + [True] * (len(piece) - 1)
+            if open_block:
+                if not config.attend_across_documents:
+                    blocks.piece_starts[-1].append(len(blocks.token_ids[-1]))
+                blocks.token_ids[-1] += piece
+                blocks.is_target[-1] += mask
+                blocks.num_bytes[-1] += num_bytes
+            else:
+                blocks.add(piece, mask, num_bytes)
+            num_bytes = 0  # the whole document's bytes count where it begins
+            at += len(piece) - 1
+    return blocks
+
+
+@dataclass(frozen=True)
+class _Example:
+    prompt: str
+    target: str
+    stop: str
+    token_ids: list[int]
+    is_target: list[bool]
+
+
+def _completions(table: pd.DataFrame, tokenizer: Any, config: DatasetConfig) -> Iterator[_Example]:
+    prompts = [_prompt_text(row, config) for row in table.to_dict("records")]
+    targets = table[config.target_column].tolist()
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    # Prompt and target apart, so that a prompt has the same tokens in training and before generation.
+    encoded = zip(prompts, targets, _token_ids(prompts, tokenizer), _token_ids(targets, tokenizer), strict=True)
+    for prompt, target, prompt_ids, target_ids in encoded:
+        context = [*start, *prompt_ids]
+        ids = [*context, *target_ids, tokenizer.eos_token_id]
+        yield _Example(prompt, target, "", ids, [False] * len(context) + [True] * (len(ids) - len(context)))
+
+
+def _chat_template(config: DatasetConfig, tokenizer: Any) -> str:
+    given = config.chat_template
+    if given is None:
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise DataError(
+                "dataset.chat_template: the tokenizer has no chat template of its own; set "
+                "dataset.chat_template=chatml, or to a file that holds a Jinja template."
+            )
+        return str(tokenizer.chat_template)
+    if given == "chatml":
+        return CHATML
+    try:
+        return Path(given).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(
+            f"dataset.chat_template={given}: neither chatml nor a file that can be read ({error.strerror})."
+        ) from error
+
+
+def _conversations(table: pd.DataFrame, tokenizer: Any, config: DatasetConfig) -> Iterator[_Example]:
+    template = _chat_template(config, tokenizer)
+
+    def render(messages: list[dict[str, str]], *, ask: bool = False) -> str:
+        return str(
+            tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=ask)
+        )
+
+    for row, value in enumerate(table[config.messages_column]):
+        messages = [{"role": message["role"], "content": message["content"]} for message in value]
+        text = render(messages)
+        spans: list[tuple[int, int]] = []
+        last_prompt, last_answer, stop = "", "", ""
+        for index, message in enumerate(messages):
+            if not _is_answer(message):
+                continue
+            before, after = render(messages[:index], ask=True), render(messages[: index + 1])
+            if not text.startswith(after) or not after.startswith(before):
+                raise DataError(
+                    f"dataset={config.name}, row {row}: this chat template writes an earlier turn differently once "
+                    "more turns follow, so the assistant's part cannot be told; set dataset.chat_template=chatml, or "
+                    "keep one assistant turn in each row."
+                )
+            spans.append((len(before), len(after)))
+            last_prompt, last_answer = before, message["content"]
+            stop = after[len(before) :].rpartition(last_answer)[2].strip()
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        # A token belongs to where it begins; one that reaches over the edge was partly given away.
+        is_target = [any(start <= first < end for start, end in spans) for first, _ in encoded["offset_mapping"]]
+        ids = list(encoded["input_ids"])
+        # The first token has nothing before it from which it could be predicted.
+        yield _Example(last_prompt, last_answer, stop, ids, [False, *is_target[1:]])
+
+
+def _fitted(
+    examples: Iterator[_Example], split: str, config: DatasetConfig, tokenizer: Any, notes: list[str]
+) -> _Blocks:
+    """The examples within `max_length`; a prompt loses its beginning, a target and a conversation their end."""
+    blocks, counts, size = _Blocks(), Counter[str](), config.max_length
+    for row, example in enumerate(examples):
+        ids, mask = example.token_ids, example.is_target
+        if len(ids) > size:
+            if config.too_long is TooLong.error:
+                raise DataError(
+                    f"dataset={config.name}, {split} row {row}: {len(ids)} tokens, dataset.max_length={size}; give a "
+                    "larger one, or dataset.too_long=truncate or drop."
+                )
+            if config.too_long is TooLong.drop:
+                counts["dropped"] += 1
+                continue
+            ids, mask = _truncated(ids, mask, size, config.task)
+            if not any(mask):
+                counts["dropped"] += 1
+                continue
+            counts["truncated"] += 1
+        blocks.add(ids, mask, _target_bytes(example, ids, mask, config, tokenizer))
+        blocks.texts.append((example.prompt, example.target, example.stop))
+    if counts:
+        what = " and ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+        notes.append(
+            f"dataset={config.name}, {split}: of {counts.total() + len(blocks.token_ids) - counts['truncated']} rows "
+            f"{what} at dataset.max_length={size} tokens (dataset.too_long={config.too_long})."
+        )
+    return blocks
+
+
+def _truncated(ids: list[int], mask: list[bool], size: int, task: Task) -> tuple[list[int], list[bool]]:
+    if task is Task.chat:
+        return ids[:size], mask[:size]
+    num_context = mask.index(True)
+    # At least one token of context stays, and of the rest as much as there is room for, the target first.
+    num_kept = min(num_context, max(1, size - (len(ids) - num_context)))
+    first = num_context - num_kept
+    return ids[first : first + size], mask[first : first + size]
+
+
+def _target_bytes(example: _Example, ids: list[int], mask: list[bool], config: DatasetConfig, tokenizer: Any) -> int:
+    if config.task is Task.completion and len(ids) == len(example.token_ids):
+        return len(example.target.encode())
+    targets = [token for token, wanted in zip(ids, mask, strict=True) if wanted]
+    return len(tokenizer.decode(targets, skip_special_tokens=True).encode())

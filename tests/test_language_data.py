@@ -1,0 +1,386 @@
+"""Blocks for language models: what is a target, what sees what, what is left out, and that no byte is lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from harness import models
+from harness.config import Blocks, DatasetConfig, ModelConfig, Task, TinyModel, TooLong
+from harness.language_data import NO_TARGET, LanguageData, TokenSplit, load_language_data
+from harness.sources import DataError
+
+TOKENIZER = models.load_tokenizer(ModelConfig(name="tiny_gpt2", tiny=TinyModel.gpt2))
+START, END = TOKENIZER.bos_token_id, TOKENIZER.eos_token_id
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_HARNESS_CACHE", str(tmp_path / "cache"))
+
+
+def tokens(text: str) -> list[int]:
+    return TOKENIZER(text, add_special_tokens=False)["input_ids"]
+
+
+def text_of(ids: Any) -> str:
+    return TOKENIZER.decode([int(token) for token in ids], skip_special_tokens=True)
+
+
+def load(tmp_path: Path, rows: dict[str, list[dict[str, Any]]], **settings: Any) -> LanguageData:
+    files = {}
+    for split, table in rows.items():
+        path = tmp_path / f"{split}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in table), encoding="utf-8")
+        files[f"{split}_file"] = str(path)
+    return load_language_data(DatasetConfig(name="rows", best_metric="nll", **files, **settings), TOKENIZER)
+
+
+def documents(tmp_path: Path, texts: list[str], **settings: Any) -> TokenSplit:
+    rows = [{"text": text} for text in texts]
+    settings = {"task": Task.causal_lm, "max_length": 16, **settings}
+    return load(tmp_path, {"train": rows, "val": rows, "test": rows}, **settings).train
+
+
+def targets(split: TokenSplit, index: int) -> list[int]:
+    labels = split.batch([index]).labels[0]
+    return labels[labels != NO_TARGET].tolist()
+
+
+# ---------------------------------------------------------------- raw text
+
+
+TEXTS = ["a long document of more than one block", "short", "x", "é€ and 日本 in UTF-8"]
+
+
+@pytest.mark.parametrize("blocks", Blocks)
+@pytest.mark.parametrize("across", [False, True])
+def test_every_token_of_every_document_is_a_target_once(tmp_path: Path, blocks: Blocks, across: bool) -> None:
+    split = documents(tmp_path, TEXTS, blocks=blocks, attend_across_documents=across)
+    found = [token for index in range(len(split)) for token in targets(split, index)]
+    assert found == [token for text in TEXTS for token in (*tokens(text), END)]
+    assert split.num_bytes == sum(len(text.encode()) for text in TEXTS)
+    assert split.num_targets.sum() == len(found)
+    assert split.lengths.max() <= 16
+
+
+def test_a_document_goes_on_with_the_last_token_of_the_block_before(tmp_path: Path) -> None:
+    split = documents(tmp_path, [TEXTS[0]])
+    blocks = [split.batch([index]).inputs["input_ids"][0].tolist() for index in range(len(split))]
+    assert blocks[0][0] == START
+    assert [block[0] for block in blocks[1:]] == [block[-1] for block in blocks[:-1]]
+    assert blocks[-1][-1] == END
+
+
+def test_packed_blocks_are_full_and_positions_start_over_at_each_document(tmp_path: Path) -> None:
+    split = documents(tmp_path, ["abc", "de", "fghij", "k" * 30], blocks=Blocks.packed)
+    assert split.lengths[:-1].tolist() == [16] * (len(split) - 1)
+    inputs = split.batch([0]).inputs
+    assert "attention_mask" not in inputs
+    # <s>abc</s> <s>de</s> <s>fghij</s>
+    assert inputs["position_ids"][0].tolist() == [*range(5), *range(4), *range(7)]
+
+
+def test_attending_across_documents_is_for_those_who_ask(tmp_path: Path) -> None:
+    split = documents(tmp_path, ["abc", "de", "fghij"], blocks=Blocks.packed, attend_across_documents=True)
+    inputs = split.batch([0]).inputs
+    assert set(inputs) == {"input_ids", "attention_mask"}
+
+
+def test_padding_of_a_packed_block_is_a_piece_of_its_own_without_targets(tmp_path: Path) -> None:
+    split = documents(tmp_path, ["a" * 20, "bc"], blocks=Blocks.packed)
+    batch = split.batch([0, 1])
+    length = int(split.lengths[1])
+    assert length < 16
+    assert batch.inputs["position_ids"][1, length:].tolist() == list(range(16 - length))
+    assert (batch.labels[1, length:] == NO_TARGET).all()
+    assert batch.num_targets == int((batch.labels != NO_TARGET).sum())
+    assert batch.num_tokens == int(split.lengths.sum())
+
+
+def test_empty_documents_are_left_out_and_counted(tmp_path: Path) -> None:
+    rows = [{"text": text} for text in ("abc", "", " \n", "de")]
+    for _ in range(2):  # the second time from the cache
+        data = load(tmp_path, {"train": rows, "val": rows, "test": rows}, task=Task.causal_lm, max_length=16)
+        assert len(data.train) == 2
+        assert "column text is empty in 2 rows (counted from 0): 1, 2; they are left out." in data.notes[0]
+
+
+def test_letters_only(tmp_path: Path) -> None:
+    split = documents(tmp_path, ["It's 3 o'Clock, Größe!"], letters_only=True, max_length=64)
+    assert text_of(targets(split, 0)) == "it s o clock größe"
+    assert split.num_bytes == len("it s o clock größe".encode())
+
+
+def test_nothing_but_empty_documents_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="column text is empty in all 2 rows"):
+        documents(tmp_path, ["", " "])
+
+
+def test_a_column_that_is_no_text_or_not_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"column text has 2 values that are not text: 3, 4\."):
+        documents(tmp_path, [3, 4])  # type: ignore[list-item]
+    with pytest.raises(DataError, match=r"no column words; it has text. Set dataset.text_columns."):
+        documents(tmp_path, ["abc"], text_columns=["words"])
+
+
+def test_lines_of_a_text_file_are_rows(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.txt"
+    path.write_text("one\n\ntwo\nthree\nfour\n", encoding="utf-8")
+    config = DatasetConfig(name="t", train_file=str(path), task=Task.causal_lm, best_metric="nll", max_length=16)
+    data = load_language_data(config, TOKENIZER)
+    texts = {text_of(targets(split, i)) for split in (data.train, data.val, data.test) for i in range(len(split))}
+    assert texts == {"one", "two", "three", "four"}
+
+
+# ---------------------------------------------------------------- prompts and targets
+
+
+def completions(tmp_path: Path, rows: list[dict[str, str]], **settings: Any) -> LanguageData:
+    settings = {
+        "task": Task.completion,
+        "max_length": 32,
+        "prompt_template": "{q} -> ",
+        "target_column": "a",
+        **settings,
+    }
+    return load(tmp_path, {"train": rows, "val": rows, "test": rows}, **settings)
+
+
+def test_the_loss_is_on_the_target_alone(tmp_path: Path) -> None:
+    split = completions(tmp_path, [{"q": "two", "a": "2"}]).train
+    assert split.batch([0]).inputs["input_ids"][0].tolist() == [START, *tokens("two -> "), *tokens("2"), END]
+    assert targets(split, 0) == [*tokens("2"), END]
+    assert split.num_bytes == 1
+
+
+def test_a_prompt_is_asked_once_with_all_its_references(tmp_path: Path) -> None:
+    rows = [{"q": "a", "a": "1"}, {"q": "b", "a": "2"}, {"q": "a", "a": "3"}]
+    prompts = completions(tmp_path, rows).test.prompts()
+    assert [(prompt.text, prompt.references) for prompt in prompts] == [("a -> ", ["1", "3"]), ("b -> ", ["2"])]
+    assert prompts[0].token_ids == [START, *tokens("a -> ")]
+
+
+def test_a_limit_on_evaluation_keeps_all_references_of_a_prompt(tmp_path: Path) -> None:
+    rows = [{"q": f"p{number}", "a": str(answer)} for number in range(6) for answer in range(3)]
+    data = completions(tmp_path, rows, num_eval_examples=2)
+    assert [len(prompt.references) for prompt in data.test.prompts()] == [3, 3]
+    assert (len(data.train), len(data.val), len(data.test)) == (18, 6, 6)
+
+
+def test_the_lines_of_e2e(tmp_path: Path) -> None:
+    path = tmp_path / "train.txt"
+    lines = [
+        f"name : N{n} | food : {food}||{text} .\n" for n in range(20) for food, text in (("Thai", "t"), ("Thai", "u"))
+    ]
+    path.write_text("".join(lines), encoding="utf-8")
+    config = DatasetConfig(
+        name="e2e",
+        train_file=str(path),
+        task=Task.completion,
+        best_metric="nll",
+        line_separator="||",
+        line_columns=["meaning", "reference"],
+        prompt_template="{meaning} ||",
+        target_column="reference",
+        max_length=64,
+    )
+    data = load_language_data(config, TOKENIZER)
+    # Carved by meaning: no reference of a tested meaning is trained on.
+    sides = {
+        name: {p.text for p in _prompts(split)} for name, split in vars(data).items() if isinstance(split, TokenSplit)
+    }
+    assert len(data.test.prompts()) == 2
+    assert all(len(prompt.references) == 2 for prompt in data.test.prompts())
+    assert not sides["train"] & sides["test"] and not sides["train"] & sides["val"]
+
+
+def _prompts(split: TokenSplit) -> list[Any]:
+    class Text:
+        def __init__(self, text: str) -> None:
+            self.text = text
+
+    found = []
+    for index in range(len(split)):
+        batch = split.batch([index])
+        found.append(Text(text_of(batch.inputs["input_ids"][0][batch.labels[0] == NO_TARGET])))
+    return found
+
+
+def test_a_line_with_too_many_parts_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.txt").write_text("a||b\nc||d||e\n", encoding="utf-8")
+    config = DatasetConfig(
+        name="bad",
+        train_file=str(tmp_path / "bad.txt"),
+        task=Task.completion,
+        line_separator="||",
+        line_columns=["q", "a"],
+        prompt_template="{q}",
+        target_column="a",
+    )
+    with pytest.raises(DataError, match=r"1 lines have not the 2 parts q, a between '\|\|', the first is number 2"):
+        load_language_data(config, TOKENIZER)
+
+
+LONG = [{"q": "p" * 40, "a": "target"}, {"q": "short", "a": "t"}]
+
+
+def test_a_long_prompt_loses_its_beginning(tmp_path: Path) -> None:
+    data = completions(tmp_path, LONG)
+    split = data.train
+    assert split.lengths.tolist() == [32, 1 + len("short -> t") + 1]
+    assert targets(split, 0) == [*tokens("target"), END]
+    assert text_of(split.batch([0]).inputs["input_ids"][0]).endswith("p -> target")
+    assert "train: of 2 rows 1 truncated at dataset.max_length=32 tokens (dataset.too_long=truncate)." in data.notes[0]
+
+
+def test_a_target_longer_than_the_context_loses_its_end(tmp_path: Path) -> None:
+    split = completions(tmp_path, [{"q": "p", "a": "t" * 50}], max_length=16).train
+    assert split.lengths.tolist() == [16]
+    assert targets(split, 0) == tokens("t" * 15)
+    assert split.num_bytes == 15
+
+
+def test_dropping_and_refusing_what_is_too_long(tmp_path: Path) -> None:
+    data = completions(tmp_path, LONG, too_long=TooLong.drop)
+    assert len(data.train) == 1
+    assert "of 2 rows 1 dropped" in data.notes[0]
+    with pytest.raises(DataError, match=r"train row 0: 52 tokens, dataset.max_length=32; give a larger one"):
+        completions(tmp_path, LONG, too_long=TooLong.error)
+    with pytest.raises(DataError, match="nothing to predict is left in train"):
+        completions(tmp_path, LONG[:1], too_long=TooLong.drop)
+
+
+def test_an_empty_target_is_left_out_and_an_empty_prompt_is_not(tmp_path: Path) -> None:
+    data = completions(tmp_path, [{"q": "", "a": "1"}, {"q": "x", "a": " "}])
+    assert len(data.train) == 1
+    assert "column a is empty in 1 rows (counted from 0): 1" in data.notes[0]
+
+
+def test_a_template_that_names_no_column(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no column question; it has q, a. Set dataset.prompt_template"):
+        completions(tmp_path, [{"q": "x", "a": "y"}], prompt_template="{question}")
+    with pytest.raises(DataError, match=r"dataset.prompt_template='\{q': .*braces name columns"):
+        completions(tmp_path, [{"q": "x", "a": "y"}], prompt_template="{q")
+
+
+# ---------------------------------------------------------------- conversations
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+CHAT = [turn("system", "S"), turn("user", "hi"), turn("assistant", "yo"), turn("user", "2?"), turn("assistant", "two")]
+
+
+def chats(tmp_path: Path, rows: list[Any], **settings: Any) -> LanguageData:
+    table = [{"messages": row} for row in rows]
+    settings = {"task": Task.chat, "max_length": 256, "chat_template": "chatml", **settings}
+    return load(tmp_path, {"train": table, "val": table, "test": table}, **settings)
+
+
+def test_the_loss_is_on_the_assistants_turns_and_what_ends_them(tmp_path: Path) -> None:
+    split = chats(tmp_path, [CHAT]).train
+    assert text_of(targets(split, 0)) == "yo<|im_end|>\ntwo<|im_end|>\n"
+    whole = text_of(split.batch([0]).inputs["input_ids"][0])
+    assert whole.startswith(
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyo"
+    )
+
+
+def test_the_last_answer_is_what_is_generated(tmp_path: Path) -> None:
+    (prompt,) = chats(tmp_path, [CHAT]).test.prompts()
+    assert prompt.text.endswith("<|im_start|>user\n2?<|im_end|>\n<|im_start|>assistant\n")
+    assert text_of(prompt.token_ids) == prompt.text
+    assert (prompt.references, prompt.stop) == (["two"], "<|im_end|>")
+
+
+def test_a_conversation_without_an_answer_is_left_out_and_counted(tmp_path: Path) -> None:
+    data = chats(tmp_path, [CHAT, CHAT[:2], [turn("assistant", " ")]])
+    assert len(data.train) == 1
+    assert "train rows of train.jsonl, val.jsonl, test.jsonl: no turn of the assistant in 2 rows" in data.notes[0]
+    with pytest.raises(DataError, match="no turn of the assistant in all 1 rows"):
+        chats(tmp_path, [CHAT[:2]])
+
+
+@pytest.mark.parametrize("row", ["text", [], [{"role": "user"}], [{"role": "user", "content": 3}], None])
+def test_what_is_no_conversation_is_named(tmp_path: Path, row: Any) -> None:
+    with pytest.raises(DataError, match=r"column messages must hold lists of .* and does not in 1 rows .*: 1"):
+        chats(tmp_path, [CHAT, row])
+
+
+def test_a_conversation_cut_before_its_answer_is_dropped(tmp_path: Path) -> None:
+    long = [turn("user", "u" * 100), turn("assistant", "late")]
+    data = chats(tmp_path, [CHAT[1:3], long], max_length=64)
+    assert len(data.train) == 1
+    assert "of 2 rows 1 dropped and 1 truncated at dataset.max_length=64" in data.notes[0]
+
+
+def test_a_tokenizer_without_a_chat_template(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"set dataset.chat_template=chatml, or to a file"):
+        chats(tmp_path, [CHAT], chat_template=None)
+    with pytest.raises(DataError, match=r"dataset.chat_template=/nowhere: neither chatml nor a file"):
+        chats(tmp_path, [CHAT], chat_template="/nowhere")
+
+
+def test_a_template_of_ones_own_and_one_that_rewrites_earlier_turns(tmp_path: Path) -> None:
+    path = tmp_path / "template.jinja"
+    path.write_text("{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }};{% endfor %}")
+    split = chats(tmp_path, [CHAT], chat_template=str(path)).train
+    assert text_of(targets(split, 0)) == "a:yo;a:two;"
+    path.write_text("{% for m in messages %}{{ m['content'] }}{{ loop.length }};{% endfor %}")
+    with pytest.raises(DataError, match="writes an earlier turn differently once more turns follow"):
+        chats(tmp_path, [CHAT], chat_template=str(path))
+
+
+def test_conversations_from_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "chats.parquet"
+    pd.DataFrame({"messages": [CHAT] * 4}).to_parquet(path)
+    config = DatasetConfig(name="p", train_file=str(path), task=Task.chat, chat_template="chatml", max_length=256)
+    data = load_language_data(config, TOKENIZER)
+    assert (len(data.train), len(data.val), len(data.test)) == (2, 1, 1)
+
+
+# ---------------------------------------------------------------- splits and cache
+
+
+def test_subsets_lie_inside_larger_ones_and_leave_val_and_test_alone(tmp_path: Path) -> None:
+    rows = [{"text": f"document {number}"} for number in range(40)]
+
+    def texts(split: TokenSplit) -> set[str]:
+        return {text_of(targets(split, index)) for index in range(len(split))}
+
+    settings: dict[str, Any] = {"task": Task.causal_lm, "max_length": 16}
+    whole = load(tmp_path, {"train": rows}, **settings)
+    small = load(tmp_path, {"train": rows}, num_train_examples=5, **settings)
+    larger = load(tmp_path, {"train": rows}, num_train_examples=10, num_eval_examples=2, **settings)
+    assert texts(small.train) < texts(larger.train) < texts(whole.train)
+    assert texts(small.test) == texts(whole.test) > texts(larger.test)
+    assert len(whole.train) + len(whole.val) + len(whole.test) == 40
+    assert not texts(whole.train) & texts(whole.val) | texts(whole.val) & texts(whole.test)
+    with pytest.raises(DataError, match="rows has 32 training rows"):
+        load(tmp_path, {"train": rows}, num_train_examples=41, **settings)
+
+
+def test_blocks_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = documents(tmp_path, TEXTS)
+    monkeypatch.setattr("harness.language_data._build", lambda *_: pytest.fail("made twice"))
+    again = documents(tmp_path, TEXTS)
+    assert np.array_equal(first.batch([0, 1]).inputs["input_ids"], again.batch([0, 1]).inputs["input_ids"])
+    with pytest.raises(pytest.fail.Exception, match="made twice"):
+        documents(tmp_path, TEXTS, max_length=8)
+
+
+def test_a_tokenizer_without_an_end_of_text(tmp_path: Path) -> None:
+    tokenizer = models.load_tokenizer(ModelConfig(name="tiny_gpt2", tiny=TinyModel.gpt2))
+    tokenizer.eos_token = None
+    (tmp_path / "t.txt").write_text("a\nb\nc\nd\n")
+    config = DatasetConfig(name="t", train_file=str(tmp_path / "t.txt"), task=Task.causal_lm, max_length=16)
+    with pytest.raises(DataError, match="the tokenizer has no end-of-text token"):
+        load_language_data(config, tokenizer)
