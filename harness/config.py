@@ -533,7 +533,7 @@ def _dataset_problems(dataset: DatasetConfig) -> list[str]:
     if dataset.task is Task.completion and not dataset.prompt_template:
         problems.append(
             "dataset.prompt_template: task=completion needs the text before the target, with columns in braces: "
-            '"{question}\\nAnswer: ".'
+            "'{question} Answer: '."
         )
     if dataset.letters_only and dataset.task is not Task.causal_lm:
         problems.append(f"dataset.letters_only=true: for raw text, and not for task={dataset.task}.")
@@ -618,7 +618,7 @@ def _method_problems(config: RunConfig) -> list[str]:
     method, problems = config.method.name, []
     if method is Method.lora:
         if config.rank is None:
-            problems.append("method=lora needs a rank and has no hidden default: add rank=r8 (r1 to r256).")
+            problems.append("method=lora needs a rank and has no hidden default: add rank=r8 (r1 to r1024).")
         if config.target_layers is None:
             problems.append("method=lora needs target layers: add target_layers=qv (q, v, qkvo, mlp, all, ...).")
         if not 0 <= config.method.adapter_dropout < 1:

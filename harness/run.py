@@ -302,15 +302,16 @@ def _train_and_evaluate(
     metrics: dict[str, float] = asdict(_counts(prepared))
     status, error = Status.FINISHED, ""
     started_at = time.time()
-    reset_device_peaks(device)
     try:
         before = _score_before(prepared)
         metrics |= before
+        reset_device_peaks(device)
         outcome = _train(prepared, journal)
         metrics |= outcome.measured
         metrics |= device_peaks(device)  # before the test split: peaks are those of training and validation
-        metrics |= _score_test(prepared, outcome, before)
-        metrics |= _score_generations(prepared, folder)
+        with prepared.accelerator.autocast():
+            metrics |= _score_test(prepared, outcome, before)
+            metrics |= _score_generations(prepared, folder)
         if config.save_weights:
             metrics["checkpoint_bytes"] = _save(prepared, folder)
     except (PreemptedError, ClaimLostError):
@@ -423,7 +424,8 @@ def _score_before(prepared: PreparedRun) -> dict[str, float]:
     splits = {"val_nll_before": prepared.data.val, "test_nll_before": prepared.data.test}
     if prepared.also:
         splits["base_domain_nll_before"] = _base_domain(prepared)
-    scores = {name: objective.evaluate_split(model, split).scores for name, split in splits.items()}
+    with prepared.accelerator.autocast():
+        scores = {name: objective.evaluate_split(model, split).scores for name, split in splits.items()}
     return {name: values["nll"] for name, values in scores.items() if values}
 
 

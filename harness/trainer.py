@@ -288,7 +288,8 @@ def train(
                     or (config.eval_each_epoch and ends_epoch)
                     or (config.eval_every and at.step % config.eval_every == 0)
                 ):
-                    evaluation = objective.evaluate(model)
+                    with accelerator.autocast():
+                        evaluation = objective.evaluate(model)
                     if not evaluation.scores:
                         raise TrainingDivergedError(at.step, "predictions on val were not finite")
                     journal.evaluated(at.step, evaluation.scores)

@@ -241,7 +241,7 @@ def test_lora_has_no_hidden_rank_and_placement() -> None:
     with pytest.raises(ConfigError) as caught:
         _compose()
     assert caught.value.problems == [
-        "method=lora needs a rank and has no hidden default: add rank=r8 (r1 to r256).",
+        "method=lora needs a rank and has no hidden default: add rank=r8 (r1 to r1024).",
         "method=lora needs target layers: add target_layers=qv (q, v, qkvo, mlp, all, ...).",
     ]
 

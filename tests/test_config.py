@@ -132,7 +132,7 @@ PROBLEMS: list[tuple[Values, list[str]]] = [
     ({"dataset.num_train_examples": 1}, ["dataset.num_train_examples=1: at least 2, or null for all rows."]),
     ({"dataset.max_length": 3}, ["dataset.max_length=3: at least 4 tokens."]),
     # method
-    ({"rank": None}, ["method=lora needs a rank and has no hidden default: add rank=r8 (r1 to r256)."]),
+    ({"rank": None}, ["method=lora needs a rank and has no hidden default: add rank=r8 (r1 to r1024)."]),
     ({"target_layers": None}, ["method=lora needs target layers: add target_layers=qv (q, v, qkvo, mlp, all, ...)."]),
     ({"method.adapter_dropout": -0.1}, ["method.adapter_dropout=-0.1: allowed is 0 <= dropout < 1."]),
     (
@@ -419,6 +419,7 @@ NOT_SCIENTIFIC = {
     "device",
     "num_threads",
     "allow_busy_device",
+    "shard_model",
     "save_weights",
 }
 

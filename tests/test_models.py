@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, RobertaConfig
 
 from harness import models
-from harness.config import Dtype, ModelConfig, TinyModel
+from harness.config import Dtype, ModelConfig, ScratchConfig, TinyModel
 from harness.models import ModelError, build_skeleton, load_model, load_tokenizer, max_tokens, save_model
 from harness.placement import head_modules
 
@@ -24,7 +24,7 @@ TINY = {tiny: ModelConfig(name=f"tiny_{tiny}", tiny=tiny) for tiny in TinyModel}
 HUB = ModelConfig(name="bert_base", hub_id="google-bert/bert-base-uncased", revision="8" * 40)
 
 
-def load(config: ModelConfig, *, num_labels: int = 3, seed: int = 0) -> PreTrainedModel:
+def load(config: ModelConfig, *, num_labels: int | None = 3, seed: int = 0) -> PreTrainedModel:
     return load_model(config, num_labels=num_labels, pad_token_id=0, seed=seed)
 
 
@@ -349,3 +349,51 @@ def test_an_error_without_text_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(models.AutoConfig, "from_pretrained", fail)
     with pytest.raises(ModelError, match=r"attention=sdpa\. OSError\. Without network"):
         load(HUB)
+
+
+# ---------------------------------------------------------------- a model to be pretrained here
+
+
+@pytest.fixture
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelConfig:
+    monkeypatch.setenv("LORA_HARNESS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "corpus.txt").write_text("the old king and the young king\n" * 20 + "a castle, Größe 3\n" * 5)
+    settings = ScratchConfig(
+        num_blocks=2, width=32, num_heads=2, max_tokens=64, vocab_size=280, path=str(tmp_path), file="corpus.txt"
+    )
+    return ModelConfig(name="own", scratch=settings)
+
+
+def test_a_vocabulary_is_learned_once_and_loses_nothing(
+    scratch: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tokenizer(scratch)
+    assert (len(tokenizer), tokenizer.model_max_length) == (280, 64)
+    assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 1)
+    for text in ("the old king", "Größe 3, 日本\n", "  spaces  "):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert len(tokenizer("the king")["input_ids"]) < len("the king") / 2
+    assert len(list((tmp_path / "cache/tokenizers").iterdir())) == 1
+    monkeypatch.setattr(models, "read_column", lambda *_: pytest.fail("learned twice"))
+    assert load_tokenizer(scratch).get_vocab() == tokenizer.get_vocab()
+
+
+def test_a_scratch_model_has_its_shape_and_a_tied_embedding(scratch: ModelConfig, tmp_path: Path) -> None:
+    model = load_model(scratch, num_labels=None, pad_token_id=0, seed=0)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    # Embedding; per block q, k, v, o and three MLP matrices of 85 = 32 * 8 // 3, and two norms; one norm at the end.
+    assert sum(p.numel() for p in model.parameters()) == 280 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 85 + 2 * 32) + 32
+    save_model(model, load_tokenizer(scratch), tmp_path / "saved")
+    again = load_model(ModelConfig(name="x", path=str(tmp_path / "saved")), num_labels=None, pad_token_id=0, seed=1)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
+def test_a_vocabulary_that_the_text_cannot_fill_is_refused(scratch: ModelConfig) -> None:
+    assert scratch.scratch is not None
+    scratch.scratch.vocab_size = 5000
+    with pytest.raises(ModelError, match=r"vocab_size=5000: the text of corpus.txt gives only \d+ tokens"):
+        load_tokenizer(scratch)
+    scratch.scratch.file = "nothing.txt"
+    with pytest.raises(ModelError, match=r"model.scratch.file=nothing.txt: no such file"):
+        load_tokenizer(scratch)

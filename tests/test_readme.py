@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from test_analysis_load import save_run, save_sweep
 from test_analysis_tables import measured
-from test_sweeps import sweep  # noqa: F401 (a fixture)
+from test_sweeps import newsgpt, shapes_without_a_hub, sweep  # noqa: F401 (two of them fixtures)
 
 from analysis.__main__ import _parser
 from harness.config import from_composed, register
@@ -55,7 +55,9 @@ def test_a_single_run_composes_and_is_valid(command: str) -> None:
 @pytest.mark.parametrize(
     "command", [line for line in commands("python -m harness -m ") if "hydra/launcher" not in line]
 )
-def test_a_sweep_expands(command: str, sweep: Any) -> None:  # noqa: F811
+@pytest.mark.usefixtures("newsgpt")
+def test_a_sweep_expands(command: str, sweep: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    shapes_without_a_hub(monkeypatch)
     code, _ = sweep(*shlex.split(command)[4:])
     assert code == 0
 

@@ -20,6 +20,7 @@ from harness import lora, models, trainer
 from harness import run as run_module
 from harness.config import ConfigError, RankConfig, RunConfig, from_dict, run_id
 from harness.data import TrainingBatches
+from harness.flops import formula_flops
 from harness.language import LanguageObjective
 from harness.models import ModelError
 from harness.results import METRICS, Status, read_result
@@ -369,6 +370,32 @@ def test_a_run_stops_and_goes_on_bitwise(data: Path, tmp_path: Path, monkeypatch
     assert {k: v for k, v in result.metrics.items() if k not in times} == {
         k: v for k, v in undisturbed.metrics.items() if k not in times
     }
+
+
+def test_a_base_in_bfloat16_is_scored_and_trained_under_autocast(data: Path, tmp_path: Path) -> None:
+    halved = {"name": "tiny_llama", "tiny": "llama", "dtype": "bfloat16"}
+    result = run(config(data, tmp_path, task="completion", model=halved, trainer={"precision": "bf16"}))
+    assert result.status is Status.FINISHED, result.error
+    assert result.metrics["test_nll"] < result.metrics["test_nll_before"]
+    whole = run(config(data, tmp_path, task="completion"))
+    assert result.metrics["test_nll_before"] == pytest.approx(whole.metrics["test_nll_before"], rel=0.02)
+    assert result.metrics["weights_bytes"] < 0.6 * whole.metrics["weights_bytes"]
+
+
+def test_training_compute_is_steps_times_what_the_formula_says(data: Path, tmp_path: Path) -> None:
+    wanted = config(data, tmp_path, dataset={"max_length": 32}, trainer={"max_steps": 2, "batch_size": 2})
+    result = run(wanted)
+    prepared = prepare(wanted)
+    train = prepared.data.train
+    steps = TrainingBatches(train, batch_size=2, micro_batch_size=None, seed=0).epoch(0)  # type: ignore[arg-type]
+    batches = [next(steps)[0] for _ in range(2)]
+    flops = formula_flops(prepared.model)
+    expected = sum(
+        flops.total(num_tokens=rows * length, num_squared=rows * length**2, num_targets=batch.num_targets)
+        for batch in batches
+        for rows, length in [batch.labels.shape]
+    )
+    assert result.metrics["train_flops"] == expected
 
 
 # ---------------------------------------------------------------- a quantised base

@@ -174,8 +174,10 @@ def _plan_all(runs: Sequence[SweepRun]) -> dict[str, Plan]:
     known: dict[str, Plan | str] = {}
     plans: dict[str, Plan] = {}
     for run in runs:
-        # Runs that differ in seed or recipe alone share a plan.
-        key = repr((run.config.model, run.config.method.name, run.config.rank, run.config.target_layers))
+        # Runs that differ in seed, recipe or rows alone share a plan.
+        config, dataset = run.config, run.config.dataset
+        texts = (dataset.task, dataset.blocks, dataset.attend_across_documents, config.evaluate_also)
+        key = repr((config.model, config.runs_dir, config.method.name, config.rank, config.target_layers, texts))
         if key not in known:
             try:
                 known[key] = plan(run.config)
