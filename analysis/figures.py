@@ -2,9 +2,9 @@
 
     cells, curves --paper_figures--> list of Figure --write_figures--> <name>.pdf and <name>.png
 
-Every figure but `learning_rates` shows a condition at the learning rate that was best on val. Only finished runs give
-numbers; what has none is named under the figure. Colour never stands alone: markers, line styles, hatches and labels
-say the same. Names from configs are printed as they are and never read as formulas.
+Every figure but `learning_rates` and `lowest_curves` shows a condition at the learning rate that was best on val. Only
+finished runs give numbers; what has none is named under the figure. Colour never stands alone: markers, line styles,
+hatches and labels say the same. Names from configs are printed as they are and never read as formulas.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import SubFigure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
 from analysis.labels import GREY, INK, SMALL, TEXT, label_end, label_point, place_point_labels, spread_end_labels
-from analysis.select import best_cells, is_better, metric, num_status, ranked_by
+from analysis.select import FORGETTING, LEARNED, best_cells, is_better, metric, num_status, ranked_by
 from harness.results import Direction, Status, write_atomically
 
 COLUMN_INCHES = 3.4
@@ -41,11 +41,13 @@ PAGE_INCHES = 6.8
 DPI = 200
 MAX_CURVES = 8
 MAX_NAMED = 40  # points; more names than that would cover each other
+MAX_NAMED_APART = 12  # where points lie in both directions as they come
 
 # Okabe and Ito's palette, readable with every kind of colour blindness, less its yellow; black is full fine-tuning's.
 _COLOURS: tuple[Any, ...] = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS: tuple[Any, ...] = ("o", "s", "^", "D", "v", "P", "X", "*")
 _LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (3, 3)), (0, (8, 2)))
+_RANK_COLOURS = matplotlib.colormaps["viridis"]
 _PLAIN: dict[str, tuple[str, str, Any]] = {"full": ("black", "*", "-"), "head_only": ("#666666", "X", "--")}
 _PARTS = {
     "weights_bytes": ("#0072B2", ""),
@@ -368,32 +370,46 @@ def _draw(plan: _Plan, panels: Sequence[_Panel]) -> matplotlib.figure.Figure:
     return figure
 
 
-def _axis_label(name: str, axis: str) -> str:
+def _axis_label(name: str, axis: str, *, stored: bool = False) -> str:
     """As "test accuracy, ↑ better": label and unit of a metric, and which way is better on the x or y axis."""
     meaning = metric(name)
-    unit = meaning.display_unit or (meaning.unit if meaning.unit != "1" else "")
+    unit = (not stored and meaning.display_unit) or (meaning.unit if meaning.unit != "1" else "")
     arrow = {Direction.HIGHER: {"x": "→", "y": "↑"}, Direction.LOWER: {"x": "←", "y": "↓"}}.get(meaning.direction)
     return meaning.label + (f" ({unit})" if unit else "") + (f", {arrow[axis]} better" if arrow else "")
 
 
 def _draw_points(axes: Axes, cells: Sequence[_Cell], x: str, y: str, label: str, **look: Any) -> None:
-    """Means, joined if `look` has a line style, with the 95 % interval or for medians the range."""
+    """Means, joined if `look` has a line style, with the 95 % intervals of scores and for medians the range."""
     xs, ys = ([cell.shown(name) for cell in cells] for name in (x, y))
     halves, ranges = [cell.interval(y) for cell in cells], np.zeros((2, len(cells)))
     if f"{x}_min" in cells[0].row:
         ends = np.array([[cell.row[f"{x}_{end}"] for cell in cells] for end in ("min", "max")], dtype=float)
         ranges = np.abs(ends / metric(x).display_divisor - np.array(xs))
+    if any(cell.interval(x) for cell in cells):
+        ranges = np.array([[cell.interval(x) for cell in cells]] * 2)
     bars: dict[str, Any] = {"yerr": halves if any(halves) else None, "xerr": ranges if ranges.any() else None}
     axes.errorbar(xs, ys, **bars, elinewidth=0.7, capsize=1.5, label=label, **look)
 
 
-def _draw_families(axes: Axes, panel: _Panel, x: str, shown: Sequence[_Cell]) -> None:
-    """The score on test against `x`: a line for each family, named at its end."""
+def _draw_families(axes: Axes, panel: _Panel, x: str, shown: Sequence[_Cell], y: str | None = None) -> None:
+    """The score on test, or `y`, against `x`: a line for each family in order of rank, named at its end."""
+    y = y or panel.test
     for family, members in panel.families().items():
         if cells := [cell for cell in members if cell in shown]:
             look = panel.look(cells[0])
-            _draw_points(axes, cells, x, panel.test, family, **look)
-            label_end(axes, family, (cells[-1].shown(x), cells[-1].shown(panel.test)), look["color"])
+            _draw_points(axes, cells, x, y, family, **look)
+            label_end(axes, family, (cells[-1].shown(x), cells[-1].shown(y)), look["color"])
+
+
+def _name_points(axes: Axes, cells: Sequence[_Cell], x: str, y: str, notes: _Notes) -> None:
+    """The rank of each cell beside its point, or its name where it has no rank; of too many only the range of ranks."""
+    ranks = [cell.rank for cell in cells if cell.rank]
+    is_many = len(ranks) > MAX_NAMED
+    if is_many:
+        notes.remarks.append(f"ranks {min(ranks):g} to {max(ranks):g}")
+    for cell in cells:
+        if not cell.rank or not is_many:
+            label_point(axes, f"r{cell.rank:g}" if cell.rank else cell.label, cell.shown(x), cell.shown(y))
 
 
 def _is_far(cell: _Cell, cells: Sequence[_Cell], name: str) -> bool:
@@ -426,15 +442,17 @@ def _draw_references(axes: Axes, panel: _Panel, cells: Sequence[_Cell], notes: _
 # ---------------------------------------------------------------- ticks and labels
 
 
-def _set_ticks(axes: Axes, values: Sequence[float], text: Callable[[float], str]) -> None:
-    """Ticks of a logarithmic x axis at the values themselves, those left out that would run into the last one."""
+def _set_ticks(axes: Axes, values: Sequence[float], text: Callable[[float], str], *, on: str = "x") -> None:
+    """Ticks of a logarithmic axis at the values themselves, those left out that would run into the last one."""
     kept: list[float] = []
-    low, high = (math.log(limit) for limit in axes.get_xlim())
+    axis = {"x": axes.xaxis, "y": axes.yaxis}[on]
+    low, high = (math.log(limit) for limit in axis.get_view_interval())
     for value in sorted(set(values)):
-        if not kept or (math.log(value) - math.log(kept[-1])) / (high - low) > 0.028 * (1 + len(text(value))):
+        room = 0.028 * (1 + len(text(value))) if on == "x" else 0.06
+        if not kept or (math.log(value) - math.log(kept[-1])) / (high - low) > room:
             kept.append(value)
-    axes.set_xticks(kept, [text(value) for value in kept])
-    axes.xaxis.set_minor_locator(NullLocator())
+    axis.set_ticks(kept, [text(value) for value in kept])
+    axis.set_minor_locator(NullLocator())
 
 
 def _rate_text(value: float) -> str:
@@ -443,11 +461,16 @@ def _rate_text(value: float) -> str:
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
-def _set_count_ticks(axes: Axes) -> None:
-    """Ticks of a logarithmic x axis as "10k", "1M"."""
+def _set_count_ticks(axes: Axes, name: str) -> None:
+    """Ticks of a logarithmic x axis as "10k", "1M", in the stored unit of the metric on it."""
     low, high = axes.get_xlim()
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if math.log10(high / low) > 2 else (1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if high / low > 4:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if math.log10(high / low) > 2 else (1.0, 2.0, 5.0)))
+    else:  # there may be none of those
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_minor_locator(NullLocator())
+    engineering, divisor = EngFormatter(sep=""), metric(name).display_divisor
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: engineering(value * divisor)))
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
@@ -459,13 +482,8 @@ def _draw_by_params(place: SubFigure, panel: _Panel, notes: _Notes) -> None:
     shown, references = _with_adapter(panel), _without_rank(panel)
     _draw_families(axes, panel, "num_adapter_params", shown)
     axes.set_xscale("log")
-    _set_count_ticks(axes)
-    named = shown if len(shown) <= MAX_NAMED else []
-    if shown and not named:
-        ranks = [cell.rank for cell in shown if cell.rank]
-        notes.remarks.append(f"ranks {min(ranks):g} to {max(ranks):g}")
-    for cell in named:
-        label_point(axes, f"r{cell.rank:g}", cell.shown("num_adapter_params"), cell.shown(panel.test))
+    _set_count_ticks(axes, "num_adapter_params")
+    _name_points(axes, shown, "num_adapter_params", panel.test, notes)
     _draw_references(axes, panel, references, notes)
     notes.tell(panel.best, [*shown, *references], panel.test)
     axes.set(xlabel=_axis_label("num_adapter_params", "x"), ylabel=_axis_label(panel.test, "y"))
@@ -493,13 +511,7 @@ def _draw_front(place: SubFigure, panel: _Panel, notes: _Notes, *, cost: str) ->
     axes.plot(*zip(*corners, strict=True), color=INK, linewidth=0.7, zorder=0.5, label="front")
     axes.margins(0.12)
     near = [cell for cell in cells if not _is_far(cell, cells, panel.test)]
-    # The interval of two seeds is thirteen times their deviation and would press all means onto one line.
-    reach = {id(cell): min(cell.interval(panel.test), 2 * cell.deviation(panel.test)) for cell in near}
-    spread = [cell.shown(panel.test) + side * reach[id(cell)] for cell in near for side in (-1, 1)]
-    if any(cell.interval(panel.test) > reach[id(cell)] for cell in near):
-        notes.remarks.append("intervals of few seeds reach beyond the axis")
-    room = 0.12 * (max(spread) - min(spread)) or 0.01
-    axes.set_ylim(min(spread) - room, max(spread) + room)
+    axes.set_ylim(*_limits(near, panel.test, notes))
     for index, (x, y) in zip(front, at, strict=True):
         low, high = axes.get_ylim()
         away = " ↓" if y < low else " ↑" if y > high else ""
@@ -509,6 +521,91 @@ def _draw_front(place: SubFigure, panel: _Panel, notes: _Notes, *, cost: str) ->
     notes.remarks.append("line: what nothing beats in both; hollow: beaten")
     notes.remarks += ["time: median and range"] if f"{cost}_min" in cells[0].row else []
     axes.set(xlabel=_axis_label(cost, "x"), ylabel=_axis_label(panel.test, "y"))
+
+
+def _limits(cells: Sequence[_Cell], name: str, notes: _Notes, also: Sequence[float] = ()) -> tuple[float, float]:
+    """From the lowest to the highest mean and further values, with room for the noise and around them."""
+    # The interval of two seeds is thirteen times their deviation and would press all means onto one line.
+    reach = [min(cell.interval(name), 2 * cell.deviation(name)) for cell in cells]
+    spread = [
+        *also,
+        *(cell.shown(name) + side * half for cell, half in zip(cells, reach, strict=True) for side in (-1, 1)),
+    ]
+    if any(cell.interval(name) > half for cell, half in zip(cells, reach, strict=True)):
+        notes.remarks.append("intervals of few seeds reach beyond the axis")
+    room = 0.12 * (max(spread) - min(spread)) or 0.01
+    return min(spread) - room, max(spread) + room
+
+
+def _draw_by_compute(place: SubFigure, panel: _Panel, notes: _Notes) -> None:
+    axes = place.subplots()
+    cells = panel.having("train_flops", panel.test)
+    shown = [cell for cell in cells if not _is_far(cell, cells, panel.test)]
+    _draw_families(axes, panel, "train_flops", shown)
+    for cell in shown:
+        if not cell.rank:
+            _draw_points(
+                axes, [cell], "train_flops", panel.test, cell.label, **panel.look(cell) | {"linestyle": "none"}
+            )
+    axes.set_xscale("log")
+    axes.margins(0.1)
+    _set_count_ticks(axes, "train_flops")
+    _name_points(axes, shown, "train_flops", panel.test, notes)
+    notes.remarks += [_far_text(cell, panel.test, notes) for cell in cells if cell not in shown]
+    notes.tell(panel.best, cells, panel.test)
+    axes.set(xlabel=_axis_label("train_flops", "x", stored=True), ylabel=_axis_label(panel.test, "y"))
+
+
+def _draw_forgetting(place: SubFigure, panel: _Panel, notes: _Notes) -> None:
+    axes = place.subplots()
+    shown = panel.having(LEARNED, FORGETTING)
+    _draw_families(axes, panel, LEARNED, shown, FORGETTING)
+    for cell in shown:
+        if not cell.rank:
+            _draw_points(axes, [cell], LEARNED, FORGETTING, cell.label, **panel.look(cell) | {"linestyle": "none"})
+    for bars in axes.containers:
+        for lines in bars.get_children()[1:]:
+            lines.set_alpha(0.4)  # they cross each other in both directions
+    _name_points(axes, _without_inner_ranks(panel, shown, notes), LEARNED, FORGETTING, notes)
+    values = [[cell.shown(name) for cell in shown] for name in (LEARNED, FORGETTING)]
+    # From far off it would press all others together.
+    is_far = any(map(_is_far_from_zero, values))
+    axes.set_xlim(*_limits(shown, LEARNED, notes, [] if is_far else [0.0]))
+    axes.set_ylim(*_limits(shown, FORGETTING, notes, [] if is_far else [0.0]))
+    _draw_base_model(axes, notes)
+    sets = dict.fromkeys(_clean(cell.row.get("base_domain")) for cell in shown)
+    notes.tell(panel.best, shown, FORGETTING)
+    notes.remarks.append(f"forgetting: nll on {' or '.join(sets)} after training minus before")
+    axes.set(xlabel=_axis_label(LEARNED, "x"), ylabel=_axis_label(FORGETTING, "y"))
+
+
+def _without_inner_ranks(panel: _Panel, shown: Sequence[_Cell], notes: _Notes) -> list[_Cell]:
+    """The cells to be named: of many points those at the ends of the lines, which join the ranks in their order."""
+    families = [[cell for cell in members if cell in shown] for members in panel.families().values()]
+    if sum(map(len, families)) <= MAX_NAMED_APART:
+        return [*shown]
+    ranks = sorted({cell.shown("rank") for members in families for cell in members})
+    notes.remarks.append(f"joined in order of rank: {', '.join(f'{rank:g}' for rank in ranks)}")
+    ends = [cell for members in families if members for cell in (members[0], members[-1])]
+    return [cell for cell in shown if cell in ends or not cell.rank]
+
+
+def _draw_base_model(axes: Axes, notes: _Notes) -> None:
+    """The model before training, which has learned and forgotten nothing: at 0 or where the axes end towards it."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    x, y = min(max(0.0, left), right), min(max(0.0, low), high)
+    if low < 0 < high:
+        axes.axhline(0, color=GREY, linewidth=0.5, zorder=0.5, label="nothing forgotten")
+    look: dict[str, Any] = {"color": GREY, "markeredgecolor": INK, "markeredgewidth": 0.5, "clip_on": False}
+    axes.plot(x, y, "P", markersize=5, label="base model", **look)
+    label_point(axes, "base model", x, y)
+    if (x, y) != (0, 0):
+        notes.remarks.append("base model: beyond the axes, at 0 and 0")
+
+
+def _is_far_from_zero(values: Sequence[float]) -> bool:
+    low, high = min(values), max(values)
+    return len(values) > 2 and max(low, -high) > 2 * (high - low) > 0
 
 
 def _draw_rank_curves(place: SubFigure, panel: _Panel, notes: _Notes) -> None:
@@ -595,6 +692,63 @@ def _draw_learning_rates(place: SubFigure, panel: _Panel, notes: _Notes) -> None
     axes.set(xlabel="learning rate", ylabel=_axis_label(panel.val, "y"))
 
 
+def _draw_best_rates(place: SubFigure, panel: _Panel, notes: _Notes) -> None:
+    axes = place.subplots()
+    shown, full = _tuned_ranks(panel), _tuned_full(panel)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    drawn = [[cell for cell in members if cell in shown] for members in panel.families().values()]
+    drawn = [cells for cells in drawn if cells]
+    named: set[tuple[float, float]] = set()
+    for number, cells in enumerate(drawn):
+        look, points = panel.look(cells[0]), [(cell.shown("rank"), cell.row["learning_rate"]) for cell in cells]
+        # A little aside: grids are coarse, and the best rates of several placements one and the same.
+        points_aside = (number - (len(drawn) - 1) / 2) * min(4, 14 / len(drawn))
+        aside = ScaledTranslation(points_aside / 72, 0, axes.figure.dpi_scale_trans)
+        (line,) = axes.plot(*zip(*points, strict=True), label=cells[0].family, **look)
+        line.set_transform(line.get_transform() + aside)
+        for cell, point in zip(cells, points, strict=True):
+            if cell.row["edge"]:
+                (hollow,) = axes.plot(*point, marker=look["marker"], mec=look["color"], mfc="white", label="edge")
+                hollow.set_transform(hollow.get_transform() + aside)
+            if full is not None and point not in named and len(shown) <= MAX_NAMED:
+                named.add(point)
+                label_point(axes, f"{point[1] / full.row['learning_rate']:.3g}\N{MULTIPLICATION SIGN}", *point)
+        label_end(axes, cells[0].family, points[-1], look["color"])
+    if full is not None:
+        rate = full.row["learning_rate"]
+        axes.axhline(rate, color="black", label=full.label, zorder=1)
+        label_end(axes, full.label, (1, rate), "black", coordinates=("axes fraction", "data"))
+        notes.remarks.append("\N{MULTIPLICATION SIGN}: ratio to the best rate of full")
+        if full.row["edge"]:
+            notes.remarks.append(f"{notes.where}the rate of full is at the {full.row['edge']} edge of its grid")
+    if any(cell.row["edge"] for cell in shown):
+        notes.remarks.append("hollow: at the edge of its grid, so a better rate may lie outside")
+    axes.margins(0.1)
+    _set_ticks(axes, [cell.shown("rank") for cell in shown], lambda value: f"{value:g}")
+    _set_ticks(
+        axes, [rate for cell in [*shown, *([full] if full else [])] for rate in cell.row["tried"]], _rate_text, on="y"
+    )
+    compared = [cell for cell in panel.best if cell.rank and len(cell.row["tried"]) > 1]
+    notes.tell(compared, shown, panel.val)
+    axes.set(xlabel="rank", ylabel="learning rate that is best on val")
+
+
+def _tuned_ranks(panel: _Panel) -> list[_Cell]:
+    """The conditions of which several learning rates were tried, in placements that have several such ranks."""
+    tuned = [cell for cell in panel.having(panel.val) if cell.rank and len(cell.row["tried"]) > 1]
+    ranks = defaultdict(set)
+    for cell in tuned:
+        ranks[cell.family].add(cell.rank)
+    return [cell for cell in tuned if len(ranks[cell.family]) > 1]
+
+
+def _tuned_full(panel: _Panel) -> _Cell | None:
+    """Full fine-tuning with several learning rates, that of the usual recipe first."""
+    full = [cell for cell in panel.having(panel.val) if cell.row["method"] == "full" and len(cell.row["tried"]) > 1]
+    return min(full, key=lambda cell: bool(_departures(cell.row)), default=None)
+
+
 def _draw_fallen(axes: Axes, fallen: Sequence[tuple[_Cell, str]], notes: _Notes) -> None:
     """An x for each cell without a finished run, stacked in a strip below the scores."""
     (low, high), most = (
@@ -658,6 +812,99 @@ def _mean_curve(panel: _Panel, cell: _Cell, name: str) -> tuple[list[float], lis
     return steps, [math.fsum(run[step] for run in runs) / len(runs) for step in steps]
 
 
+def _draw_lowest_curves(place: SubFigure, panel: _Panel, notes: _Notes) -> None:
+    found, name = _lowest_curves(panel), _lowest_name(panel)
+    full = [cell for cell in found if not cell.rank]
+    families = [[cell for cell in members if cell in found] for members in panel.families().values()]
+    families = [members for members in families if members]
+    rows, columns = _grid_of(len(families))
+    grid = place.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    ranks = sorted({cell.shown("rank") for members in families for cell in members})
+    for axes, members in zip(grid.ravel(), families, strict=False):
+        axes.set_xscale("log")
+        for cell in [*full, *members]:
+            number = ranks.index(cell.shown("rank")) if cell.rank else 0
+            # Ranks have an order, and so have these colours.
+            colour: Any = _RANK_COLOURS(0.8 * number / max(1, len(ranks) - 1)) if cell.rank else "black"
+            style = _nth(_LINES[1:], number) if cell.rank else "-"
+            steps, values = found[cell]
+            text = f"r{cell.rank:g}" if cell.rank else cell.label
+            axes.plot(steps, values, color=colour, linestyle=style, label=text)
+            label_end(axes, text, (steps[-1], values[-1]), colour)
+        if len(families) > 1:
+            axes.set_title(members[0].family)
+    for axes in grid.ravel()[len(families) :]:
+        axes.set_visible(False)
+    # What comes before the first twentieth of the training is steep and would flatten all that differs.
+    last = max(steps[-1] for steps, _ in found.values())
+    late = [
+        value
+        for steps, values in found.values()
+        for step, value in zip(steps, values, strict=True)
+        if step >= last / 20
+    ]
+    room = 0.05 * (max(late) - min(late)) or 0.01
+    grid[0, 0].set_ylim(min(late) - room, max(late) + room)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(_axis_label(name, "y"))
+    if any(value > max(late) for _, values in found.values() for value in values):
+        notes.remarks.append("what lies above the axis comes before a twentieth of the steps")
+    for axes in grid.ravel()[: len(families)]:
+        _set_count_ticks(axes, "num_steps")
+    for axes in grid.ravel()[max(0, len(families) - columns) : len(families)]:
+        axes.tick_params(labelbottom=True)
+        axes.set_xlabel("step")
+    tuned = {cell.row["condition_id"] for cell in found}
+    notes.tell([], [cell for cell in panel.tried if cell.row["condition_id"] in tuned and cell.finished], panel.val)
+    if len(families) == 1:
+        notes.remarks.append(f"{notes.where}{families[0][0].family}")
+    notes.remarks.append("at every step the lowest of the mean curves of all finished learning rates")
+
+
+def _grid_of(number: int) -> tuple[int, int]:
+    """Rows and columns for so many axes, at most three side by side."""
+    columns = 2 if number == 4 else min(3, number)
+    return -(-number // columns), columns
+
+
+def _lowest_curves(panel: _Panel) -> dict[_Cell, tuple[list[float], list[float]]]:
+    """By condition, at every step the lowest nll of any learning rate: placements with several ranks, and full."""
+    full, name = _tuned_full(panel), _lowest_name(panel)
+    cells = [*_tuned_ranks(panel), *([full] if full else [])]
+    found = {cell: _lowest_curve(panel, cell, name) for cell in cells}
+    found = {cell: curve for cell, curve in found.items() if len(curve[0]) > 1}
+    ranks = Counter(cell.family for cell in found if cell.rank)
+    return {cell: curve for cell, curve in found.items() if not cell.rank or ranks[cell.family] > 1}
+
+
+def _lowest_name(panel: _Panel) -> str:
+    """The nll on val, or on train where val was scored at the end alone."""
+    on_val = [_lowest_curve(panel, cell, "val_nll")[0] for cell in _tuned_ranks(panel)]
+    return "val_nll" if on_val and all(len(steps) > 1 for steps in on_val) else "train_nll"
+
+
+def _lowest_curve(panel: _Panel, condition: _Cell, name: str) -> tuple[list[float], list[float]]:
+    lowest: dict[float, float] = {}
+    for cell in panel.tried:
+        if cell.finished and cell.row["condition_id"] == condition.row["condition_id"]:
+            for step, value in zip(*_mean_curve(panel, cell, name), strict=True):
+                lowest[step] = min(value, lowest.get(step, math.inf))
+    steps = sorted(step for step in lowest if step > 0)  # a logarithmic axis has no 0
+    return steps, [lowest[step] for step in steps]
+
+
+def _num_placements(panel: _Panel) -> int:
+    return len({cell.family for cell in _lowest_curves(panel) if cell.rank})
+
+
+def _has_lowest_curves(panel: _Panel) -> bool:
+    return panel.val in _NLL_LIKE and any(cell.rank for cell in _lowest_curves(panel))
+
+
+# Language models are judged by these, and they fall together.
+_NLL_LIKE = {"val_nll", "val_perplexity", "val_bits_per_byte"}
+
+
 def _draw_memory(place: SubFigure, panel: _Panel, notes: _Notes) -> None:
     axes = place.subplots()
     cells = panel.having(*_PARTS)
@@ -711,6 +958,21 @@ _PLANS = (
         draw=partial(_draw_front, cost="peak_memory_bytes"),
         interval=True,
     ),
+    _Plan(
+        "score_by_compute",
+        "Score on test against training compute",
+        shows=partial(_can_draw_front, cost="train_flops"),
+        draw=_draw_by_compute,
+        interval=True,
+    ),
+    _Plan(
+        "forgetting",
+        "Learning against forgetting",
+        shows=lambda panel: bool(panel.having(LEARNED, FORGETTING)),
+        draw=_draw_forgetting,
+        height=lambda panel: 3.0,
+        interval=True,
+    ),
     _Plan("rank_curves", "Score on test against the rank", _has_rank_curve, _draw_rank_curves, interval=True),
     _Plan(
         "rank_by_placement",
@@ -726,6 +988,20 @@ _PLANS = (
         shows=_has_rates,
         draw=_draw_learning_rates,
         height=lambda panel: max(2.5, 0.8 + 0.12 * len(panel.best)),
+    ),
+    _Plan(
+        "best_rates",
+        "Best learning rate against the rank",
+        shows=lambda panel: bool(_tuned_ranks(panel)),
+        draw=_draw_best_rates,
+    ),
+    _Plan(
+        "lowest_curves",
+        "Lowest negative log-likelihood over learning rates at every step",
+        shows=_has_lowest_curves,
+        draw=_draw_lowest_curves,
+        height=lambda panel: 0.3 + 2.2 * _grid_of(_num_placements(panel))[0],
+        wide=lambda panel: _num_placements(panel) > 1,
     ),
     _Plan(
         "training_curves",

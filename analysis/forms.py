@@ -46,6 +46,7 @@ from analysis.rows import (
 )
 from analysis.select import (
     best_beyond_noise,
+    generation_scores,
     metric,
     num_status,
     score,
@@ -304,7 +305,8 @@ def rank_sweep(best: pd.DataFrame, *, published: bool = False) -> PaperTable | N
     if not rows:
         return None
     quoted = quoted_rows("rank_sweep") if published else []
-    names = [name for name in ("val_nll", "test_nll", *score_columns(best)) if name in best]
+    wanted = dict.fromkeys(("val_nll", "test_nll", *score_columns(best), *generation_scores(best)))
+    names = [name for name in wanted if name in best]
     placements = [row["target_layers"] + recipe_mark(row) for row in rows]
     columns = [
         *_named_where_several(rows, quoted),
@@ -495,22 +497,31 @@ def learning_rates(table: pd.DataFrame, best: pd.DataFrame) -> PaperTable | None
         found = [by_condition[row["condition_id"]].get(rate) for row in rows]
         columns.append(_rate_column(rate, rows, found))
     columns.append(learning_rate_column(rows, "best"))
+    ratios = [
+        row["learning_rate"] / full[row["model"], row["dataset"]]["learning_rate"]
+        if (row["model"], row["dataset"]) in full and row["is_chosen"]
+        else None
+        for row in rows
+    ]
     if full:
-        ratios = [
-            row["learning_rate"] / full[row["model"], row["dataset"]]["learning_rate"]
-            if (row["model"], row["dataset"]) in full and row["is_chosen"]
-            else None
-            for row in rows
-        ]
         texts = [MISSING if ratio is None else f"{ratio:.3g}{TIMES}" for ratio in ratios]
         columns.append(Column("best / full's", texts, ratios))
     shown = [cell for row in rows for cell in by_condition[row["condition_id"]].values()]
+    numbers = _long_numbers([{**cell, "edge": None} for cell in shown], ("val", "test"))
+    # The best rates and what they are of full's, for whoever fits a line through them.
+    chosen = {row["cell_id"]: (row["edge"], ratio) for row, ratio in zip(rows, ratios, strict=True) if row["is_chosen"]}
+    further = [
+        {"edge": edge, "chosen": cell["cell_id"] in chosen, "ratio_to_full": ratio}
+        for cell in shown
+        for edge, ratio in [chosen.get(cell["cell_id"], (None, None))] * 2  # on val and on test
+    ]
+    numbers = pd.concat([numbers.drop(columns="edge"), pd.DataFrame(further, dtype=object)], axis="columns")
     names = sorted({score(row, "val") for row in rows})
     return PaperTable(
         name="learning_rates",
         caption=f"Learning rates: {' or '.join(title(name) for name in names)} at every rate.",
         text=text_table(columns, num_key_columns=num_key_columns),
-        numbers=_long_numbers([{**cell, "edge": None} for cell in shown], ("val", "test")),
+        numbers=numbers,
         notes=[
             f"{count_note(shown)} (n=...): fewer than at other rates of the row, which are then preferred.",
             "Bold: the chosen rate of the row; this marks the choice and is no test of a difference.",

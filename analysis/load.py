@@ -36,6 +36,24 @@ _NEEDED_SETTINGS: dict[str, type] = {
 _LARGEST = 1e300
 # Where a run has these, they are of this type.
 _TYPED_SETTINGS: dict[str, type] = {"config.rank.rank": int, "config.target_layers.name": str}
+# Settings that came after the first results were written, and the value that stood for them until then: without these a
+# run of before would differ in recipe from its own repetition. What came with the value null needs no line here.
+CAME_LATER: dict[str, Any] = {
+    "config.model.quantization": "none",
+    "config.dataset.line_columns": (),
+    "config.dataset.blocks": "cut",
+    "config.dataset.attend_across_documents": False,
+    "config.dataset.target_column": "target",
+    "config.dataset.messages_column": "messages",
+    "config.dataset.too_long": "truncate",
+    "config.dataset.letters_only": False,
+    "config.dataset.generation.max_new_tokens": 64,
+    "config.dataset.generation.num_beams": 1,
+    "config.dataset.generation.length_penalty": 1.0,
+    "config.dataset.generation.no_repeat_ngram_size": 0,
+    "config.dataset.generation.batch_size": 32,
+    "config.trainer.label_smoothing": 0.0,
+}
 # The order of runs where no sweep file gives one: equal settings side by side, the placement before the rank.
 _ORDER = (
     "config.model.name",
@@ -60,7 +78,8 @@ class Runs:
 
     Attributes:
         frame: a row per run, whatever its status. Columns: `run_id`, `cell_id`, `sweep` (which computed the run first),
-            `status`, `error`, `num_target_modules`; the config under dotted names (`config.rank.rank`), lists as
+            `status`, `error`, `num_target_modules`, and where a run has `evaluate_also` in `base_domain` the first set
+            of it, on which forgetting is measured; the config under dotted names (`config.rank.rank`), lists as
             tuples; every metric of the registry as float64; the environment (`environment.versions.torch`). Missing
             is None, for a metric NaN.
         sweep: its name; None for a whole folder.
@@ -242,11 +261,19 @@ def _row(result: RunResult) -> dict[str, Any]:
         "status": result.status.value,
         "error": result.error,
         "num_target_modules": len(result.target_modules),
+        **_base_domain(result.config.get("evaluate_also")),
         **_flatten("config", result.config),
         **result.metrics,
         **_flatten("environment", result.environment),
     }
     return {_as_text(name): _as_text(value, keep_lines=name == "error") for name, value in row.items()}
+
+
+def _base_domain(evaluate_also: Any) -> dict[str, str]:
+    # The columns of the frame are those of all runs, and do not say which set came first in this one.
+    if not isinstance(evaluate_also, dict) or not evaluate_also:
+        return {}
+    return {"base_domain": str(next(iter(evaluate_also)))}
 
 
 def _as_text(value: Any, *, keep_lines: bool = False) -> Any:
@@ -329,7 +356,8 @@ def _frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
         *_leaves([name for name in names if name.startswith("environment")]),
     ]
     # Objects keep a rank 8 an 8 beside rows that have none; pandas would make it 8.0.
-    frame = pd.DataFrame([[row.get(column) for column in columns] for row in rows], columns=columns, dtype=object)
+    values = [[row.get(column, CAME_LATER.get(column)) for column in columns] for row in rows]
+    frame = pd.DataFrame(values, columns=columns, dtype=object)
     return frame.astype(dict.fromkeys(METRICS, "float64"))
 
 

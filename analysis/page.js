@@ -140,9 +140,10 @@
   const colour = (series) => theme().series[series % theme().series.length];
 
   function trace(cells, x, y, options = {}) {
-    const ordered = [...cells].sort((a, b) => a[x] - b[x]);
+    const by = options.order || x;
+    const ordered = [...cells].sort((a, b) => a[by] - b[by]);
     const series = cells[0].series;
-    const joined = new Set(ordered.map((cell) => cell[x])).size === ordered.length && options.join;
+    const joined = new Set(ordered.map((cell) => cell[by])).size === ordered.length && options.join;
     const spread = ordered.map((cell) => cell[`${y}_sd`]);
     return {
       type: "scatter",
@@ -210,7 +211,8 @@
     return (cells) => {
       const values = [...new Set(cells.map((cell) => cell[name]))].sort((a, b) => a - b);
       if (values.length <= most) return { tickvals: values, ticktext: values.map(String) };
-      return { tickformat: "~s", dtick: values[values.length - 1] / values[0] > 1000 ? 1 : "D2" };
+      const span = values[values.length - 1] / values[0];
+      return { tickformat: "~s", dtick: span > 1000 ? 1 : span > 4 ? "D2" : "D1" };
     };
   }
 
@@ -228,6 +230,22 @@
       line: { shape: "hv", dash: "dot", width: 1.5, color: theme().quiet }, hoverinfo: "skip", name: "Pareto front",
     });
     return { traces, layout: layout({ title: data.memory, rangemode: "normal" }, task().test) };
+  }
+
+  function drawForgetting() {
+    const cells = bestCells().filter(has("learned", "forgetting"));
+    if (!cells.length) return null;
+    const traces = bySeries(cells).map((members) => {
+      const made = trace(members, "learned", "forgetting", { join: true, order: "rank" });
+      const spread = [...members].sort((a, b) => a.rank - b.rank).map((cell) => cell.learned_sd);
+      made.error_x = { ...made.error_y, array: spread, visible: spread.some((sd) => sd !== null) };
+      return made;
+    });
+    traces.unshift({
+      type: "scatter", mode: "markers", x: [0], y: [0], name: "base model", text: ["<b>base model</b>, before training"],
+      hoverinfo: "text", marker: { symbol: "cross", size: 11, color: theme().quiet },
+    });
+    return { traces, layout: layout({ title: data.learned }, data.forgetting) };
   }
 
   function drawRates() {
@@ -304,6 +322,8 @@
   const FIGURES = {
     params: () => against("params", data.params, ticks("params", 0)),
     memory: drawMemory,
+    compute: () => against("compute", data.compute, ticks("compute", 0)),
+    forgetting: drawForgetting,
     rank: () => against("rank", "rank", ticks("rank", 10)),
     rate: drawRates,
     parts: drawParts,

@@ -26,7 +26,8 @@ import numpy as np
 import pandas as pd
 from plotly.offline import get_plotlyjs
 
-from analysis.select import best_cells, metric, num_status, score, show_value
+from analysis.rows import format_spread
+from analysis.select import FORGETTING, LEARNED, best_cells, generation_scores, metric, num_status, score, show_value
 from harness.results import METRICS, Direction, Metric, Status
 
 # Beyond these the page would be slow to open. `runs.csv` and the run folders hold everything.
@@ -43,7 +44,7 @@ _CURVES = tuple(
     name
     for name in METRICS
     if name in {"train_nll", "train_mse"}
-    or (name.startswith("val_") and not name.endswith(("_last", "_majority_share")))
+    or (name.startswith("val_") and not name.endswith(("_last", "_before", "_majority_share")))
 )
 
 # Id and title of each figure, and what its marks are. `page.js` draws them by id and hides those without data.
@@ -53,6 +54,12 @@ _FIGURES = (
         "memory",
         "Score and memory",
         "Dotted: the Pareto front, conditions that no other shown one beats or equals in both.",
+    ),
+    ("compute", "Score and training compute", "Dashed: conditions whose compute is not known."),
+    (
+        "forgetting",
+        "Learning and forgetting",
+        "Right: learned more; down: forgot less. Lines join the ranks of a placement in their order.",
     ),
     ("rank", "Score and rank", "Dashed: conditions without a rank. Bars: sample standard deviation."),
     ("rate", "Learning rates", "Score on val at every learning rate tried; filled: the chosen one."),
@@ -267,14 +274,18 @@ def _paper_figure(name: str, title: str, png: bytes) -> str:
 def _cells_data(cells: pd.DataFrame, best: pd.DataFrame) -> dict[str, Any]:
     tasks, chosen, records = _tasks(cells), set(best["cell_id"]), cells.to_dict("records")
     series = list(dict.fromkeys(map(_series, records)))
+    generated = generation_scores(cells)
     return {
         "tasks": [_task(table.iloc[0]) for table in tasks.values()],
         "series": series,
         "memory": _axis("peak_memory_bytes"),
         "parts": [_axis(name) for name in MEMORY_PARTS],
         "params": _axis("num_adapter_params"),
+        "compute": f"{metric('train_flops').label} ({metric('train_flops').unit})",
+        "learned": metric(LEARNED).label,
+        "forgetting": metric(FORGETTING).label,
         "cells": [
-            _cell(cell)
+            _cell(cell, generated)
             | {
                 "task": list(tasks).index(_task_name(cell)),
                 "series": series.index(_series(cell)),
@@ -344,7 +355,7 @@ def _series(cell: dict[Hashable, Any]) -> str:
     return ", ".join(str(part) for part in (cell["method"], cell["target_layers"]) if part is not None)
 
 
-def _cell(cell: dict[Hashable, Any]) -> dict[str, Any]:
+def _cell(cell: dict[Hashable, Any], generated: Sequence[str]) -> dict[str, Any]:
     val, test = score(cell, "val"), score(cell, "test")
     return {
         "method": str(cell["method"]),
@@ -359,8 +370,14 @@ def _cell(cell: dict[Hashable, Any]) -> dict[str, Any]:
         "params": _displayed("num_adapter_params", cell.get("num_adapter_params")),
         "memory": _displayed("peak_memory_bytes", cell.get("peak_memory_bytes")),
         "parts": [_displayed(name, cell.get(name)) for name in MEMORY_PARTS],
+        # In the stored unit, to which the axis adds its own prefix.
+        "compute": _number(cell.get("train_flops")),
+        "learned": _number(cell.get(LEARNED)),
+        "learned_sd": _number(cell.get(f"{LEARNED}_sd")),
+        "forgetting": _number(cell.get(FORGETTING)),
+        "forgetting_sd": _number(cell.get(f"{FORGETTING}_sd")),
         "runs": list(cell["run_ids"]),
-        "lines": list(_lines(cell, (test, val))),
+        "lines": list(_lines(cell, (test, val, *generated, FORGETTING))),
     }
 
 
@@ -377,7 +394,7 @@ def _lines(cell: dict[Hashable, Any], scores: Iterable[str]) -> Iterator[str]:
         if text is None:
             continue
         sd, num = _number(cell.get(f"{name}_sd")), cell.get(f"{name}_n")
-        spread = f" ± {_formatted(metric(name), sd)} (n={num})" if sd is not None else f" (n={num})"
+        spread = f" ± {format_spread(name, sd)} (n={num})" if sd is not None else f" (n={num})"
         yield f"{metric(name).label} {text}" + (spread if name in scores else "")
     counts = [f"{cell[num_status(status)]} {status}" for status in Status if cell[num_status(status)]]
     yield f"runs: {', '.join(counts)}"

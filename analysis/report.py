@@ -181,6 +181,8 @@ def _environment(frame: pd.DataFrame) -> Iterator[str]:
     """Every fact about the environment, and for how many runs it held where they differ."""
     facts = frame[[column for column in frame.columns if column.startswith("environment.")]]
     facts = facts.drop(columns=[f"environment.{name}" for name in _MOMENTS], errors="ignore")
+    # Scores on further sets, which say nothing about where a run ran.
+    facts = facts[[column for column in facts.columns if not column.startswith("environment.evaluated_also.")]]
     recorded = facts.dropna(how="all")
     if len(recorded) < len(facts):
         yield f"recorded by {len(recorded)} of {len(facts)} runs"

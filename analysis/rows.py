@@ -11,6 +11,7 @@ from analysis.formats import Column, as_code
 from analysis.select import (
     BY_MEDIAN,
     COLLAPSED_ABOVE,
+    FORGETTING,
     best_beyond_noise,
     is_score,
     metric,
@@ -59,6 +60,12 @@ def format_value(name: str, value: float) -> str:
     return f"{value / about.display_divisor:{about.format}}"
 
 
+def format_spread(name: str, value: float) -> str:
+    """A deviation of a metric in its display unit: without the sign that a difference always has."""
+    about = metric(name)
+    return f"{value / about.display_divisor:{about.format.removeprefix('+')}}"
+
+
 def show_metric(cell: Cell, name: str) -> str:
     """A cell's number with its spread, and what must be known about it."""
     num_values = cell.get(f"{name}_n", 0)
@@ -70,7 +77,7 @@ def show_metric(cell: Cell, name: str) -> str:
         text += f" ({low}{EN_DASH}{high})" if low != high else ""
     elif num_values > 1 and (cell[f"{name}_sd"] > 0 or is_score(name)):
         # A cost that is the same for every seed is exact, and a "± 0" adds nothing; of a score it tells something.
-        text += f" ± {format_value(name, cell[f'{name}_sd'])}"
+        text += f" ± {format_spread(name, cell[f'{name}_sd'])}"
     if num_values != cell[num_status(Status.FINISHED)]:
         text += f" (n={num_values})"
     return f"{text}{COLLAPSED_MARK}" if cell["num_collapsed"] and is_score(name) else text
@@ -272,6 +279,37 @@ def collapsed_note(rows: Sequence[Cell]) -> Iterator[str]:
             f"{COLLAPSED_MARK} a run behind it collapsed: one class received more than {COLLAPSED_ABOVE:.1%} of its "
             "predictions."
         )
+
+
+def forgetting_notes(rows: Sequence[Cell]) -> Iterator[str]:
+    """On which set forgetting was measured, and what the models knew before they were trained."""
+    having = [row for row in rows if row.get(f"{FORGETTING}_n", 0)]
+    if having:
+        sets = " or ".join(dict.fromkeys(as_code(row.get("base_domain") or "unknown") for row in having))
+        yield (
+            f"Forgetting: nll on the base model's own domain ({sets}), after training minus before; 0 is none, below 0 "
+            "the model got better there."
+        )
+    groups: dict[tuple[str, str], list[Cell]] = {}
+    for row in rows:
+        groups.setdefault((row["model"], row["dataset"]), []).append(row)
+    for (model, dataset), members in groups.items():
+        texts = [
+            f"{name} {_range_of(members, before)}"
+            for before, name in _BEFORE.items()
+            if any(row.get(f"{before}_n", 0) for row in members)
+        ]
+        if texts:
+            yield f"Before training, {model} on {dataset}: {', '.join(texts)}."
+
+
+_BEFORE = {"val_nll_before": "val nll", "test_nll_before": "test nll", "base_domain_nll_before": "base domain nll"}
+
+
+def _range_of(rows: Sequence[Cell], name: str) -> str:
+    """The metric of all rows, which is one number where all begin with the same model."""
+    texts = [format_value(name, value) for value in sorted(row[name] for row in rows if row.get(f"{name}_n", 0))]
+    return texts[0] if texts[0] == texts[-1] else f"{texts[0]}{EN_DASH}{texts[-1]}"
 
 
 # So many runs are named; a page holds them all, a table's footnote need not.

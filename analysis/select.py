@@ -27,7 +27,19 @@ COLLAPSED_ABOVE = 0.999
 
 # Computed here from others, so not in the registry of what runs record.
 TRAINABLE_SHARE = "trainable_share"
-DERIVED = {TRAINABLE_SHARE: Metric("1", Direction.LOWER, "trainable", ".3f", "%", 0.01)}
+LEARNED = "learned_nll"
+DERIVED = {
+    TRAINABLE_SHARE: Metric("1", Direction.LOWER, "trainable", ".3f", "%", 0.01),
+    LEARNED: Metric("nats", Direction.HIGHER, "learned: test nll before \N{MINUS SIGN} after", "+z.4f"),
+}
+
+FORGETTING = "forgetting_nll"
+# Means over seeds with a spread that counts, as the scores on val and test are.
+_QUALITY = {FORGETTING, LEARNED, "base_domain_nll"}
+
+LANGUAGE_TASKS = {"causal_lm", "completion", "chat"}
+# Of generated texts: on test, at the step that was best on val, and nowhere else.
+GENERATION_SCORES = ("bleu", "chrf", "rouge_l", "nist", "exact_match", "number_match")
 
 # Step times are skewed by whatever else the machine does: a median, and the range instead of a deviation.
 BY_MEDIAN = {"step_seconds_median"}
@@ -46,6 +58,7 @@ CELL_COLUMNS = (
     "target_layers",
     "learning_rate",
     "best_metric",
+    "base_domain",
     "run_ids",
     "differs",
     "recipe",
@@ -76,13 +89,13 @@ def cells(frame: pd.DataFrame) -> pd.DataFrame:
     """A row per cell, in the order in which the cells appear in the frame of runs.
 
     Columns: what names the cell (`cell_id`, `condition_id`, `model`, `dataset`, `method`, `rank`, `target_layers`,
-    `learning_rate`, `best_metric`, `run_ids` of all its runs); its runs by status (`num_finished`, `num_diverged`, ...)
-    and how many of the finished ones collapsed (`num_collapsed`); in `differs` the settings in which its recipe departs
-    from that of most others, and in `recipe` a number for each such way. Then, for each metric that any run has, over
-    the cell's finished runs: `<metric>` (mean; for the step time the median), `<metric>_sd` (sample standard deviation,
-    from two runs on; for the step time `_min` and `_max`), `<metric>_n` (number of runs), and for scores `<metric>_ci`,
-    the half width of the 95 % interval of the mean by Student's t. Units are the stored ones; what does not exist is
-    None or NaN.
+    `learning_rate`, `best_metric`, `run_ids` of all its runs, and where any run has one the `base_domain`); its runs by
+    status (`num_finished`, `num_diverged`, ...) and how many of the finished ones collapsed (`num_collapsed`); in
+    `differs` the settings in which its recipe departs from that of most others, and in `recipe` a number for each such
+    way. Then, for each metric that any run has, over the cell's finished runs: `<metric>` (mean; for the step time the
+    median), `<metric>_sd` (sample standard deviation, from two runs on; for the step time `_min` and `_max`),
+    `<metric>_n` (number of runs), and for scores `<metric>_ci`, the half width of the 95 % interval of the mean by
+    Student's t. Units are the stored ones; what does not exist is None or NaN.
     """
     frame = frame.reset_index(drop=True)
     best_metrics = frame["config.dataset.best_metric"].unique()
@@ -91,6 +104,9 @@ def cells(frame: pd.DataFrame) -> pd.DataFrame:
     values = {name: frame[name].to_numpy(dtype=float) for name in names}
     totals = frame["num_total_params"].where(frame["num_total_params"] > 0)
     values[TRAINABLE_SHARE] = (frame["num_trainable_params"] / totals).to_numpy(dtype=float)
+    learned = frame["test_nll_before"] - frame["test_nll"]
+    if learned.notna().any():
+        values[LEARNED] = learned.to_numpy(dtype=float)
     finished = (frame["status"] == Status.FINISHED.value).to_numpy()
     collapsed = (frame[["val_majority_share", "test_majority_share"]] > COLLAPSED_ABOVE).any(axis="columns").to_numpy()
     differences = _recipe_differences(frame)
@@ -135,6 +151,24 @@ def score_columns(table: pd.DataFrame) -> list[str]:
     return [f"{split}_{name}" for name in best_metrics for split in ("val", "test")]
 
 
+def further_scores(frame: pd.DataFrame) -> list[str]:
+    """On test, what the datasets of language models name beside the metric they are judged by, where any run has it."""
+    settings = [f"config.dataset.{name}" for name in ("task", "metrics", "best_metric")]
+    if not set(settings) <= set(frame.columns):
+        return []
+    names: dict[str, None] = {}
+    for task, metrics, best_metric in frame[settings].itertuples(index=False):
+        if task in LANGUAGE_TASKS and isinstance(metrics, tuple):
+            names |= {f"test_{name}": None for name in metrics if name != best_metric}
+    return [name for name in names if name in METRICS and frame[name].notna().any()]
+
+
+def generation_scores(table: pd.DataFrame) -> list[str]:
+    """The scores of generated texts that any cell of a table has."""
+    names = [f"test_{name}" for name in GENERATION_SCORES]
+    return [name for name in names if name in table and table[f"{name}_n"].any()]
+
+
 def _name(run: pd.Series[Any]) -> dict[str, Any]:
     return {
         "cell_id": run["cell_id"],
@@ -145,6 +179,7 @@ def _name(run: pd.Series[Any]) -> dict[str, Any]:
         "target_layers": _placement(run),
         "learning_rate": run["config.trainer.learning_rate"],
         "best_metric": run["config.dataset.best_metric"],
+        **({"base_domain": run["base_domain"]} if "base_domain" in run else {}),
     }
 
 
@@ -179,8 +214,8 @@ def _summary(name: str, values: Sequence[float]) -> dict[str, float | int | None
 
 
 def is_score(name: str) -> bool:
-    """Whether a metric is one of quality, on a split."""
-    return name.startswith(("val_", "test_"))
+    """Whether a metric is one of quality: a score on val or test, or what was learned and forgotten."""
+    return name.startswith(("val_", "test_")) or name in _QUALITY
 
 
 # ---------------------------------------------------------------- noise
@@ -285,8 +320,7 @@ def _conditions(frame: pd.DataFrame) -> dict[str, str]:
         column
         for column in frame.columns
         if column.startswith("config.")
-        and not column.startswith(_TRACKING)
-        and column not in _WITHOUT_EFFECT
+        and not _is_without_effect(column)
         and column not in ("config.trainer.learning_rate", "config.seed")
     ]
     firsts = frame.drop_duplicates("cell_id")
@@ -321,12 +355,16 @@ _WITHOUT_EFFECT = {
     "config.allow_busy_device",
     "config.save_weights",
     "config.trainer.checkpoint_every",
+    "config.dataset.generation.batch_size",
     "environment.hostname",  # a name; what the machine is made of is compared
+    "environment.data_notes",  # follow from the data and the tokenizer, which are compared
     "environment.started_at",
     "environment.first_step_at",
     "environment.ended_at",
 }
 _TRACKING = "config.tracking."
+_ALSO = "config.evaluate_also"
+_EVALUATED_ALSO = "environment.evaluated_also."  # scores, which every run has of its own
 
 # Settings that may differ between rows because these columns do: compared only among rows that agree in them.
 _SCOPES = {
@@ -336,20 +374,37 @@ _SCOPES = {
     "config.trainer.": "config.dataset.name",  # tasks have recipes of their own
     "config.rank": "config.method.name",
     "config.target_layers": "config.target_layers.name",
+    _ALSO: "config.dataset.name",
     "environment.data_fingerprint": "config.dataset.name",
+    "environment.generation_signatures.": "config.dataset.name",
 }
+
+
+def _is_without_effect(setting: str) -> bool:
+    return (
+        setting in _WITHOUT_EFFECT
+        or setting.startswith((_TRACKING, _EVALUATED_ALSO))
+        # Of the further sets only the nll is taken.
+        or (setting.startswith(f"{_ALSO}.") and ".generation." in setting)
+    )
 
 
 def _recipe_differences(frame: pd.DataFrame) -> dict[str, tuple[str, ...]]:
     """By cell, the settings in which it departs from most runs, as text; cells that depart in none are left out."""
     differences: defaultdict[str, list[str]] = defaultdict(list)
+    evaluated = _evaluated_also(frame)
+    if any(evaluated):
+        frame = pd.concat([frame, pd.Series(evaluated, frame.index, object, _ALSO)], axis="columns")
     for setting in frame.columns:
-        if not setting.startswith(("config.", "environment.")) or setting.startswith(_TRACKING):
+        if not setting.startswith(("config.", "environment.")) or _is_without_effect(setting) or setting in _COMPARED:
             continue
-        if setting in _COMPARED | _WITHOUT_EFFECT:
-            continue
-        # The environment stands behind measured numbers, so that of a run without any does not matter.
-        runs = frame[frame["status"] == Status.FINISHED.value] if setting.startswith("environment.") else frame
+        runs = frame
+        if setting.startswith("environment."):
+            # It stands behind measured numbers, so that of a run without any does not matter.
+            runs = frame[frame["status"] == Status.FINISHED.value]
+        elif setting.startswith(f"{_ALSO}."):
+            # That a run has no such set is one difference, and not one for each of the set's settings.
+            runs = frame[[setting.split(".")[2] in names for names in evaluated]]
         for values, cell_ids in _within_scopes(runs, setting):
             if values.nunique() < 2:
                 continue
@@ -359,6 +414,21 @@ def _recipe_differences(frame: pd.DataFrame) -> dict[str, tuple[str, ...]]:
                     shown = " and ".join(dict.fromkeys(own))
                     differences[str(cell_id)].append(f"{setting.removeprefix('config.')}={shown} instead of {usual}")
     return {cell_id: tuple(found) for cell_id, found in differences.items()}
+
+
+def _evaluated_also(frame: pd.DataFrame) -> list[tuple[str, ...]]:
+    """For each run, the names of the further sets that it is scored on, that on which forgetting is measured first."""
+    settings: defaultdict[str, list[str]] = defaultdict(list)
+    for setting in frame.columns:
+        if setting.startswith(f"{_ALSO}."):
+            settings[setting.split(".")[2]].append(setting)
+    if not settings:
+        return [()] * len(frame)
+    has_set = {name: frame[columns].notna().any(axis="columns").to_numpy() for name, columns in settings.items()}
+    return [
+        tuple(sorted((name for name in has_set if has_set[name][run]), key=lambda name: name != base_domain))
+        for run, base_domain in enumerate(frame["base_domain"])
+    ]
 
 
 def _within_scopes(runs: pd.DataFrame, setting: str) -> Iterator[tuple[pd.Series[Any], pd.Series[Any]]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.formats import Column, PaperTable, text_table
+from analysis.formats import Column, PaperTable, as_code, text_table
 from analysis.forms import (
     learning_rates,
     rank_by_target_layers,
@@ -36,6 +36,7 @@ from analysis.rows import (
     count_note,
     edge_notes,
     failure_notes,
+    forgetting_notes,
     format_value,
     full_of,
     is_lora,
@@ -58,8 +59,12 @@ from analysis.rows import (
     with_spread,
 )
 from analysis.select import (
+    FORGETTING,
+    GENERATION_SCORES,
     TRAINABLE_SHARE,
     best_cells,
+    further_scores,
+    generation_scores,
     is_score,
     metric,
     num_status,
@@ -71,7 +76,7 @@ from analysis.select import (
 from harness.results import Status
 
 # Ratios to full fine-tuning on the same model and dataset: title, metric.
-_RATIOS = {"peak_memory_bytes": "memory", "step_seconds_median": "time"}
+_RATIOS = {"peak_memory_bytes": "memory", "step_seconds_median": "time", "train_flops": "compute"}
 
 
 def paper_tables(
@@ -124,7 +129,7 @@ def tradeoff(best: pd.DataFrame, frame: pd.DataFrame, *, scores: str = "best") -
             columns.append(metric_column(rows, name))
             if name in _RATIOS and len(rows) > len(reference) > 0:
                 columns.append(_ratio_column(rows, reference, name))
-    score_names = [name for name in score_columns(best) if name in best]
+    score_names = _score_names(best, frame)
     columns += [metric_column(rows, name, bold=best_rows(rows, name)) for name in score_names]
     columns.append(num_finished_column(rows))
     if any(row[num_status(status)] for row in rows for status in Status if status is not Status.FINISHED):
@@ -137,6 +142,8 @@ def tradeoff(best: pd.DataFrame, frame: pd.DataFrame, *, scores: str = "best") -
         numbers=best,
         notes=[
             *_definitions(rows, reference, frame),
+            *forgetting_notes(rows),
+            *_generation_notes(score_names, frame, scores),
             *bold_note(rows, score_names, any_bold=bool(text.bold)),
             *edge_notes(rows),
             *warnings(rows, frame),
@@ -145,6 +152,26 @@ def tradeoff(best: pd.DataFrame, frame: pd.DataFrame, *, scores: str = "best") -
         run_ids=run_ids_of(rows),
         methods=methods_of(rows),
     )
+
+
+def _score_names(best: pd.DataFrame, frame: pd.DataFrame) -> list[str]:
+    """By what each dataset is judged, on both splits, then on test alone what else it names, then forgetting."""
+    names = [*score_columns(best), *further_scores(frame)]
+    if FORGETTING in best and best[f"{FORGETTING}_n"].any():
+        names.append(FORGETTING)
+    return [name for name in dict.fromkeys(names) if name in best]
+
+
+def _generation_notes(names: Sequence[str], frame: pd.DataFrame, scores: str) -> Iterator[str]:
+    """How the scores of generated texts were computed, in the words of the libraries that did."""
+    for score_name in GENERATION_SCORES:
+        column = f"environment.generation_signatures.{score_name}"
+        if f"test_{score_name}" in names and column in frame:
+            signatures = " or ".join(as_code(text) for text in dict.fromkeys(frame[column].dropna()))
+            yield f"{metric(f'test_{score_name}').label}: {signatures}."
+    asked = {name for metrics in frame.get("config.dataset.metrics", ()) for name in metrics or ()}
+    if scores == "last" and asked.intersection(GENERATION_SCORES):
+        yield "Texts were generated at the best step alone, so the last step has no score of them."
 
 
 def _sentence(text: str) -> str:
@@ -165,7 +192,7 @@ def _definitions(rows: Sequence[Cell], reference: dict[tuple[str, str], Cell], f
     if same:
         yield f"The same in every row: {same}."
     yield f"{NOTE_N} Step time: median over runs of each run's median step (smallest{EN_DASH}largest)."
-    heads = sorted(set(frame.loc[frame["status"] == Status.FINISHED.value, "num_head_params"].dropna()))
+    heads = sorted(set(frame.loc[frame["status"] == Status.FINISHED.value, "num_head_params"].dropna()) - {0})
     sizes = " or ".join(format_value("num_head_params", head) for head in heads)
     yield (
         "Trainable: share of all parameters (base, adapter and head) that were trained (adapter and head; the base too "
@@ -173,7 +200,10 @@ def _definitions(rows: Sequence[Cell], reference: dict[tuple[str, str], Cell], f
     )
     yield "Peak memory: bytes of live tensors at the peak of a training step. Checkpoint: what the run saved."
     if reference and len(rows) > len(reference):
-        yield f"/ full: ratio to full fine-tuning on the same model and dataset; below 1{TIMES} is less."
+        yield f"/ full: {NOTE_RATIO}"
+
+
+NOTE_RATIO = f"ratio to full fine-tuning on the same model and dataset; below 1{TIMES} is less."
 
 
 _COSTS = (
@@ -190,6 +220,7 @@ _COSTS = (
     "cuda_peak_reserved_bytes",
     "peak_rss_bytes",
     "train_seconds",
+    "train_flops",
 )
 
 
@@ -197,24 +228,39 @@ def costs(best: pd.DataFrame) -> PaperTable | None:
     """What the cost of every condition is made of: parameters, and the parts of the memory peak."""
     rows = as_rows(best)
     names = [name for name in _COSTS if name in best and best[f"{name}_n"].any()]
+    if "num_head_params" in names and not best["num_head_params"].fillna(0).any():
+        names.remove("num_head_params")  # language models have no head of their own
     if not names:
         return None
     keys = key_columns(rows)
+    columns = [*keys, *(metric_column(rows, name) for name in names)]
+    reference = full_of(rows)
+    has_ratio = "train_flops" in names and len(rows) > len(reference) > 0
+    if has_ratio:
+        columns.append(_ratio_column(rows, reference, "train_flops"))
     return PaperTable(
         name="costs",
         caption="What the costs are made of.",
-        text=text_table([*keys, *(metric_column(rows, name) for name in names)], num_key_columns=len(keys)),
+        text=text_table(columns, num_key_columns=len(keys)),
         numbers=best[[*CELL_NAMES, *with_spread(best, names)]],
         notes=[
             "Peak memory is the sum of weights, gradients, optimizer and activations at the moment of the peak, in "
             "bytes of live tensors. Peak RSS: of the whole process, the test split included.",
             "Trainable params: adapter and head, and the base in full fine-tuning; counted from shapes.",
+            *([NOTE_COMPUTE] if "train_flops" in names else []),
+            *([f"/ full: {NOTE_RATIO}"] if has_ratio else []),
             count_note(rows),
             *recipe_notes(rows),
         ],
         run_ids=run_ids_of(rows),
         methods=methods_of(rows),
     )
+
+
+NOTE_COMPUTE = (
+    "Training compute: multiplications and additions of all training steps, forward and backward, by formula from "
+    "shapes and numbers of tokens."
+)
 
 
 # ---------------------------------------------------------------- summary
@@ -250,8 +296,16 @@ def summary(best: pd.DataFrame) -> PaperTable | None:
         quality = [
             (f"quality ({score(full, split).replace('_', ' ')})", score(full, split)) for split in ("val", "test")
         ]
-        for what, name in (*_SUMMARY, *quality):
-            ratio = ratio_to(lora, full, name)
+        optional = [
+            ("training compute", "train_flops"),
+            *quality,
+            *((f"quality ({metric(name).label})", name) for name in generation_scores(best)),
+            ("forgetting (nll)", FORGETTING),
+        ]
+        optional = [line for line in optional if line in quality or _has_either(full, lora, line[1])]
+        for what, name in (*_SUMMARY, *optional):
+            # Nothing, or less than nothing, may have been forgotten: then a ratio says nothing.
+            ratio = ratio_to(lora, full, name) if name != FORGETTING else None
             difference = _difference(lora, full, name) if is_score(name) else None
             compared = MISSING if ratio is None else f"{ratio:.3g}{TIMES}"
             unit = metric(name).display_unit if name in best else ""
@@ -285,7 +339,12 @@ def summary(best: pd.DataFrame) -> PaperTable | None:
     titles = ["", "", "full fine-tuning", "LoRA", "LoRA against full"]
     columns = [Column(name, [row[index] for row in texts]) for index, name in enumerate(titles)]
     columns = columns[1:] if len(notes) == 1 else columns
-    notes += [count_note(compared_rows), *collapsed_note(compared_rows), *recipe_notes(compared_rows)]
+    notes += [
+        *forgetting_notes(compared_rows),
+        count_note(compared_rows),
+        *collapsed_note(compared_rows),
+        *recipe_notes(compared_rows),
+    ]
     return PaperTable(
         name="summary",
         caption="Full fine-tuning against LoRA in one look.",
@@ -295,10 +354,14 @@ def summary(best: pd.DataFrame) -> PaperTable | None:
     )
 
 
+def _has_either(row: Cell, other: Cell, name: str) -> bool:
+    return bool(row.get(f"{name}_n", 0) or other.get(f"{name}_n", 0))
+
+
 def _difference(row: Cell, reference: Cell, name: str) -> str | None:
     if not row.get(f"{name}_n", 0) or not reference.get(f"{name}_n", 0):
         return None
-    sign = f"{row[name] - reference[name]:+.4f}".replace("-", "\N{MINUS SIGN}")
+    sign = f"{row[name] - reference[name]:+{metric(name).format.removeprefix('+')}}".replace("-", "\N{MINUS SIGN}")
     probability = p_value(row, reference, name)
     if probability is None:
         return f"{sign} (noise unknown)"

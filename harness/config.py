@@ -776,7 +776,9 @@ def _scientific_value(value: Any) -> Any:
     if is_dataclass(value):
         return _scientific_fields(value)
     if isinstance(value, dict):
-        return {key: _scientific_value(entry) for key, entry in value.items()}
+        entries = {key: _scientific_value(entry) for key, entry in value.items()}
+        # JSON objects are hashed in the order of their keys; here the first is special.
+        return {"order": list(value), **entries} if len(value) > 1 else entries
     return value
 
 

@@ -27,6 +27,7 @@ ALL = [
     "rank_curves",
     "rank_by_placement",
     "learning_rates",
+    "best_rates",
     "training_curves",
     "memory_parts",
     "score_by_step_time",
@@ -134,8 +135,8 @@ def test_a_whole_sweep_has_every_figure_in_order(tmp_path: Path) -> None:
     ("options", "missing"),
     [
         ({"placements": ("qv",)}, {"rank_by_placement"}),
-        ({"ranks": (8,)}, {"rank_curves", "rank_by_placement"}),
-        ({"rates": (1e-3,)}, {"learning_rates"}),
+        ({"ranks": (8,)}, {"rank_curves", "rank_by_placement", "best_rates"}),
+        ({"rates": (1e-3,)}, {"learning_rates", "best_rates"}),
     ],
 )
 def test_what_would_be_senseless_is_left_out(tmp_path: Path, options: dict[str, Any], missing: set[str]) -> None:

@@ -484,6 +484,23 @@ def test_a_setting_is_part_of_the_identity_or_has_no_influence(name: str) -> Non
     assert (cell_id(changed) == cell_id(config)) is (name in {*NOT_SCIENTIFIC, "seed"})
 
 
+def test_the_order_of_further_sets_is_part_of_the_identity() -> None:
+    """The first of them is what forgetting is measured on."""
+    first, second = DatasetConfig(name="a"), DatasetConfig(name="b")
+    ids = {
+        run_id(_replaced(_config(), "evaluate_also", also))
+        for also in ({"a": first, "b": second}, {"b": second, "a": first}, {"a": first}, {})
+    }
+    assert len(ids) == 4
+
+
+def test_a_setting_that_came_later_is_no_part_of_the_identity_at_its_default() -> None:
+    values = scientific(_config())
+    assert "evaluate_also" not in values
+    assert not {"run", "scratch", "quantization"} & set(values["model"])
+    assert not {"blocks", "generation", "letters_only"} & set(values["dataset"])
+
+
 def test_an_identity_is_the_same_tomorrow() -> None:
     """Changed identities orphan every finished run: whoever changes this literal does so on purpose."""
     assert run_id(_config()) == "tiny_bert-mine-lora-r8-qv-lr0.001-s0-f250ba7c"
