@@ -354,6 +354,7 @@ _WITHOUT_EFFECT = {
     "config.rerun",
     "config.allow_busy_device",
     "config.save_weights",
+    "config.shard_model",  # what it came to is in the environment
     "config.trainer.checkpoint_every",
     "config.dataset.generation.batch_size",
     "environment.hostname",  # a name; what the machine is made of is compared
