@@ -530,6 +530,14 @@ def _dataset_problems(dataset: DatasetConfig) -> list[str]:
         problems.append(f"dataset.text_columns={dataset.text_columns}: task=causal_lm reads one column.")
     elif not 1 <= len(dataset.text_columns) <= 2:
         problems.append(f"dataset.text_columns={dataset.text_columns}: one or two columns are allowed.")
+    for name in ("split_seed", "subset_seed"):
+        if getattr(dataset, name) < 0:
+            problems.append(f"dataset.{name}={getattr(dataset, name)}: at least 0.")
+    if dataset.task is Task.completion and f"{{{dataset.target_column}}}" in (dataset.prompt_template or ""):
+        problems.append(
+            f"dataset.prompt_template={dataset.prompt_template!r}: holds the target column {dataset.target_column} "
+            "and would give the answer away."
+        )
     if dataset.task is Task.completion and not dataset.prompt_template:
         problems.append(
             "dataset.prompt_template: task=completion needs the text before the target, with columns in braces: "
@@ -742,6 +750,10 @@ def _run_problems(config: RunConfig) -> list[str]:
         problems.append(f"num_threads={config.num_threads}: at least 1, or null for PyTorch's choice.")
     if config.shard_model and config.trainer.precision is Precision.fp16:
         problems.append("shard_model=true: trainer.precision=fp16 is not scaled across parts; use bf16 or fp32.")
+    if config.shard_model and config.model.quantization is not Quantization.none:
+        problems.append(
+            f"shard_model=true: a base in {config.model.quantization} is not spread; set one of the two off."
+        )
     if config.tracking.log_every < 1:
         problems.append(f"tracking.log_every={config.tracking.log_every}: at least 1 step.")
     return problems
@@ -766,9 +778,11 @@ def _scientific_fields(node: Any) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for item in fields(node):
         value = getattr(node, item.name)
-        if not item.metadata.get("scientific", True) or (item.metadata.get("added_later") and value == _default(item)):
+        if not item.metadata.get("scientific", True):
             continue
         values[item.name] = _scientific_value(value)
+        if item.metadata.get("added_later") and values[item.name] == _scientific_value(_default(item)):
+            del values[item.name]
     return values
 
 

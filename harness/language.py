@@ -79,7 +79,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = outputs
-        saved = [value * scale.to(value.dtype) for value in ctx.saved_tensors]
+        saved = [(value.float() * scale).to(value.dtype) for value in ctx.saved_tensors]
         hidden_gradient = saved.pop(0) if ctx.wants_hidden else None
         return hidden_gradient, None, None, None, None, *saved
 
@@ -223,6 +223,7 @@ def generate(model: nn.Module, prompts: Sequence[Prompt], config: GenerationConf
     device = next(bare.parameters()).device
     room = getattr(bare.config, "max_position_embeddings", None)
     texts = [""] * len(prompts)
+    ends = _end_tokens(prompts, tokenizer)
     # Longest first: little padding, and a batch that is too large fails at once.
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index].token_ids))
     with evaluating(bare):
@@ -249,13 +250,29 @@ def generate(model: nn.Module, prompts: Sequence[Prompt], config: GenerationConf
                 top_k=None,
                 repetition_penalty=1.0,
                 pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=ends,
                 use_cache=True,
             )
             for index, ids in zip(chosen, written[:, width:].tolist(), strict=True):
                 if tokenizer.eos_token_id in ids:
                     ids = ids[: ids.index(tokenizer.eos_token_id)]
-                text = tokenizer.decode(ids, skip_special_tokens=True)
-                stop = prompts[index].stop
-                texts[index] = text.partition(stop)[0] if stop else text
+                texts[index] = _text_before(prompts[index].stop, ids, tokenizer)
     return texts
+
+
+def _text_before(stop: str, token_ids: list[int], tokenizer: Any) -> str:
+    """The text up to what ends an answer, which may be a special token and then has no text of its own."""
+    if stop and stop in tokenizer.decode(token_ids, skip_special_tokens=False):
+        lengths = range(1, len(token_ids) + 1)
+        until = next(n for n in lengths if stop in tokenizer.decode(token_ids[:n], skip_special_tokens=False))
+        token_ids = token_ids[:until]
+    text = tokenizer.decode(token_ids, skip_special_tokens=True)
+    return text.partition(stop)[0] if stop else text
+
+
+def _end_tokens(prompts: Sequence[Prompt], tokenizer: Any) -> list[int]:
+    """The tokens after which a text has ended: the tokenizer's own, and what the chat template ends a turn with."""
+    stops = [
+        tokenizer(stop, add_special_tokens=False)["input_ids"] for stop in {prompt.stop for prompt in prompts} if stop
+    ]
+    return [tokenizer.eos_token_id, *(ids[0] for ids in stops if len(ids) == 1)]

@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from harness.sources import DataError, Source, counted_rows, digest, open_source
 logger = logging.getLogger(__name__)
 
 # Part of the cache key: raise it when the blocks made from the same files change.
-_FORMAT = 1
+_FORMAT = 2
 
 NO_TARGET = -100
 """Label of a token that is not to be predicted."""
@@ -55,7 +55,8 @@ CHATML = (
 class Prompt:
     """What a text is generated from, and what people wrote in its place.
 
-    `token_ids` are the tokens before the target, as in training; `references` all targets that the split has for them;
+    `token_ids` are the tokens before the target, as in training but never cut; `references` all targets that the split
+    has for them, also those of rows that are too long;
     `stop` is what a chat template writes after an answer.
     """
 
@@ -73,7 +74,7 @@ class _Blocks:
     is_target: list[list[bool]] = field(default_factory=list)
     piece_starts: list[list[int]] = field(default_factory=list)
     num_bytes: list[int] = field(default_factory=list)
-    texts: list[tuple[str, str, str]] = field(default_factory=list)
+    prompts: dict[str, Prompt] = field(default_factory=dict)
 
     def add(self, token_ids: list[int], is_target: list[bool], num_bytes: int) -> None:
         self.token_ids.append(token_ids)
@@ -85,9 +86,9 @@ class _Blocks:
 class TokenSplit:
     """The blocks of one split, in a fixed order; `notes` says what was left out or cut."""
 
-    def __init__(self, arrays: dict[str, np.ndarray], texts: list[list[str]], *, pad_token_id: int, isolate: bool):
+    def __init__(self, arrays: dict[str, np.ndarray], prompts: list[Prompt], *, pad_token_id: int, isolate: bool):
         self._arrays = arrays
-        self._texts = texts
+        self._prompts = prompts
         self._pad_token_id = pad_token_id
         self._isolate = isolate
         self._starts = np.concatenate([[0], np.cumsum(arrays["lengths"])])
@@ -138,17 +139,8 @@ class TokenSplit:
             yield self.batch(order[start : start + batch_size])
 
     def prompts(self) -> list[Prompt]:
-        """Each prompt once, in the order of the rows, with all its references; empty for raw text."""
-        found: dict[tuple[int, ...], Prompt] = {}
-        for index, (prompt, target, stop) in enumerate(self._texts):
-            where = slice(self._starts[index], self._starts[index + 1])
-            is_target = self._arrays["is_target"][where]
-            # Of a conversation, the last of the assistant's turns.
-            last = len(is_target) - int(np.argmax(is_target[::-1]))
-            context = np.flatnonzero(~is_target[:last])
-            ids = self._arrays["token_ids"][where][: int(context[-1]) + 1].tolist() if len(context) else []
-            found.setdefault(tuple(ids), Prompt(prompt, ids, [], stop)).references.append(target)
-        return list(found.values())
+        """Each prompt once and uncut, in the order of the rows, with all its references; of the test split alone."""
+        return self._prompts
 
 
 @dataclass(frozen=True)
@@ -183,9 +175,13 @@ def load_language_data(config: DatasetConfig, tokenizer: Tokenizer) -> LanguageD
 
     def split(name: str) -> TokenSplit:
         own = {key.partition("/")[2]: value for key, value in arrays.items() if key.startswith(f"{name}/")}
-        return TokenSplit(own, described["texts"].get(name, []), pad_token_id=tokenizer.pad_token_id, isolate=isolate)
+        prompts = [Prompt(**prompt) for prompt in described["prompts"]] if name == "test" else []
+        return TokenSplit(own, prompts, pad_token_id=tokenizer.pad_token_id, isolate=isolate)
 
-    return LanguageData(split("train"), split("val"), split("test"), source.fingerprint, described["notes"])
+    fingerprint = source.fingerprint
+    if config.task is Task.chat:
+        fingerprint = digest(fingerprint, _chat_template(config, tokenizer))
+    return LanguageData(split("train"), split("val"), split("test"), fingerprint, described["notes"])
 
 
 def _settings(config: DatasetConfig, tokenizer: Any) -> str:
@@ -208,7 +204,7 @@ def _build(source: Source, config: DatasetConfig, tokenizer: Any, path: Path) ->
     tables = {name: _usable_rows(table, name, config, source, notes) for name, table in tables.items()}
     splits = _split(tables, config)
     arrays: dict[str, np.ndarray] = {}
-    texts: dict[str, list[tuple[str, str, str]]] = {}
+    prompts: list[dict[str, Any]] = []
     for name, table in splits.items():
         blocks = _encode(table, name, config, tokenizer, notes)
         if not blocks.token_ids:
@@ -225,8 +221,8 @@ def _build(source: Source, config: DatasetConfig, tokenizer: Any, path: Path) ->
             f"{name}/num_bytes": np.array(blocks.num_bytes, dtype=np.int64),
         }
         if name == "test":
-            texts[name] = blocks.texts
-    described = json.dumps({"notes": notes, "texts": texts}).encode()
+            prompts = [asdict(prompt) for prompt in blocks.prompts.values()]
+    described = json.dumps({"notes": notes, "prompts": prompts}).encode()
     arrays["described"] = np.frombuffer(described, dtype=np.uint8)
     _save(arrays, path)
     num_tokens = sum(len(values) for key, values in arrays.items() if key.endswith("/token_ids"))
@@ -371,9 +367,17 @@ def _split(tables: dict[str, pd.DataFrame], config: DatasetConfig) -> dict[str, 
 
 def _groups(table: pd.DataFrame, config: DatasetConfig) -> np.ndarray:
     """A number for each row, the same for rows of one prompt: its references belong together."""
-    if config.task is not Task.completion:
+    if config.task is Task.causal_lm:
         return np.arange(len(table))
-    return pd.factorize(pd.Series([_prompt_text(row, config) for row in table.to_dict("records")]))[0]
+    if config.task is Task.completion:
+        keys = [_prompt_text(row, config) for row in table.to_dict("records")]
+    else:
+        keys = [json.dumps(list(messages[: _last_answer(messages)])) for messages in table[config.messages_column]]
+    return pd.factorize(pd.Series(keys))[0]
+
+
+def _last_answer(messages: Sequence[dict[str, str]]) -> int:
+    return max(index for index, message in enumerate(messages) if _is_answer(message))
 
 
 def _carve(train: pd.DataFrame, fraction: float, name: str, config: DatasetConfig) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -394,7 +398,12 @@ def _carve(train: pd.DataFrame, fraction: float, name: str, config: DatasetConfi
 
 def _prompt_text(row: dict[Any, Any], config: DatasetConfig) -> str:
     assert config.prompt_template is not None
-    return config.prompt_template.format_map(row)
+    try:
+        return config.prompt_template.format_map(row)
+    except (ValueError, KeyError, AttributeError, IndexError) as error:
+        raise DataError(
+            f"dataset.prompt_template={config.prompt_template!r}: {error}; braces hold names of columns alone."
+        ) from error
 
 
 # ---------------------------------------------------------------- tokens
@@ -464,6 +473,7 @@ class _Example:
     prompt: str
     target: str
     stop: str
+    prompt_ids: list[int]
     token_ids: list[int]
     is_target: list[bool]
 
@@ -475,9 +485,10 @@ def _completions(table: pd.DataFrame, tokenizer: Any, config: DatasetConfig) -> 
     # Prompt and target apart, so that a prompt has the same tokens in training and before generation.
     encoded = zip(prompts, targets, _token_ids(prompts, tokenizer), _token_ids(targets, tokenizer), strict=True)
     for prompt, target, prompt_ids, target_ids in encoded:
-        context = [*start, *prompt_ids]
+        # The first token has nothing before it from which it could be predicted.
+        context = [*start, *prompt_ids] or [_start_token(tokenizer)]
         ids = [*context, *target_ids, tokenizer.eos_token_id]
-        yield _Example(prompt, target, "", ids, [False] * len(context) + [True] * (len(ids) - len(context)))
+        yield _Example(prompt, target, "", context, ids, [False] * len(context) + [True] * (len(ids) - len(context)))
 
 
 def _chat_template(config: DatasetConfig, tokenizer: Any) -> str:
@@ -503,9 +514,18 @@ def _conversations(table: pd.DataFrame, tokenizer: Any, config: DatasetConfig) -
     template = _chat_template(config, tokenizer)
 
     def render(messages: list[dict[str, str]], *, ask: bool = False) -> str:
-        return str(
-            tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=ask)
-        )
+        try:
+            return str(
+                tokenizer.apply_chat_template(
+                    messages, chat_template=template, tokenize=False, add_generation_prompt=ask
+                )
+            )
+        except Exception as error:  # a template can raise whatever it likes
+            raise DataError(
+                f"dataset={config.name}: the chat template does not take a conversation of the roles "
+                f"{', '.join(message['role'] for message in messages) or 'none'} ({type(error).__name__}: {error}); "
+                "mend the rows, or set dataset.chat_template=chatml."
+            ) from error
 
     for row, value in enumerate(table[config.messages_column]):
         messages = [{"role": message["role"], "content": message["content"]} for message in value]
@@ -523,14 +543,17 @@ def _conversations(table: pd.DataFrame, tokenizer: Any, config: DatasetConfig) -
                     "keep one assistant turn in each row."
                 )
             spans.append((len(before), len(after)))
-            last_prompt, last_answer = before, message["content"]
-            stop = after[len(before) :].rpartition(last_answer)[2].strip()
+            written = after[len(before) :]
+            stop = written.rpartition(message["content"].strip())[2].strip()
+            # As the template writes it: some trim an answer, some put an empty thought before it.
+            last_prompt, last_answer = before, written.rstrip().removesuffix(stop)
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         # A token belongs to where it begins; one that reaches over the edge was partly given away.
         is_target = [any(start <= first < end for start, end in spans) for first, _ in encoded["offset_mapping"]]
         ids = list(encoded["input_ids"])
+        num_context = sum(first < spans[-1][0] for first, _ in encoded["offset_mapping"])
         # The first token has nothing before it from which it could be predicted.
-        yield _Example(last_prompt, last_answer, stop, ids, [False, *is_target[1:]])
+        yield _Example(last_prompt, last_answer, stop, ids[:num_context], ids, [False, *is_target[1:]])
 
 
 def _fitted(
@@ -540,6 +563,8 @@ def _fitted(
     blocks, counts, size = _Blocks(), Counter[str](), config.max_length
     for row, example in enumerate(examples):
         ids, mask = example.token_ids, example.is_target
+        prompt = Prompt(example.prompt, example.prompt_ids, [], example.stop)
+        blocks.prompts.setdefault(example.prompt, prompt).references.append(example.target)
         if len(ids) > size:
             if config.too_long is TooLong.error:
                 raise DataError(
@@ -550,12 +575,12 @@ def _fitted(
                 counts["dropped"] += 1
                 continue
             ids, mask = _truncated(ids, mask, size, config.task)
-            if not any(mask):
-                counts["dropped"] += 1
-                continue
-            counts["truncated"] += 1
+            if any(mask):
+                counts["truncated"] += 1
+        if not any(mask):
+            counts["dropped"] += 1
+            continue
         blocks.add(ids, mask, _target_bytes(example, ids, mask, config, tokenizer))
-        blocks.texts.append((example.prompt, example.target, example.stop))
     if counts:
         what = " and ".join(f"{count} {name}" for name, count in sorted(counts.items()))
         notes.append(

@@ -123,6 +123,9 @@ def load_model(config: ModelConfig, *, num_labels: int | None, pad_token_id: int
             model = _auto_class(num_labels).from_config(model_config, dtype=dtype, attn_implementation=config.attention)
         else:
             model = _load_weights(config, model_config, dtype, num_labels)
+    if num_labels is None:
+        # Where padding is the end-of-text token, that token is read and learned like any other.
+        model.get_input_embeddings().padding_idx = None
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # With it bitsandbytes repacks 4-bit weights at the first evaluation, and cannot train on them afterwards.

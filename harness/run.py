@@ -216,6 +216,11 @@ def prepare(config: RunConfig) -> PreparedRun:
         for setting, dataset in named.items()
         if dataset.max_length > max_tokens
     ]
+    if _generated(config) and config.dataset.generation.max_new_tokens >= max_tokens:
+        too_long.append(
+            f"dataset.generation.max_new_tokens={config.dataset.generation.max_new_tokens}: {config.model.name} reads "
+            f"at most {max_tokens} tokens, prompt and text together."
+        )
     if too_long:
         raise ConfigError(too_long)
     data: TextData | LanguageData
@@ -256,10 +261,13 @@ def _base_model(config: RunConfig) -> ModelConfig:
 def _require_packing(model_type: str, config: RunConfig) -> None:
     for setting, dataset in (("dataset", config.dataset), *config.evaluate_also.items()):
         isolated = dataset.blocks is Blocks.packed and not dataset.attend_across_documents
-        if dataset.task is Task.causal_lm and isolated and model_type not in models.PACKS_BY_POSITIONS:
+        # Flash attention reads packing from positions only in batches of one.
+        packs = model_type in models.PACKS_BY_POSITIONS and config.model.attention in ("sdpa", "eager")
+        if dataset.task is Task.causal_lm and isolated and not packs:
             raise ConfigError(
                 [
-                    f"{setting}.blocks=packed: a {model_type} model would attend across documents; set "
+                    f"{setting}.blocks=packed: a {model_type} model with model.attention={config.model.attention} "
+                    f"would attend across documents; set model.attention=sdpa where the model allows packing, "
                     f"{setting}.blocks=cut, or say that it may with {setting}.attend_across_documents=true."
                 ]
             )
@@ -311,9 +319,10 @@ def _train_and_evaluate(
         metrics |= device_peaks(device)  # before the test split: peaks are those of training and validation
         with prepared.accelerator.autocast():
             metrics |= _score_test(prepared, outcome, before)
-            metrics |= _score_generations(prepared, folder)
         if config.save_weights:
             metrics["checkpoint_bytes"] = _save(prepared, folder)
+        with prepared.accelerator.autocast():
+            metrics |= _score_generations(prepared, folder)
     except (PreemptedError, ClaimLostError):
         raise
     except TrainingDivergedError as problem:
@@ -360,7 +369,7 @@ def _train(prepared: PreparedRun, journal: RunJournal | FollowingJournal) -> Tra
         config=config.trainer,
         accelerator=prepared.accelerator,
         journal=journal,
-        shard_model=config.shard_model,
+        shard_model=config.shard_model and prepared.accelerator.num_processes > 1,
         flops=_step_flops(prepared),
     )
 
@@ -464,10 +473,15 @@ def _score_test(prepared: PreparedRun, outcome: TrainingOutcome, before: dict[st
     return scores
 
 
+def _generated(config: RunConfig) -> list[str]:
+    """The wanted scores of generated texts."""
+    return [name for name in config.dataset.metrics if name in GENERATION_METRICS]
+
+
 def _score_generations(prepared: PreparedRun, folder: Path) -> dict[str, float]:
     """Generates from the test split's prompts at the best step, keeps the texts and scores them."""
     config, data = prepared.config.dataset, prepared.data
-    wanted = [name for name in (*config.metrics, config.best_metric) if name in GENERATION_METRICS]
+    wanted = _generated(prepared.config)
     if not wanted or not isinstance(data, LanguageData):
         return {}
     prompts = data.test.prompts()[: config.generation.num_examples]

@@ -66,6 +66,8 @@ def _open_files(config: DatasetConfig) -> Source:
         return {split: _read_file(path, config) for split, path in files.items()}, []
 
     hashes = {split: file_digest(path) for split, path in files.items()}
+    if config.task.is_language:  # the same bytes are other rows under another ending
+        hashes |= {f"{split}_ending": path.suffix for split, path in files.items()}
     if any(path.suffix == ".txt" for path in files.values()) and config.line_separator is not None:
         hashes["lines"] = json.dumps([config.line_separator, config.line_columns])
     description = ", ".join(path.name for path in files.values())

@@ -405,6 +405,7 @@ def test_how_scaling_follows_the_rank(rank: int, alpha: float) -> None:
 
 # Every setting that cannot change a result. Each other one belongs to a run's identity.
 NOT_SCIENTIFIC = {
+    "dataset.generation.batch_size",
     "method.learning_rate",  # trainer.learning_rate is what counts
     "trainer.eval_batch_size",
     "trainer.checkpoint_every",

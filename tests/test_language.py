@@ -365,6 +365,23 @@ def test_a_text_ends_where_the_template_ends_an_answer(knowing: Any) -> None:
     assert generate(knowing, [prompt], GenerationConfig(max_new_tokens=30), TOKENIZER) == ["long"]
 
 
+def test_a_stop_that_is_a_special_token_ends_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = models.load_tokenizer(TINY["gpt2"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model = tiny("gpt2")
+    asked: dict[str, Any] = {}
+
+    def generate_more(rows: torch.Tensor, **options: Any) -> torch.Tensor:
+        asked.update(options)
+        return torch.cat([rows, torch.tensor([[*ids("42"), stop, *ids("\nuser: more")]])], dim=1)
+
+    monkeypatch.setattr(model, "generate", generate_more)
+    prompt = Prompt("", ids("what?"), ["42"], stop="<|im_end|>")
+    assert generate(model, [prompt], GenerationConfig(), tokenizer) == ["42"]
+    assert asked["eos_token_id"] == [tokenizer.eos_token_id, stop]
+
+
 def test_generation_settings_reach_the_search(knowing: Any) -> None:
     prompt = Prompt("a", [TOKENIZER.bos_token_id, *ids("a")], [""])
     assert generate(knowing, [prompt], GenerationConfig(max_new_tokens=4), TOKENIZER) == ["long"]

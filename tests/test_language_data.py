@@ -341,10 +341,74 @@ def test_a_template_of_ones_own_and_one_that_rewrites_earlier_turns(tmp_path: Pa
 
 def test_conversations_from_parquet(tmp_path: Path) -> None:
     path = tmp_path / "chats.parquet"
-    pd.DataFrame({"messages": [CHAT] * 4}).to_parquet(path)
+    asked = [[turn("user", f"{number}?"), turn("assistant", "yes")] for number in range(4)]
+    pd.DataFrame({"messages": asked}).to_parquet(path)
     config = DatasetConfig(name="p", train_file=str(path), task=Task.chat, chat_template="chatml", max_length=256)
     data = load_language_data(config, TOKENIZER)
     assert (len(data.train), len(data.val), len(data.test)) == (2, 1, 1)
+
+
+def test_a_cut_conversation_is_asked_for_its_last_answer_with_all_that_comes_before(tmp_path: Path) -> None:
+    long = [turn("user", "q"), turn("assistant", "first"), turn("user", "u" * 60), turn("assistant", "second")]
+    data = chats(tmp_path, [long], max_length=80)
+    (prompt,) = data.test.prompts()
+    assert prompt.references == ["second"]
+    assert text_of(prompt.token_ids) == prompt.text
+    assert prompt.text.endswith("u<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_answers_to_one_question_stay_together(tmp_path: Path) -> None:
+    rows = [{"messages": [turn("user", f"{n // 2}?"), turn("assistant", str(n))]} for n in range(20)]
+    data = load(tmp_path, {"train": rows}, task=Task.chat, chat_template="chatml", max_length=64)
+    assert all(len(prompt.references) == 2 for prompt in data.test.prompts())
+
+
+def test_a_reference_is_the_answer_as_the_template_writes_it(tmp_path: Path) -> None:
+    path = tmp_path / "template.jinja"
+    path.write_text("{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] | trim }}<end>{% endfor %}")
+    (prompt,) = chats(
+        tmp_path, [[turn("user", "hi"), turn("assistant", "42\n")]], chat_template=str(path)
+    ).test.prompts()
+    assert (prompt.stop, prompt.references) == ("<end>", ["a:42"])
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no such role') }}", "{% for %}"])
+def test_a_template_that_fails_is_named(tmp_path: Path, template: str) -> None:
+    path = tmp_path / "template.jinja"
+    path.write_text(template)
+    with pytest.raises(DataError, match="the chat template does not take a conversation of the roles system, user"):
+        chats(tmp_path, [CHAT], chat_template=str(path))
+
+
+def test_references_of_rows_that_are_too_long_still_count(tmp_path: Path) -> None:
+    rows = [{"q": "p" * 10, "a": "short"}, {"q": "p" * 10, "a": "l" * 40}, {"q": "x", "a": "y"}]
+    for too_long in (TooLong.truncate, TooLong.drop):
+        prompts = completions(tmp_path, rows, too_long=too_long).test.prompts()
+        assert [prompt.references for prompt in prompts] == [["short", "l" * 40], ["y"]]
+        assert text_of(prompts[0].token_ids) == "pppppppppp -> "
+
+
+def test_the_first_token_is_never_a_target(tmp_path: Path) -> None:
+    tokenizer = models.load_tokenizer(ModelConfig(name="tiny_gpt2", tiny=TinyModel.gpt2))
+    tokenizer.bos_token = None
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"q": "", "a": f"t{n}"}) + "\n" for n in range(2)))
+    files = dict.fromkeys(("train_file", "val_file", "test_file"), str(path))
+    config = DatasetConfig(name="x", task=Task.completion, prompt_template="{q}", target_column="a", **files)
+    batch = load_language_data(config, tokenizer).train.batch([0])
+    assert batch.labels[0, 0] == NO_TARGET
+    assert batch.num_targets == 3
+
+
+def test_the_same_bytes_under_another_ending_are_other_rows(tmp_path: Path) -> None:
+    texts = []
+    for ending in ("txt", "jsonl"):
+        path = tmp_path / f"rows.{ending}"
+        path.write_text("".join(json.dumps({"text": f"t{n}"}) + "\n" for n in range(4)))
+        files = dict.fromkeys(("train_file", "val_file", "test_file"), str(path))
+        data = load_language_data(DatasetConfig(name="x", task=Task.causal_lm, max_length=32, **files), TOKENIZER)
+        texts.append(text_of(targets(data.train, 0)))
+    assert texts == ['{"text": "t0"}', "t0"]
 
 
 # ---------------------------------------------------------------- splits and cache

@@ -258,7 +258,9 @@ def test_a_family_that_cannot_be_packed_is_refused(data: Path, tmp_path: Path) -
     ).save_pretrained(folder)
     models.load_tokenizer(config(data, tmp_path).model).save_pretrained(folder)
     model = {"name": "opt", "tiny": None, "path": str(folder)}
-    with pytest.raises(ConfigError, match=r"dataset.blocks=packed: a opt model would attend across documents"):
+    with pytest.raises(
+        ConfigError, match=r"dataset.blocks=packed: a opt model with model.attention=sdpa would attend across documents"
+    ):
         plan(config(data, tmp_path, model=model))
     assert run(config(data, tmp_path, model=model, dataset={"blocks": "cut"})).status is Status.FINISHED
 
