@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -83,19 +84,26 @@ def _summed_loss(task: Task, logits: Tensor, labels: Tensor, label_smoothing: fl
     return functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
 
 
-@torch.no_grad()
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout and gradients; the training mode is what it was afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
 def predict(model: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
     """Logits `(examples, labels)` and labels `(examples,)` of all batches, on the CPU, without dropout."""
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     logits, labels = [], []
-    try:
+    with evaluating(model):
         for batch in batches:
             logits.append(_logits(model, batch.to(device)).cpu())
             labels.append(batch.labels)
-    finally:
-        model.train(was_training)
     return torch.cat(logits), torch.cat(labels)
 
 

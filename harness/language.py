@@ -8,8 +8,7 @@ one chunk of them alive.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch.nn import functional
 
 from harness.config import GenerationConfig
 from harness.data import Batch
-from harness.evaluate import Evaluation
+from harness.evaluate import Evaluation, evaluating
 from harness.language_data import NO_TARGET, Prompt, TokenSplit
 
 # 128 MiB of float32 logits at once; their gradient takes as much again.
@@ -85,7 +84,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, targets: Tensor, head: nn.Module, *, chunk: int, label_smoothing: float = 0.0
+    hidden: Tensor,
+    targets: Tensor,
+    head: nn.Module,
+    *,
+    chunk: int,
+    label_smoothing: float = 0.0,
+    forward: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Cross-entropy in nats of `head(hidden)` against `targets`, summed, with at most `chunk` rows of logits alive.
 
@@ -95,18 +100,9 @@ def chunked_cross_entropy(
         head: a module from `(n, width)` to logits `(n, classes)`; its trainable parameters get gradients.
         chunk: rows of logits at once.
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
+        forward: what computes the logits in place of the head's own `forward`.
     """
-    return _summed_loss(head, hidden, targets, head.forward, chunk, label_smoothing)
-
-
-def _summed_loss(
-    head: nn.Module,
-    hidden: Tensor,
-    targets: Tensor,
-    forward: Callable[[Tensor], Tensor],
-    chunk: int,
-    label_smoothing: float,
-) -> Tensor:
+    forward = forward or head.forward
     parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
     if torch.is_grad_enabled() and (hidden.requires_grad or parameters):
         return _ChunkedCrossEntropy.apply(hidden, targets, forward, chunk, label_smoothing, *parameters)
@@ -145,7 +141,9 @@ def summed_nll(
     forward = head.forward
 
     def loss_instead_of_logits(hidden: Tensor) -> Tensor:
-        return _summed_loss(head, hidden[:, :-1][wanted], chosen, forward, chunk, label_smoothing)
+        return chunked_cross_entropy(
+            hidden[:, :-1][wanted], chosen, head, chunk=chunk, label_smoothing=label_smoothing, forward=forward
+        )
 
     head.forward = loss_instead_of_logits
     try:
@@ -200,18 +198,6 @@ class LanguageObjective:
             scores["perplexity"] = math.exp(nll)
         # All three fall together.
         return Evaluation(scores, -nll)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and gradients; the training mode is what it was afterwards."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def generate(model: nn.Module, prompts: Sequence[Prompt], config: GenerationConfig, tokenizer: Any) -> list[str]:

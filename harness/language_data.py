@@ -14,12 +14,11 @@ with the last token of the block before, as context, so that every token of a do
 
 from __future__ import annotations
 
+import io
 import json
 import logging
-import os
 import re
 import string
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -34,6 +33,7 @@ import torch
 from harness.assets import cache_dir
 from harness.config import Blocks, DatasetConfig, Task, TooLong
 from harness.data import Batch, Tokenizer, tokenizer_text
+from harness.results import write_atomically
 from harness.sources import DataError, Source, counted_rows, digest, open_source
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class _Blocks:
 
 
 class TokenSplit:
-    """The blocks of one split, in a fixed order; `notes` says what was left out or cut."""
+    """The blocks of one split, in a fixed order, and of the test split the prompts to generate from."""
 
     def __init__(self, arrays: dict[str, np.ndarray], prompts: list[Prompt], *, pad_token_id: int, isolate: bool):
         self._arrays = arrays
@@ -230,12 +230,10 @@ def _build(source: Source, config: DatasetConfig, tokenizer: Any, path: Path) ->
 
 
 def _save(arrays: dict[str, np.ndarray], path: Path) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-", ignore_cleanup_errors=True) as scratch:
-            partial = Path(scratch) / "blocks.npz"
-            np.savez(partial, **arrays)
-            os.replace(partial, path)
+        write_atomically(path, buffer.getvalue())
     except OSError as error:
         raise DataError(
             f"the cache folder {path.parent} cannot be written ({error.strerror or error}); set LORA_HARNESS_CACHE to "
