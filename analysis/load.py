@@ -1,17 +1,13 @@
 """From result files to one frame with a row per ended run.
 
-A sweep is known by `runs_dir/sweeps/<sweep>.json`, which the launcher writes:
-
-    {"sweep": "demo", "run_ids": ["...", ...], "command": "python -m harness -m sweeps=demo", "created": "2025-..."}
-
-It decides which runs belong to the sweep, their order, and which are still to do. A run that two sweeps share was
-computed by one of them, so the `sweep` in its result file cannot tell; it is looked at only where that file is missing.
+A sweep is known by its launches (`harness/launches.py`): together they decide which runs belong to the sweep, their
+order, and which are still to do. A run that two sweeps share was computed by one of them, so the `sweep` in its result
+file cannot tell; it is looked at only where no launch is recorded.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +15,9 @@ from typing import Any
 
 import pandas as pd
 
+from harness.launches import SWEEPS_DIR, Launch, LaunchError, SweepLaunches, launched_sweeps, read_launches
 from harness.results import METRICS, RESULT_FILE, ResultError, RunResult, read_result
 
-SWEEPS_DIR = "sweeps"
 CURVE_FILE = "metrics.jsonl"
 
 # Without these a run has no place in a table.
@@ -83,9 +79,10 @@ class Runs:
             tuples; every metric of the registry as float64; the environment (`environment.versions.torch`). Missing
             is None, for a metric NaN.
         sweep: its name; None for a whole folder.
-        command: what started the sweep, None where no sweep file says so.
+        command: what started the sweep last, None where no launch says so.
         created: when, in ISO format; likewise.
-        to_do: run ids that belong to the sweep and have no result; None where no sweep file lists them.
+        launches: every launch of the sweep, the oldest first.
+        to_do: run ids that belong to the sweep and have no result; None where no launch lists them.
         unreadable: run ids that belong to the sweep and whose result is among the problems.
         problems: one sentence for each file that was left out.
     """
@@ -94,16 +91,10 @@ class Runs:
     sweep: str | None = None
     command: str | None = None
     created: str | None = None
+    launches: list[Launch] = field(default_factory=list)
     to_do: list[str] | None = None
     unreadable: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _SweepFile:
-    run_ids: list[str]
-    command: str | None
-    created: str | None
 
 
 def load_runs(runs_dir: Path, *, sweep: str | None = None, need_ended: bool = True) -> Runs:
@@ -120,9 +111,9 @@ def load_runs(runs_dir: Path, *, sweep: str | None = None, need_ended: bool = Tr
             f"runs_dir={runs_dir}: no such folder. Name the folder that holds the runs with --runs-dir, "
             "or make runs first: python -m harness -m sweeps=demo"
         )
-    sweep_file = None if sweep is None else _read_sweep_file(runs_dir, sweep)
-    if sweep is not None and sweep_file is not None:
-        return _load_listed(runs_dir, sweep, sweep_file, need_ended)
+    launched = None if sweep is None else _launches_of(runs_dir, sweep)
+    if launched is not None:
+        return _load_listed(runs_dir, launched, need_ended)
     rows, problems = _read_rows(sorted(_result_paths(runs_dir)))
     if not rows:
         raise LoadError(
@@ -143,20 +134,22 @@ def load_runs(runs_dir: Path, *, sweep: str | None = None, need_ended: bool = Tr
     return Runs(_frame(rows), sweep=sweep, problems=problems)
 
 
-def _load_listed(runs_dir: Path, sweep: str, sweep_file: _SweepFile, need_ended: bool) -> Runs:
-    paths = {run_id: runs_dir / run_id / RESULT_FILE for run_id in sweep_file.run_ids}
+def _load_listed(runs_dir: Path, launched: SweepLaunches, need_ended: bool) -> Runs:
+    sweep, last = launched.sweep, launched.launches[-1]
+    paths = {run_id: runs_dir / run_id / RESULT_FILE for run_id in launched.run_ids}
     rows, problems = _read_rows([path for path in paths.values() if path.exists()])
     if not rows and need_ended:
         raise LoadError(
             f"sweep={sweep!r}: none of its {len(paths)} runs has ended in {runs_dir} yet. "
-            f"Its command: {sweep_file.command or 'unknown'}" + _listing(problems)
+            f"Its command: {last.command or 'unknown'}" + _listing(problems)
         )
     read = {row["run_id"] for row in rows}
     return Runs(
         _frame(rows),
         sweep=sweep,
-        command=sweep_file.command,
-        created=sweep_file.created,
+        command=last.command,
+        created=last.created,
+        launches=launched.launches,
         to_do=[run_id for run_id, path in paths.items() if not path.exists()],
         unreadable=[run_id for run_id, path in paths.items() if path.exists() and run_id not in read],
         problems=problems,
@@ -199,30 +192,19 @@ def _result_paths(runs_dir: Path) -> Iterator[Path]:
     return (path for path in runs_dir.glob(f"*/{RESULT_FILE}") if path.parent.name != SWEEPS_DIR)
 
 
-def _read_sweep_file(runs_dir: Path, sweep: str) -> _SweepFile | None:
-    path = runs_dir / SWEEPS_DIR / f"{sweep}.json"
-    if not path.is_file():
-        return None
-    remedy = f"Run the sweep again to rewrite it, or delete it: the runs that {sweep} computed itself are then taken."
+def _launches_of(runs_dir: Path, sweep: str) -> SweepLaunches | None:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise LoadError(f"{path}: not readable as JSON ({error}). {remedy}") from error
-    run_ids = raw.get("run_ids") if isinstance(raw, dict) else None
-    if not isinstance(run_ids, list) or not all(isinstance(run_id, str) for run_id in run_ids):
-        raise LoadError(f"{path}: expected an object with run_ids, a list of names. {remedy}")
-    odd = [run_id for run_id in run_ids if not re.fullmatch(r"[\w][\w.+-]*", run_id)]
-    if odd:
-        raise LoadError(f"{path}: {odd[0]!r:.80} in run_ids is no name of a run. {remedy}")
-    if raw.get("sweep") != sweep:
-        raise LoadError(f"{path}: is about sweep {raw.get('sweep')!r}, not {sweep!r}. {remedy}")
-    command, created = (value if isinstance(value, str) else None for value in (raw.get("command"), raw.get("created")))
-    return _SweepFile(run_ids, _as_text(command), _as_text(created))
+        found = read_launches(runs_dir, sweep)
+    except LaunchError as error:
+        raise LoadError(str(error)) from error
+    if found is None:
+        return None
+    texts = (Launch(launch.run_ids, _as_text(launch.command), _as_text(launch.created)) for launch in found.launches)
+    return SweepLaunches(sweep, list(texts))
 
 
 def _known_sweeps(runs_dir: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
-    listed = {path.stem for path in (runs_dir / SWEEPS_DIR).glob("*.json")}
-    return sorted(listed | {row["sweep"] for row in rows if row["sweep"] is not None})
+    return sorted({*launched_sweeps(runs_dir), *(row["sweep"] for row in rows if row["sweep"] is not None)})
 
 
 def _listing(problems: Sequence[str]) -> str:

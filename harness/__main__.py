@@ -13,11 +13,15 @@ import traceback
 from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from harness.config import ConfigError, explain_omegaconf, from_composed, register
+from harness.config import ConfigError, RunConfig, explain_omegaconf, from_composed, register, run_id
+from harness.folder import require_writable
+from harness.launches import command_line, record_launch
 from harness.results import Status
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
@@ -51,6 +55,7 @@ def main() -> int:
 
         try:
             plan(config)  # a wrong placement is told before anything is downloaded or tokenised
+            _record_single_run(config)
             result = run(config)
         except (*USER_ERRORS, RunClaimedError) as error:
             _print_problem(error)
@@ -78,6 +83,14 @@ def main() -> int:
         _print_problem(_explain_composing(error))
         return 2
     return max(exit_codes, default=0)
+
+
+def _record_single_run(config: RunConfig) -> None:
+    """A run that names its sweep belongs to it, as W&B's agents launch them; the sweeper records those of `-m`."""
+    is_single = HydraConfig.get().mode is RunMode.RUN
+    if config.sweep is not None and is_single and os.environ.get("RANK", "0") == "0":
+        require_writable(config.runs_dir)
+        record_launch(Path(config.runs_dir), config.sweep, run_ids=[run_id(config)], command=command_line())
 
 
 def _came_from_composing(error: Exception) -> bool:

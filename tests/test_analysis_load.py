@@ -17,6 +17,7 @@ import pytest
 from analysis import select
 from analysis.load import LoadError, load_curves, load_runs
 from harness.config import from_dict, to_dict
+from harness.launches import record_launch
 from harness.results import METRICS, RunResult, Status, write_result
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -265,6 +266,18 @@ def test_a_sweep_file_decides_membership_order_and_what_is_to_do(tmp_path: Path)
     assert (runs.sweep, runs.command, runs.created) == ("second", "python -m harness -m sweeps=second", "2025-11")
 
 
+def test_a_sweep_is_the_union_of_its_launches(tmp_path: Path) -> None:
+    save_run(tmp_path, "a")
+    save_run(tmp_path, "c")
+    save_sweep(tmp_path, "demo", ["a", "b"])  # as earlier versions wrote it
+    record_launch(tmp_path, "demo", run_ids=["c", "a"], command="python -m harness -m sweeps=demo rank=r4")
+    runs = load_runs(tmp_path, sweep="demo")
+    assert list(runs.frame["run_id"]) == ["a", "c"]
+    assert runs.to_do == ["b"]
+    assert [launch.run_ids for launch in runs.launches] == [["a", "b"], ["c", "a"]]
+    assert runs.command == "python -m harness -m sweeps=demo rank=r4"
+
+
 def test_without_a_sweep_file_a_sweep_has_the_runs_that_it_computed(tmp_path: Path) -> None:
     save_run(tmp_path, "a", sweep="first")
     save_run(tmp_path, "b", sweep="second")
@@ -311,8 +324,8 @@ def test_a_sweep_file_that_cannot_be_read_is_an_error(tmp_path: Path, content: s
     with pytest.raises(LoadError) as error:
         load_runs(tmp_path, sweep="demo")
     assert str(error.value) == (
-        f"{path}: {problem}. Run the sweep again to rewrite it, or delete it: the runs that demo computed itself are "
-        "then taken."
+        f"{path}: {problem}. Delete the file and run its sweep again: the other launches stand, and without any the "
+        "runs that demo computed itself are taken."
     )
 
 

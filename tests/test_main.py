@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 import harness.run
 from harness.__main__ import main
+from harness.launches import read_launches
 
 ROOT = Path(__file__).resolve().parent.parent
 LORA = ("rank=r8", "target_layers=qv")
@@ -104,7 +105,7 @@ def assert_refused(outcome: Outcome, tmp_path: Path, *messages: str) -> None:
 
 
 def test_a_good_run_ends_with_0_and_a_result(arguments: list[str], tmp_path: Path) -> None:
-    outcome = run_process(*arguments, *LORA)
+    outcome = run_process(*arguments, *LORA, "sweep=agents")
     assert outcome.exit_code == 0, outcome.stderr
     (result_path,) = (tmp_path / "runs").glob("*/result.json")
     result = json.loads(result_path.read_text())
@@ -112,6 +113,8 @@ def test_a_good_run_ends_with_0_and_a_result(arguments: list[str], tmp_path: Pat
     assert result["metrics"]["num_steps"] == 5
     assert {"val_accuracy", "test_accuracy", "peak_memory_bytes"} <= result["metrics"].keys()
     assert f"{result['run_id']}: finished" in outcome.stderr
+    launches = read_launches(tmp_path / "runs", "agents")
+    assert launches is not None and launches.run_ids == [result["run_id"]]
 
 
 def test_a_wrong_setting_ends_a_process_with_2(arguments: list[str], tmp_path: Path) -> None:

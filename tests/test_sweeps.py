@@ -18,6 +18,7 @@ from transformers import GPT2Config, LlamaConfig, RobertaConfig
 from harness import models
 from harness.__main__ import main
 from harness.config import to_dict
+from harness.launches import read_launches
 from harness.measure import environment
 from harness.results import RunResult, Status, write_result
 from hydra_plugins.lora_harness import sweeper as sweeper_module
@@ -138,8 +139,24 @@ def test_every_sweep_file_expands_validates_and_counts_right(
     assert code == 0
     assert len(seen["launched"]) == announced
     assert {run.config.sweep for run in seen["runs"]} == {path.stem}
-    membership = (tmp_path / "sweeps" / f"{path.stem}.json").read_text()
-    assert all(run.run_id in membership for run in seen["runs"])
+    launches = read_launches(tmp_path, path.stem)
+    assert launches is not None
+    assert launches.run_ids == [run.run_id for run in seen["runs"]]
+
+
+def test_a_part_of_a_sweep_is_added_to_what_was_launched_before(sweep: Any, tmp_path: Path) -> None:
+    _, seen = sweep("sweeps=demo", "model=tiny_bert")
+    whole = [run.run_id for run in seen["runs"]]
+    _, seen = sweep("sweeps=demo", "model=tiny_bert", "rank=r4", "seed=0,1,2")
+    launches = read_launches(tmp_path, "demo")
+    assert launches is not None
+    assert launches.run_ids == list(dict.fromkeys([*whole, *(run.run_id for run in seen["runs"])]))
+    assert len(launches.run_ids) == 6 + 10  # rank 4 in two placements with three seeds; two more seeds of full and head
+    assert [(launch.command or "").split()[-2:] for launch in launches.launches] == [
+        ["sweeps=demo", "model=tiny_bert"],
+        ["rank=r4", "seed=0,1,2"],
+    ]
+    assert [len(added) for added in launches.added_run_ids] == [6, 10]
 
 
 def test_the_embedded_language_model_is_what_its_sweep_makes(newsgpt: str) -> None:

@@ -10,9 +10,7 @@ on the command line replaces the axis of the same name in every grid that has it
 
 from __future__ import annotations
 
-import datetime
 import logging
-import shlex
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -36,7 +34,8 @@ from rich.table import Table
 
 from harness.config import ConfigError, RunConfig, run_id
 from harness.folder import require_writable, run_dir, run_state
-from harness.results import RESULT_FILE, Status, read_result, write_json_atomically
+from harness.launches import command_line, record_launch
+from harness.results import RESULT_FILE, Status, read_result
 from hydra_plugins.lora_harness._composing import compose_run
 from hydra_plugins.lora_harness._grids import GridError, Overrides, expand
 
@@ -44,8 +43,6 @@ if TYPE_CHECKING:
     from harness.run import Plan
 
 logger = logging.getLogger("harness")
-
-SWEEPS_DIR = "sweeps"
 
 
 @dataclass
@@ -103,7 +100,7 @@ class GridSweeper(Sweeper):
         try:
             for runs_dir in {run.config.runs_dir for run in runs}:
                 require_writable(runs_dir)
-            _write_membership(runs)
+            _record_launches(runs)
         except OSError as error:
             raise ConfigError([str(error)]) from error
         returns = self.launcher.launch([list(run.overrides) for run in runs], initial_job_idx=0)
@@ -232,17 +229,11 @@ def _merge_equal(runs: Sequence[SweepRun]) -> list[SweepRun]:
     return list(kept.values())
 
 
-def _write_membership(runs: Sequence[SweepRun]) -> None:
+def _record_launches(runs: Sequence[SweepRun]) -> None:
     """Says which runs a named sweep has: the report needs it, because two sweeps may share a run."""
     by_sweep: dict[tuple[str, str], list[str]] = {}
     for run in runs:
         if run.config.sweep is not None:
             by_sweep.setdefault((run.config.runs_dir, run.config.sweep), []).append(run.run_id)
     for (runs_dir, sweep), run_ids in by_sweep.items():
-        membership = {
-            "sweep": sweep,
-            "run_ids": run_ids,
-            "command": "python -m harness " + shlex.join(sys.argv[1:]),
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        }
-        write_json_atomically(Path(runs_dir) / SWEEPS_DIR / f"{sweep}.json", membership)
+        record_launch(Path(runs_dir), sweep, run_ids=run_ids, command=command_line())

@@ -1,0 +1,52 @@
+"""Launches of a sweep: written once each, united on reading."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from harness.launches import LaunchError, launched_sweeps, read_launches, record_launch
+
+
+def test_launches_are_united_in_the_order_in_which_runs_were_first_named(tmp_path: Path) -> None:
+    for run_ids in (["b", "a"], ["a", "c"], ["c"]):
+        record_launch(tmp_path, "demo", run_ids=run_ids, command=f"python -m harness {run_ids}")
+    found = read_launches(tmp_path, "demo")
+    assert found is not None
+    assert found.run_ids == ["b", "a", "c"]
+    assert found.added_run_ids == [["b", "a"], ["c"], []]
+    assert [launch.command for launch in found.launches] == [
+        "python -m harness ['b', 'a']",
+        "python -m harness ['a', 'c']",
+        "python -m harness ['c']",
+    ]
+    assert launched_sweeps(tmp_path) == ["demo"]
+    assert read_launches(tmp_path, "other") is None
+
+
+def _launch(runs_dir: Path, barrier: object, number: int) -> None:
+    barrier.wait()  # type: ignore[attr-defined]
+    record_launch(runs_dir, "demo", run_ids=[f"run{number}"], command="x")
+
+
+def test_launchers_that_start_at_once_are_all_in_it(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(8)
+    processes = [context.Process(target=_launch, args=(tmp_path, barrier, number)) for number in range(8)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    found = read_launches(tmp_path, "demo")
+    assert found is not None
+    assert sorted(found.run_ids) == [f"run{number}" for number in range(8)]
+
+
+def test_one_damaged_file_is_named(tmp_path: Path) -> None:
+    record_launch(tmp_path, "demo", run_ids=["a"], command="x")
+    damaged = record_launch(tmp_path, "demo", run_ids=["b"], command="x")
+    damaged.write_text("{")
+    with pytest.raises(LaunchError, match=f"{damaged.name}: not readable as JSON.*the other launches stand"):
+        read_launches(tmp_path, "demo")
