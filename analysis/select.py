@@ -359,6 +359,7 @@ _WITHOUT_EFFECT = {
     "config.dataset.generation.batch_size",
     "environment.hostname",  # a name; what the machine is made of is compared
     "environment.data_notes",  # follow from the data and the tokenizer, which are compared
+    "environment.model_notes",  # follow from the base model, likewise
     "environment.started_at",
     "environment.first_step_at",
     "environment.ended_at",

@@ -456,6 +456,14 @@ def reset_device_peaks(device: torch.device | str, *, cuda: Any = torch.cuda) ->
         cuda.reset_peak_memory_stats(device)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out, on a GPU or on the CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # PyTorch's CPU allocator has no exception of its own.
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
 def device_peaks(device: torch.device | str, *, cuda: Any = torch.cuda) -> dict[str, int]:
     """Peaks of the CUDA caching allocator since `reset_device_peaks`, in bytes; `{}` unless the device is CUDA."""
     if torch.device(device).type != "cuda":

@@ -10,14 +10,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-from collections.abc import Iterator
+import pickle
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -37,8 +40,9 @@ from transformers.utils import logging as transformers_logging
 
 from harness.assets import asset_dir, cache_dir
 from harness.config import ModelConfig, Quantization, ScratchConfig, TinyModel
+from harness.measure import is_out_of_memory
 from harness.parallel import whole
-from harness.placement import ARCHITECTURES
+from harness.placement import ARCHITECTURES, head_modules
 from harness.results import write_atomically
 from harness.sources import digest, file_digest, read_column
 
@@ -109,11 +113,28 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(config: ModelConfig, *, num_labels: int | None, pad_token_id: int, seed: int) -> PreTrainedModel:
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model as it was loaded.
+
+    `head` names the modules that are drawn from the seed and trained with every method: the task head, and what stands
+    between base and head where the checkpoint lacks it (`Architecture.optional`). `notes` says what else of the
+    checkpoint was not used, one sentence each.
+    """
+
+    model: PreTrainedModel
+    head: tuple[str, ...]
+    notes: list[str]
+
+
+def load_model(config: ModelConfig, *, num_labels: int | None, pad_token_id: int, seed: int) -> BaseModel:
     """The base model in `config.dtype` with a fresh head of `num_labels` outputs, drawn from `seed`.
 
-    The head is the same for every method at a seed. With `num_labels` None, the language model as it is. Raises
-    `ModelError`.
+    The head is the same for every method at a seed, also where the checkpoint holds one: runs start equal. With
+    `num_labels` None, the language model as it is.
+
+    Raises:
+        ModelError: a source that cannot be read, or a checkpoint that lacks a tensor of the base model.
     """
     model_config = load_model_config(config, num_labels=num_labels, pad_token_id=pad_token_id)
     dtype = getattr(torch, config.dtype)
@@ -121,8 +142,10 @@ def load_model(config: ModelConfig, *, num_labels: int | None, pad_token_id: int
     with _explained(config), _quiet():
         if _is_tiny(config) or _is_scratch(config):
             model = _auto_class(num_labels).from_config(model_config, dtype=dtype, attn_implementation=config.attention)
+            loaded = BaseModel(model, _head(model_config, num_labels), [])
         else:
-            model = _load_weights(config, model_config, dtype, num_labels)
+            loaded = _load_weights(config, model_config, dtype, num_labels, seed)
+    model = loaded.model
     if num_labels is None:
         # Where padding is the end-of-text token, that token is read and learned like any other.
         model.get_input_embeddings().padding_idx = None
@@ -136,49 +159,218 @@ def load_model(config: ModelConfig, *, num_labels: int | None, pad_token_id: int
             f"model.dropout={config.dropout}: {type(model).__name__} keeps dropout {sorted(odd)} under a name that "
             f"harness/models.py does not know; add it to _DROPOUT_FIELDS."
         )
-    return model
+    return loaded
 
 
 def _auto_class(num_labels: int | None) -> Any:
     return AutoModelForCausalLM if num_labels is None else AutoModelForSequenceClassification
 
 
+def _head(model_config: PreTrainedConfig, num_labels: int | None) -> tuple[str, ...]:
+    """The task head's modules; none on an architecture that cannot be adapted, which the placement refuses later."""
+    known = ARCHITECTURES.get(model_config.model_type)
+    return () if known is None else head_modules(model_config.model_type, language_model=num_labels is None)
+
+
 def _load_weights(
-    config: ModelConfig, model_config: PreTrainedConfig, dtype: torch.dtype, num_labels: int | None
-) -> PreTrainedModel:
+    config: ModelConfig, model_config: PreTrainedConfig, dtype: torch.dtype, num_labels: int | None, seed: int
+) -> BaseModel:
+    head = _head(model_config, num_labels)
     try:
-        return _auto_class(num_labels).from_pretrained(
+        model, report = _auto_class(num_labels).from_pretrained(
             *_source(config),
             config=model_config,
             dtype=dtype,
             attn_implementation=config.attention,
+            # Shapes are compared below: a head of another shape is no fault, it is drawn anew.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
             **_revision(config),
-            **_quantization(config),
+            **_quantization(config, model_config, head),
         )
     except SafetensorError as error:
         raise ModelError(f"model={config.name}: the tensor file of {_where(config)} is damaged ({error}).") from error
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
+    except (pickle.UnpicklingError, EOFError, LookupError, RuntimeError) as error:
+        if is_out_of_memory(error):
             raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ModelError(f"model={config.name}: the tensors of {_where(config)} cannot be read ({reason}).") from error
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(_holds_an_adapter(f"model={config.name}", _where(config)))
+    optional = _optional_modules(model, report["missing_keys"])
+    if optional and config.quantization is not Quantization.none:
         raise ModelError(
-            f"model={config.name}: the tensors of {_where(config)} have other shapes than its config.json with a head "
-            f"of {model_config.num_labels} outputs, which dataset needs. A model with a trained head fits datasets "
-            "with as many classes; to begin with a fresh head, delete the head from its tensor file."
-        ) from error
+            f"model.quantization={config.quantization}: {_where(config)} lacks {', '.join(optional)}, which is then "
+            "trained with the head and cannot be quantised; set model.quantization=none."
+        )
+    fresh = (*optional, *head)
+    _check_loaded(config, model_config, report, fresh)
+    found = {name for name in model.state_dict() if _is_inside(name, fresh)} - set(report["missing_keys"])
+    if fresh:
+        _redraw(model, fresh, seed)
+    return BaseModel(model, fresh, _loading_notes(config, report, optional, found))
 
 
-def _quantization(config: ModelConfig) -> dict[str, Any]:
+def _is_inside(name: str, modules: Iterable[str]) -> bool:
+    return any(name.startswith(f"{module}.") for module in modules)
+
+
+def _optional_modules(model: PreTrainedModel, missing: set[str]) -> tuple[str, ...]:
+    """Modules between base and head of which the checkpoint holds nothing."""
+    known = ARCHITECTURES.get(model.config.model_type)
+    modules = () if known is None else known.optional
+    names = {module: {name for name in model.state_dict() if _is_inside(name, (module,))} for module in modules}
+    return tuple(module for module in modules if names[module] and names[module] <= missing)
+
+
+def _check_loaded(
+    config: ModelConfig, model_config: PreTrainedConfig, report: dict[str, Any], fresh: Sequence[str]
+) -> None:
+    """Raises `ModelError` when a tensor of the base model did not come from the checkpoint."""
+    where = f"model={config.name}: {_where(config)}"
+    wrong = sorted(entry for entry in report["mismatched_keys"] if not _is_inside(entry[0], fresh))
+    if wrong:
+        shapes = [f"{name} is {tuple(found)}, config.json needs {tuple(needed)}" for name, found, needed in wrong]
+        raise ModelError(f"{where}: tensors have other shapes than its config.json says: {_some(shapes, '; ')}.")
+    missing = sorted(name for name in report["missing_keys"] if not _is_inside(name, fresh))
+    unexpected = sorted(report["unexpected_keys"])
+    if missing:
+        holds = f" It holds instead {_some(unexpected)}." if unexpected else ""
+        raise ModelError(
+            f"{where} lacks tensors of the base model, which would be random: {_some(missing)}.{holds} "
+            f"{_likely_fix(missing, unexpected)}"
+        )
+    beyond = _beyond_the_blocks(model_config, unexpected)
+    if beyond:
+        raise ModelError(
+            f"{where} holds blocks that its config.json does not count and that would be left out: {_some(beyond)}. "
+            "Correct the number of layers in config.json."
+        )
+
+
+def _likely_fix(missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    """What would make the names agree, where a prefix does, such as the `_orig_mod.` of `torch.compile`."""
+    own_prefixes = {known.block.partition(".")[0] + "." for known in ARCHITECTURES.values()}
+    for cut in (0, 1):  # the whole name, or the name without the prefix of the base model
+        for name in missing:
+            end = name.split(".", cut)[-1]
+            found = next((other for other in unexpected if other.endswith(f".{end}")), None)
+            prefix = "" if found is None else found.removesuffix(end)
+            if prefix and prefix not in own_prefixes and "." in end.removesuffix(".weight"):
+                wanted = name.removesuffix(end)
+                change = f"replace {prefix!r} by {wanted!r}" if wanted else f"remove {prefix!r}"
+                return (
+                    f"To use it, {change} at the beginning of its tensor names (what torch.compile, DDP or a trainer "
+                    "wraps is saved under such a prefix: save the model inside)."
+                )
+    return "Its config.json is of another architecture, or a part of the checkpoint is missing; save the model again."
+
+
+def _beyond_the_blocks(model_config: PreTrainedConfig, unexpected: Iterable[str]) -> list[str]:
+    known = ARCHITECTURES.get(model_config.model_type)
+    if known is None:
+        return []
+    # With the prefix of the base model or, as the bare base model is saved, without.
+    path = re.escape(known.block.partition(".")[2]).replace(re.escape("{}"), r"(\d+)")
+    matches = {
+        name: re.match(rf"(?:{re.escape(known.block.partition('.')[0])}\.)?{path}\.", name) for name in unexpected
+    }
+    return [name for name, match in matches.items() if match and int(match[1]) >= model_config.num_hidden_layers]
+
+
+def _some(items: Sequence[str], between: str = ", ") -> str:
+    return between.join(items[:4]) + (f"{between}... ({len(items)} in all)" if len(items) > 4 else "")
+
+
+def _redraw(model: PreTrainedModel, fresh: Sequence[str], seed: int) -> None:
+    """Draws the modules from the seed, as transformers draws what a checkpoint lacks."""
+    for name, module in model.named_modules():
+        if _is_inside(f"{name}.", fresh):
+            # transformers' marks of what must not be drawn.
+            module._is_hf_initialized = False  # type: ignore[assignment]
+            for parameter in module.parameters(recurse=False):
+                parameter._is_hf_initialized = False  # type: ignore[attr-defined]
+    torch.manual_seed(seed)
+    model.initialize_weights()
+
+
+def _loading_notes(
+    config: ModelConfig, report: dict[str, Any], optional: Sequence[str], head_found: Iterable[str]
+) -> list[str]:
+    notes = []
+    if optional:
+        notes.append(
+            f"{_where(config)} lacks {', '.join(optional)}: drawn from the seed, and trained, saved and counted with "
+            "the head."
+        )
+    found = sorted(head_found)
+    if found:
+        notes.append(f"The head in {_where(config)} is replaced by a fresh one drawn from the seed: {_some(found)}.")
+    unexpected = sorted(report["unexpected_keys"])
+    if unexpected:
+        notes.append(f"{_where(config)} holds tensors that this model does not have: {_some(unexpected)}.")
+    return notes
+
+
+def _holds_an_adapter(setting: str, where: str) -> str:
+    return (
+        f"{setting}: {where} holds an adapter, not a model. Name its base model, or merge the adapter into it with "
+        "peft (merge_and_unload) and save the result."
+    )
+
+
+def check_vocabulary(
+    config: ModelConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, used: Iterable[Tensor] = ()
+) -> None:
+    """Raises `ModelError` when the tokenizer gives ids for which the model has no embedding.
+
+    Special tokens that no text in `used` (token ids) contains are let through: Gemma's tokenizer has one for images,
+    which its language models do not embed.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    beyond = {index: token for token, index in tokenizer.get_vocab().items() if index >= rows}
+    if not beyond:
+        return
+    special = tokenizer.added_tokens_decoder
+    unused = {index for index in beyond if index in special and special[index].special} - {
+        getattr(tokenizer, f"{role}_token_id") for role in ("pad", "bos", "eos", "unk", "cls", "sep", "mask")
+    }
+    named = {index: token for index, token in beyond.items() if index not in unused}
+    for ids in used if unused else ():
+        named |= {index: beyond.get(index, "?") for index in ids[ids >= rows].unique().tolist()}
+    if named:
+        shown = _some([f"{token!r} is {index}" for index, token in sorted(named.items())])
+        raise ModelError(
+            f"model={config.name}: the tokenizer of {_where(config)} gives ids up to {max(named)}, and the model "
+            f"embeds 0 to {rows - 1}: {shown}. Call "
+            "model.resize_token_embeddings(len(tokenizer)) and save model and tokenizer again, or remove the tokens."
+        )
+
+
+def _quantization(config: ModelConfig, model_config: PreTrainedConfig, head: tuple[str, ...]) -> dict[str, Any]:
+    stored = getattr(model_config, "quantization_config", None)
+    if stored is not None:
+        kind = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+        raise ModelError(
+            f"model={config.name}: the weights of {_where(config)} are stored quantised ({kind}). Name the model whose "
+            "weights are not, and set model.quantization=nf4 or int8."
+        )
     if config.quantization is Quantization.none:
         return {}
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(
             f"model.quantization={config.quantization}: needs bitsandbytes; pip install 'lora-harness[quant]'."
         )
+    # A head is trained. Of a language model, transformers leaves out the unembedding by itself.
+    unquantised = list(head) or None
     if config.quantization is Quantization.int8:
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=unquantised)}
     # What is computed with is what the weights would be held in otherwise.
     four_bits = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, config.dtype)
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+        llm_int8_skip_modules=unquantised,
     )
     return {"quantization_config": four_bits}
 
@@ -249,6 +441,8 @@ def _is_hub(config: ModelConfig) -> bool:
 def _source(config: ModelConfig) -> tuple[str]:
     if config.path is not None:
         folder = Path(config.path).expanduser()
+        if (folder / "adapter_config.json").is_file():
+            raise ModelError(_holds_an_adapter(f"model.path={config.path}", str(folder)))
         if not (folder / "config.json").is_file():
             raise ModelError(
                 f"model.path={config.path}: no config.json there. Give a folder that `save_pretrained` wrote: "

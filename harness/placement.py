@@ -35,8 +35,9 @@ class Architecture:
 
     `block` is the path of a block with `{}` for its index, `projections` the path of each role inside a block,
     `head` the modules of a classifier's task head (everything a checkpoint of the base model does not hold), `fused`
-    says of roles that exist only as part of another role which one that is, and `unembedding` is the path of the
-    unembedding of the family's causal language models, `None` where it has none.
+    says of roles that exist only as part of another role which one that is, `unembedding` is the path of the
+    unembedding of the family's causal language models, `None` where it has none, and `optional` names modules between
+    base and head that some checkpoints lack: there they are part of the head.
     """
 
     block: str
@@ -44,6 +45,7 @@ class Architecture:
     head: tuple[str, ...]
     fused: dict[str, str] = field(default_factory=dict)
     unembedding: str | None = None
+    optional: tuple[str, ...] = ()
 
 
 _BERT_BLOCK = {
@@ -88,9 +90,9 @@ _FUSED_QKV = {"q": "qkv", "k": "qkv", "v": "qkv"}
 _LLAMA = Architecture("model.layers.{}", _LLAMA_BLOCK, ("score",), unembedding="lm_head")
 
 # Keys are transformers' `config.model_type`. RoBERTa's head has a dense layer of its own; the pooler of DeBERTa is
-# not in its checkpoints and is part of the head, that of BERT is and belongs to the base.
+# not in its checkpoints and is part of the head; that of BERT is in most, and belongs to the base there.
 ARCHITECTURES: dict[str, Architecture] = {
-    "bert": Architecture("bert.encoder.layer.{}", _BERT_BLOCK, ("classifier",)),
+    "bert": Architecture("bert.encoder.layer.{}", _BERT_BLOCK, ("classifier",), optional=("bert.pooler",)),
     "roberta": Architecture("roberta.encoder.layer.{}", _BERT_BLOCK, ("classifier",)),
     "deberta": Architecture(
         "deberta.encoder.layer.{}",
@@ -133,6 +135,7 @@ def select_modules(
     blocks: Any = "all",
     modules: Sequence[str] = (),
     language_model: bool = False,
+    head: Sequence[str] | None = None,
 ) -> list[str]:
     """The names of the modules that get an adapter, in the model's own order.
 
@@ -146,6 +149,7 @@ def select_modules(
             part of the task head.
         language_model: whether this is a causal language model, which has an unembedding and no task head, instead of
             a classifier.
+        head: the modules of the task head, where these are more than the architecture's; see `Architecture.optional`.
 
     Raises:
         PlacementError: a role, block or expression that selects nothing here, with a list of what there is.
@@ -157,7 +161,9 @@ def select_modules(
     names = list(module_names)
     architecture = _architecture(model_type)
     if modules:
-        return _match_expressions(names, modules, head_modules(model_type, language_model=language_model))
+        if head is None:
+            head = head_modules(model_type, language_model=language_model)
+        return _match_expressions(names, modules, head)
     if not projections:
         raise PlacementError("target_layers: neither projections nor modules are given.")
     present = set(names)

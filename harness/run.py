@@ -60,6 +60,7 @@ from harness.measure import (
     DeviceBusyError,
     device_peaks,
     environment,
+    is_out_of_memory,
     peak_rss_bytes,
     require_free_device,
     reset_device_peaks,
@@ -122,8 +123,9 @@ def plan(config: RunConfig) -> Plan:
     is_language = config.dataset.task.is_language
     skeleton = models.build_skeleton(_base_model(config), num_labels=None if is_language else 2)
     _require_packing(skeleton.config.model_type, config)
-    target_modules = _adapt(skeleton, config)
-    counts = lora.count_parameters(skeleton, _head(skeleton, config))
+    head = head_modules(skeleton.config.model_type, language_model=is_language)
+    target_modules = _adapt(skeleton, config, head)
+    counts = lora.count_parameters(skeleton, head)
     return Plan(target_modules, counts.num_adapter_params)
 
 
@@ -173,8 +175,9 @@ def _run_claimed(prepared: PreparedRun, folder: Path, claim: Claim, started: flo
     config = prepared.config
     (folder / CONFIG_FILE).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
     logger.info("%s", run_id(config))
-    for note in cast(list[str], prepared.environment.get("data_notes", [])):
-        logger.warning("%s", note)
+    for kind in ("data_notes", "model_notes"):
+        for note in cast(list[str], prepared.environment.get(kind, [])):
+            logger.warning("%s", note)
     tracker = open_tracker(
         config.tracking,
         run_dir=folder,
@@ -231,9 +234,13 @@ def prepare(config: RunConfig) -> PreparedRun:
         data = load_data(config.dataset, tokenizer)
         num_labels = data.num_labels
     also = {name: load_language_data(dataset, tokenizer) for name, dataset in config.evaluate_also.items()}
-    model = models.load_model(base, num_labels=num_labels, pad_token_id=tokenizer.pad_token_id, seed=config.seed)
+    loaded = models.load_model(base, num_labels=num_labels, pad_token_id=tokenizer.pad_token_id, seed=config.seed)
+    model = loaded.model
+    splits = [split for found in (data, *also.values()) for split in (found.train, found.val, found.test)]
+    used = (batch.inputs["input_ids"] for split in splits for batch in split.batches(config.trainer.eval_batch_size))
+    models.check_vocabulary(base, model, tokenizer, used)
     _require_packing(model.config.model_type, config)
-    target_modules = _adapt(model, config)
+    target_modules = _adapt(model, config, loaded.head)
     if config.trainer.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     recorded = environment(accelerator.device, num_threads=config.num_threads)
@@ -243,8 +250,9 @@ def prepare(config: RunConfig) -> PreparedRun:
     notes = [note for found in (data, *also.values()) if isinstance(found, LanguageData) for note in found.notes]
     if notes:
         recorded["data_notes"] = notes
-    head = _head(model, config)
-    return PreparedRun(config, accelerator, data, also, model, tokenizer, head, target_modules, recorded)
+    if loaded.notes:
+        recorded["model_notes"] = loaded.notes
+    return PreparedRun(config, accelerator, data, also, model, tokenizer, loaded.head, target_modules, recorded)
 
 
 def _base_model(config: RunConfig) -> ModelConfig:
@@ -273,12 +281,8 @@ def _require_packing(model_type: str, config: RunConfig) -> None:
             )
 
 
-def _head(model: models.PreTrainedModel, config: RunConfig) -> tuple[str, ...]:
-    return head_modules(model.config.model_type, language_model=config.dataset.task.is_language)
-
-
-def _adapt(model: models.PreTrainedModel, config: RunConfig) -> list[str]:
-    """Applies the method to a model, real or meta; returns the adapted modules."""
+def _adapt(model: models.PreTrainedModel, config: RunConfig, head: tuple[str, ...]) -> list[str]:
+    """Applies the method to a model, real or meta, whose head is `head`; returns the adapted modules."""
     target_modules: list[str] = []
     if config.method.name is Method.lora:
         assert config.rank is not None and config.target_layers is not None
@@ -289,6 +293,7 @@ def _adapt(model: models.PreTrainedModel, config: RunConfig) -> list[str]:
             blocks=config.target_layers.blocks,
             modules=config.target_layers.modules,
             language_model=config.dataset.task.is_language,
+            head=head,
         )
         # A generator of its own: the adapter depends on the seed and not on what was drawn before it.
         lora.apply_lora(
@@ -298,7 +303,7 @@ def _adapt(model: models.PreTrainedModel, config: RunConfig) -> list[str]:
             dropout=config.method.adapter_dropout,
             generator=torch.Generator().manual_seed(config.seed),
         )
-    lora.set_trainable(model, config.method.name, _head(model, config))
+    lora.set_trainable(model, config.method.name, head)
     return target_modules
 
 
@@ -389,7 +394,7 @@ def _counts(prepared: PreparedRun) -> lora.ParameterCounts:
     config = prepared.config
     num_labels = None if config.dataset.task.is_language else prepared.model.config.num_labels
     skeleton = models.build_skeleton(_base_model(config), num_labels=num_labels)
-    _adapt(skeleton, config)
+    _adapt(skeleton, config, prepared.head)
     return lora.count_parameters(skeleton, prepared.head)
 
 
@@ -526,14 +531,6 @@ def _save_weights(prepared: PreparedRun, directory: Path) -> int:
     if config.method.name is Method.full:
         return models.save_model(prepared.model, prepared.tokenizer, directory)
     return lora.save_tensors(lora.head_state(prepared.model, prepared.head), directory / "head.safetensors")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out, on a GPU or on the CPU."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    # PyTorch's CPU allocator has no exception of its own.
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 def _accelerator(config: RunConfig) -> Accelerator:

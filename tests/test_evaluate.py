@@ -171,7 +171,7 @@ def loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TextData:
 
 def tiny_model(tiny: TinyModel = TinyModel.bert, *, dropout: float = 0.5, num_labels: int = 3) -> nn.Module:
     config = ModelConfig(name="tiny", tiny=tiny, dropout=dropout)
-    return models.load_model(config, num_labels=num_labels, pad_token_id=0, seed=0)
+    return models.load_model(config, num_labels=num_labels, pad_token_id=0, seed=0).model
 
 
 def objective(loaded: TextData, config: DatasetConfig | None = None, *, eval_batch_size: int = 16) -> SequenceObjective:

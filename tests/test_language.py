@@ -27,7 +27,7 @@ TOKENIZER = models.load_tokenizer(TINY["gpt2"])
 
 
 def tiny(name: str = "llama") -> Any:
-    return models.load_model(TINY[name], num_labels=None, pad_token_id=0, seed=0)
+    return models.load_model(TINY[name], num_labels=None, pad_token_id=0, seed=0).model
 
 
 def random_batch(*, num: int = 3, length: int = 20, seed: int = 0, share: float = 0.6) -> Batch:

@@ -75,7 +75,7 @@ def _pristine(name: str, wide: bool = False) -> PreTrainedModel:
             model_config.num_key_value_heads = model_config.num_attention_heads
             model = AutoModelForSequenceClassification.from_config(model_config)
         else:
-            model = load_model(config, num_labels=NUM_LABELS, pad_token_id=0, seed=0)
+            model = load_model(config, num_labels=NUM_LABELS, pad_token_id=0, seed=0).model
     # At the usual init of 0.02 attention is nearly uniform, logits are small, and differences hide in the tolerance.
     with torch.no_grad():
         for parameter in lora.head_state(model, _head(model)).values() if name == "minilm" else model.parameters():
@@ -713,7 +713,7 @@ def test_head_only_changes_the_head(name: str) -> None:
 
 def test_what_is_trained_is_float32_over_a_base_in_bfloat16() -> None:
     config = ModelConfig(name="tiny_bert", tiny=TinyModel.bert, dtype=Dtype.bfloat16)
-    model = load_model(config, num_labels=NUM_LABELS, pad_token_id=0, seed=0)
+    model = load_model(config, num_labels=NUM_LABELS, pad_token_id=0, seed=0).model
     lora.apply_lora(model, _targets(model, "qv"), rank=RANKS["fixed"])
     lora.set_trainable(model, Method.lora, _head(model))
     for name, parameter in model.named_parameters():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,11 +14,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, RobertaConfig
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, RobertaConfig
 
 from harness import models
-from harness.config import Dtype, ModelConfig, ScratchConfig, TinyModel
-from harness.models import ModelError, build_skeleton, load_model, load_tokenizer, max_tokens, save_model
+from harness.config import Dtype, ModelConfig, Quantization, ScratchConfig, TinyModel
+from harness.models import (
+    ModelError,
+    build_skeleton,
+    check_vocabulary,
+    load_model,
+    load_tokenizer,
+    max_tokens,
+    save_model,
+)
 from harness.placement import head_modules
 
 TINY = {tiny: ModelConfig(name=f"tiny_{tiny}", tiny=tiny) for tiny in TinyModel}
@@ -25,7 +34,7 @@ HUB = ModelConfig(name="bert_base", hub_id="google-bert/bert-base-uncased", revi
 
 
 def load(config: ModelConfig, *, num_labels: int | None = 3, seed: int = 0) -> PreTrainedModel:
-    return load_model(config, num_labels=num_labels, pad_token_id=0, seed=seed)
+    return load_model(config, num_labels=num_labels, pad_token_id=0, seed=seed).model
 
 
 def inputs_of(texts: list[str]) -> dict[str, Tensor]:
@@ -175,8 +184,13 @@ def test_a_saved_model_loads_by_path_and_says_the_same(tiny: TinyModel, tmp_path
     num_bytes = save_model(model, tokenizer, tmp_path / "saved")
     assert num_bytes == (tmp_path / "saved" / "model.safetensors").stat().st_size
     config = ModelConfig(name="x", path=str(tmp_path / "saved"))
-    # Also the head: the seed draws only what the folder lacks.
-    assert torch.equal(logits_of(load(config, seed=6)), logits_of(model))
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
+    assert torch.equal(logits_of(theirs), logits_of(model))
+    # Here it is a base model, whose head is drawn anew.
+    ours = load(config, seed=6)
+    assert {name for name, value in ours.state_dict().items() if not torch.equal(value, model.state_dict()[name])} == {
+        name for name in head_state(ours) if name.endswith("weight")
+    }
     reloaded = load_tokenizer(config)
     assert reloaded("größer", "b") == tokenizer("größer", "b")
     assert max_tokens(config, reloaded) == max_tokens(TINY[tiny], tokenizer) == 128
@@ -210,7 +224,7 @@ def test_a_model_without_pad_token_is_told_the_tokenizers(tiny: TinyModel, tmp_p
     save_model(load(TINY[tiny]), load_tokenizer(TINY[tiny]), tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(settings | {"pad_token_id": None}))
-    model = load_model(ModelConfig(name="x", path=str(tmp_path)), num_labels=3, pad_token_id=3, seed=0).eval()
+    model = load_model(ModelConfig(name="x", path=str(tmp_path)), num_labels=3, pad_token_id=3, seed=0).model.eval()
     alone, together = torch.tensor([[2, 9, 8]]), torch.tensor([[2, 9, 8, 3, 3], [2, 9, 8, 7, 6]])
     with torch.no_grad():
         logits = model(input_ids=together, attention_mask=(together != 3).long()).logits
@@ -256,6 +270,11 @@ def of_another_size(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
 
 
+def of_another_family(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "roberta"}))
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -266,7 +285,8 @@ def of_another_size(folder: Path) -> None:
         (with_a_broken_config, "is not a valid JSON file."),
         (of_an_unknown_family, "model type `nope`"),
         (that_is_no_text_model, "Unrecognized configuration class"),
-        (of_another_size, "model=x: the tensors of {folder} have other shapes than its config.json"),
+        (of_another_size, "model=x: {folder}: tensors have other shapes than its config.json says: bert.encoder.layer"),
+        (of_another_family, "model=x: {folder} lacks tensors of the base model, which would be random: roberta.e"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -279,9 +299,177 @@ def test_a_folder_that_cannot_be_used_is_refused(saved: Path, spoil: Callable[[P
     assert "Without network" not in str(raised.value)
 
 
-def test_a_head_of_another_dataset_is_refused(saved: Path) -> None:
-    with pytest.raises(ModelError, match=r"other shapes than .* with a head of 5 outputs, which dataset needs"):
-        load(ModelConfig(name="x", path=str(saved)), num_labels=5)
+# ---------------------------------------------------------------- what is loaded is what was named
+
+
+def rename_tensors(folder: Path, rename: Callable[[str], str]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({rename(name): value for name, value in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+
+
+def with_config(folder: Path, **values: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+@pytest.mark.parametrize(
+    ("rename", "fix"),
+    [
+        (lambda name: f"_orig_mod.{name}", "To use it, remove '_orig_mod.' at the beginning of its tensor names"),
+        (lambda name: f"module.{name}", "To use it, remove 'module.' at the beginning of its tensor names"),
+        (lambda name: f"module.{name.removeprefix('bert.')}", "To use it, replace 'module.' by 'bert.' at the beginn"),
+        (lambda name: name.replace("encoder", "decoder"), "Its config.json is of another architecture, or a part of"),
+    ],
+)
+def test_names_that_do_not_match_are_refused(saved: Path, rename: Callable[[str], str], fix: str) -> None:
+    """All of these trained from random weights before."""
+    rename_tensors(saved, rename)
+    found = sorted(map(rename, ("bert.encoder.layer.0.attention.output.dense.bias",)))
+    with pytest.raises(ModelError) as raised:
+        load(ModelConfig(name="x", path=str(saved)))
+    message = str(raised.value)
+    assert message.startswith(f"model=x: {saved} lacks tensors of the base model, which would be random: bert.e")
+    assert "It holds instead " in message and fix in message
+    assert found[0].split(".")[0] in message
+
+
+@pytest.mark.parametrize("tiny", TinyModel)
+def test_one_missing_tensor_is_refused(tiny: TinyModel, tmp_path: Path) -> None:
+    save_model(load(TINY[tiny]), load_tokenizer(TINY[tiny]), tmp_path)
+    name = next(name for name in load_file(tmp_path / "model.safetensors") if re.search(r"\b1\..*weight", name))
+    drop_tensors(tmp_path, (name,))
+    with pytest.raises(ModelError, match=rf"lacks tensors of the base model, which would be random: {name}\. Its conf"):
+        load(ModelConfig(name="x", path=str(tmp_path)))
+
+
+def test_a_head_in_the_checkpoint_is_replaced_by_a_fresh_one(saved: Path, tmp_path: Path) -> None:
+    headless = tmp_path / "headless"
+    shutil.copytree(saved, headless)
+    drop_tensors(headless, ("classifier.weight", "classifier.bias"))
+    for num_labels in (3, 5):  # as many classes as the checkpoint's head has, and others
+        with_head, without = (
+            load_model(ModelConfig(name="x", path=str(folder)), num_labels=num_labels, pad_token_id=0, seed=9)
+            for folder in (saved, headless)
+        )
+        assert without.head == with_head.head == ("classifier",)
+        for name, value in without.model.state_dict().items():
+            assert torch.equal(value, with_head.model.state_dict()[name]), name
+        assert without.notes == []
+        (note,) = with_head.notes
+        assert note == (
+            f"The head in {saved} is replaced by a fresh one drawn from the seed: classifier.bias, classifier.weight."
+        )
+    assert torch.rand(1) == (load(ModelConfig(name="x", path=str(headless)), num_labels=5, seed=9), torch.rand(1))[1]
+
+
+def test_a_pooler_that_the_checkpoint_lacks_is_part_of_the_head(saved: Path) -> None:
+    """Checkpoints of masked language models have none; a random one would be frozen between base and head."""
+    drop_tensors(saved, ("bert.pooler.dense.weight", "bert.pooler.dense.bias"))
+    config = ModelConfig(name="x", path=str(saved))
+    loaded = load_model(config, num_labels=3, pad_token_id=0, seed=1)
+    assert loaded.head == ("bert.pooler", "classifier")
+    assert loaded.notes[0] == (
+        f"{saved} lacks bert.pooler: drawn from the seed, and trained, saved and counted with the head."
+    )
+    pooler = loaded.model.bert.pooler.dense.weight
+    assert torch.equal(pooler, load(config, seed=1).bert.pooler.dense.weight)
+    assert not torch.equal(pooler, load(config, seed=2).bert.pooler.dense.weight)
+
+
+def test_half_a_pooler_is_refused(saved: Path) -> None:
+    drop_tensors(saved, ("bert.pooler.dense.bias",))
+    with pytest.raises(ModelError, match=r"which would be random: bert\.pooler\.dense\.bias\."):
+        load(ModelConfig(name="x", path=str(saved)))
+
+
+@pytest.mark.parametrize("prefix", ["bert.", ""])
+def test_blocks_that_the_config_does_not_count_are_refused(saved: Path, prefix: str) -> None:
+    rename_tensors(saved, lambda name: prefix + name.removeprefix("bert."))
+    with_config(saved, num_hidden_layers=1)
+    with pytest.raises(ModelError, match=rf"does not count .* left out: {prefix}encoder\.layer\.1\."):
+        load(ModelConfig(name="x", path=str(saved)))
+
+
+def test_what_else_a_checkpoint_holds_is_said(saved: Path) -> None:
+    rename_tensors(saved, lambda name: name.replace("classifier.", "cls.predictions."))
+    loaded = load_model(ModelConfig(name="x", path=str(saved)), num_labels=3, pad_token_id=0, seed=1)
+    assert loaded.notes == [
+        f"{saved} holds tensors that this model does not have: cls.predictions.bias, cls.predictions.weight."
+    ]
+
+
+def test_a_tied_unembedding_that_the_checkpoint_lacks_is_no_fault(tmp_path: Path) -> None:
+    base = load(TINY[TinyModel.gpt2], num_labels=None)
+    save_model(base, load_tokenizer(TINY[TinyModel.gpt2]), tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    loaded = load_model(ModelConfig(name="x", path=str(tmp_path)), num_labels=None, pad_token_id=0, seed=3)
+    assert torch.equal(loaded.model.lm_head.weight, base.transformer.wte.weight)
+    assert (loaded.head, loaded.notes) == ((), [])
+
+
+def test_an_older_checkpoint_of_pickled_tensors_is_read(saved: Path) -> None:
+    config = ModelConfig(name="x", path=str(saved))
+    expected = logits_of(load(config))
+    tensors = load_file(saved / "model.safetensors")
+    (saved / "model.safetensors").unlink()
+    torch.save(tensors, saved / "pytorch_model.bin")
+    assert torch.equal(logits_of(load(config)), expected)
+    for damage in (lambda content: content[:5000], lambda _: b"hello", lambda _: b""):
+        (saved / "pytorch_model.bin").write_bytes(damage((saved / "pytorch_model.bin").read_bytes()))
+        with pytest.raises(ModelError, match=r"model=x: .*(cannot be read|could not be loaded)"):
+            load(config)
+
+
+def test_an_adapter_is_no_model(saved: Path) -> None:
+    """Transformers would load its base model from elsewhere and put the adapter into it."""
+    (saved / "adapter_config.json").write_text("{}")
+    with pytest.raises(
+        ModelError, match=rf"model\.path={saved}: {saved} holds an adapter, not a model\. Name its base"
+    ):
+        load(ModelConfig(name="x", path=str(saved)))
+
+
+def test_weights_that_are_stored_quantised_are_refused(saved: Path) -> None:
+    with_config(saved, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    with pytest.raises(ModelError, match=r"stored quantised \(bitsandbytes\).*set model.quantization=nf4 or int8"):
+        load(ModelConfig(name="x", path=str(saved)))
+
+
+def test_the_head_of_a_quantised_classifier_is_not_quantised(saved: Path) -> None:
+    model = load(ModelConfig(name="x", path=str(saved), quantization=Quantization.nf4))
+    assert model.classifier.weight.dtype == torch.float32
+    assert not model.bert.encoder.layer[0].output.dense.weight.is_floating_point()
+
+
+@pytest.mark.parametrize(
+    ("add", "used", "refused"),
+    [
+        ({"tokens": ["<new>"]}, [], True),
+        ({"special": ["<image>"]}, [], False),  # as Gemma's tokenizer has it
+        ({"special": ["<image>"]}, [[5, 260]], True),
+        ({"special": ["<image>"]}, [[5, 259]], False),
+        ({"pad": "<padding>"}, [], True),
+    ],
+)
+def test_a_tokenizer_larger_than_the_embedding(
+    saved: Path, add: dict[str, Any], used: list[list[int]], refused: bool
+) -> None:
+    config = ModelConfig(name="x", path=str(saved))
+    model, tokenizer = load(config), load_tokenizer(config)
+    check_vocabulary(config, model, tokenizer)
+    tokenizer.add_tokens(add.get("tokens", []))
+    tokenizer.add_tokens(add.get("special", []), special_tokens=True)
+    if "pad" in add:
+        tokenizer.add_special_tokens({"pad_token": add["pad"]})
+    given = [torch.tensor(ids) for ids in used]
+    if refused:
+        message = (
+            rf"model=x: the tokenizer of {saved} gives ids up to 260, and the model embeds 0 to 259: '<\w+>' is 260"
+        )
+        with pytest.raises(ModelError, match=message):
+            check_vocabulary(config, model, tokenizer, given)
+    else:
+        check_vocabulary(config, model, tokenizer, given)
 
 
 def test_a_folder_without_tokenizer_is_refused(saved: Path) -> None:
@@ -379,12 +567,14 @@ def test_a_vocabulary_is_learned_once_and_loses_nothing(
 
 
 def test_a_scratch_model_has_its_shape_and_a_tied_embedding(scratch: ModelConfig, tmp_path: Path) -> None:
-    model = load_model(scratch, num_labels=None, pad_token_id=0, seed=0)
+    model = load_model(scratch, num_labels=None, pad_token_id=0, seed=0).model
     assert model.lm_head.weight is model.model.embed_tokens.weight
     # Embedding; per block q, k, v, o and three MLP matrices of 85 = 32 * 8 // 3, and two norms; one norm at the end.
     assert sum(p.numel() for p in model.parameters()) == 280 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 85 + 2 * 32) + 32
     save_model(model, load_tokenizer(scratch), tmp_path / "saved")
-    again = load_model(ModelConfig(name="x", path=str(tmp_path / "saved")), num_labels=None, pad_token_id=0, seed=1)
+    again = load_model(
+        ModelConfig(name="x", path=str(tmp_path / "saved")), num_labels=None, pad_token_id=0, seed=1
+    ).model
     assert again.lm_head.weight is again.model.embed_tokens.weight
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
 

@@ -6,20 +6,24 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from harness import lora, models
 from harness import run as run_module
 from harness.claims import Claim, RunClaimedError
-from harness.config import RunConfig, from_dict, run_id
+from harness.config import ModelConfig, RunConfig, TinyModel, from_dict, run_id
 from harness.data import TrainingBatches
 from harness.folder import kept_result
+from harness.placement import PlacementError
 from harness.results import METRICS, Status, read_result
 from harness.run import plan, run
 from harness.trainer import PreemptedError
@@ -327,3 +331,59 @@ def test_a_plan_needs_no_weights(rows: Path, tmp_path: Path) -> None:
     assert planned.target_modules == [
         f"bert.encoder.layer.{block}.attention.self.{name}" for block in (0, 1) for name in ("query", "value")
     ]
+
+
+@pytest.fixture(scope="module")
+def without_pooler(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT as a masked language model leaves it: neither pooler nor classifier."""
+    folder = tmp_path_factory.mktemp("models") / "without_pooler"
+    tiny = ModelConfig(name="tiny_bert", tiny=TinyModel.bert)
+    model = models.load_model(tiny, num_labels=3, pad_token_id=0, seed=5).model
+    models.save_model(model, models.load_tokenizer(tiny), folder)
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if "pooler" not in name and "classifier" not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_fresh_pooler_is_trained_saved_and_counted_with_the_head(
+    rows: Path, tmp_path: Path, without_pooler: Path
+) -> None:
+    model = {"model": {"name": "masked", "tiny": None, "path": str(without_pooler)}}
+    results = {method: run(config(rows, tmp_path, method, **model)) for method in ("lora", "full", "head_only")}
+    head = {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"}
+    for result in results.values():
+        assert result.metrics["num_head_params"] == 64 * 64 + 64 + 64 * 3 + 3
+        (note,) = result.environment["model_notes"]
+        assert "lacks bert.pooler: drawn from the seed, and trained, saved and counted with the head." in note
+        assert note in (tmp_path / result.run_id / "log.txt").read_text()
+    adapter = tmp_path / results["lora"].run_id / "adapter"
+    saved = load_file(adapter / "adapter_model.safetensors")
+    assert {name.removeprefix("base_model.model.") for name in saved if "lora_" not in name} == head
+    assert set(load_file(tmp_path / results["head_only"].run_id / "head" / "head.safetensors")) == head
+
+    prepared = run_module.prepare(config(rows, tmp_path, **model))
+    batch = prepared.data.test.batch(range(6))
+    base = models.load_model(prepared.config.model, num_labels=3, pad_token_id=0, seed=1).model
+    theirs = peft.PeftModel.from_pretrained(base, adapter).eval()
+    lora.load_adapter(prepared.model, adapter)
+    with torch.no_grad():
+        ours = prepared.model.eval()(**batch.inputs).logits
+        assert torch.allclose(ours, theirs(**batch.inputs).logits, atol=1e-5)
+    on_the_pooler = {"target_layers": {"name": "pooler", "projections": [], "modules": [r"bert\.pooler\.dense"]}}
+    with pytest.raises(PlacementError, match=r"bert\.pooler\.dense belong to the task head"):
+        run_module.prepare(config(rows, tmp_path, **model, **on_the_pooler))
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused_before_training(
+    rows: Path, tmp_path: Path, without_pooler: Path
+) -> None:
+    folder = tmp_path / "larger"
+    shutil.copytree(without_pooler, folder)
+    tokenizer = models.load_tokenizer(ModelConfig(name="x", path=str(folder)))
+    tokenizer.add_tokens(["apple"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    wanted = config(rows, tmp_path / "runs", model={"name": "larger", "tiny": None, "path": str(folder)})
+    with pytest.raises(models.ModelError, match=r"gives ids up to 260, and the model embeds 0 to 259: 'apple' is 260"):
+        run(wanted)
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").glob("*/*"))

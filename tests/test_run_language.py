@@ -119,7 +119,7 @@ def test_an_adapter_loads_in_peft(data: Path, tmp_path: Path) -> None:
     wanted = config(data, tmp_path)
     result = run(wanted)
     prepared = prepare(wanted)
-    base = models.load_model(wanted.model, num_labels=None, pad_token_id=0, seed=0)
+    base = models.load_model(wanted.model, num_labels=None, pad_token_id=0, seed=0).model
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / result.run_id / "adapter").eval()
     objective = LanguageObjective(val=prepared.data.val, eval_batch_size=8, chunk_tokens=0)  # type: ignore[arg-type]
     scores = objective.evaluate_split(theirs.base_model.model, prepared.data.test).scores  # type: ignore[arg-type]
@@ -308,7 +308,7 @@ def test_loss_curves_are_those_of_peft_and_the_transformers_trainer(
     steps = [step[0] for epoch in range(4) for step in seen.epoch(epoch)][:12]
     assert wanted.rank is not None
     lora.save_adapter(prepared.model, tmp_path / "start", rank=RankConfig(rank=4, alpha=16.0), head_modules=())
-    base = models.load_model(wanted.model, num_labels=None, pad_token_id=0, seed=0)
+    base = models.load_model(wanted.model, num_labels=None, pad_token_id=0, seed=0).model
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "start", is_trainable=True)
     AcceleratorState._reset_state(reset_partial_state=True)
 
