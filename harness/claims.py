@@ -2,8 +2,9 @@
 
 A run's folder holds `claims/0.json`, `claims/1.json`, ...; the highest number is the claim that counts. A claim is made
 by linking a finished file to the next free number, which succeeds for exactly one process, also on a shared file
-system. Nobody's claim is ever deleted or overwritten by somebody else: who finds the highest claim released or dead
-makes the next one. So two processes that find the same dead owner cannot both take over.
+system; where there are no hard links, by creating that file exclusively. A claim that holds is never deleted or
+overwritten by somebody else: who finds the highest claim released or dead makes the next one. So two processes that
+find the same dead owner cannot both take over.
 
 The owner rewrites its claim every few seconds: host, process, and how far the run is. `python -m analysis status` and
 the launcher's screen read it from there.
@@ -11,9 +12,10 @@ the launcher's screen read it from there.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
-import shutil
 import socket
 import tempfile
 import threading
@@ -31,6 +33,8 @@ CLAIMS_DIR = "claims"
 # on this host a dead process is seen at once.
 SILENT_SECONDS = 60.0
 HEARTBEAT_SECONDS = 2.0
+# Without hard links a claim is empty for the moment between its creation and its first write.
+EMPTY_SECONDS = 5.0
 
 
 class RunClaimedError(RuntimeError):
@@ -45,8 +49,9 @@ class ClaimLostError(RuntimeError):
 class Owner:
     """What a claim says.
 
-    `boot` tells hosts of one name apart, and a host from itself before a restart; `started` tells a process from a
-    later one with the same number.
+    `boot` tells hosts of one name apart, and a host from itself before a restart; `pid_namespace` tells the containers
+    of one host apart, whose process numbers mean different processes (empty where that is not known, as in claims of
+    earlier versions); `started` tells a process from a later one with the same number.
     """
 
     host: str
@@ -55,6 +60,7 @@ class Owner:
     started: float
     released: bool = False
     progress: dict[str, Any] = field(default_factory=dict)
+    pid_namespace: str = ""
 
 
 class Claim:
@@ -66,6 +72,7 @@ class Claim:
     def __init__(self, run_dir: Path, number: int, owner: Owner) -> None:
         self._directory = run_dir / CLAIMS_DIR
         self._number = number
+        self._path = self._directory / f"{number}.json"
         self._owner = owner
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -76,16 +83,20 @@ class Claim:
     def acquire(cls, run_dir: Path) -> Claim:
         """Claims a run, taking over from an owner that is dead or has let go."""
         directory = run_dir / CLAIMS_DIR
-        directory.mkdir(parents=True, exist_ok=True)
-        me = Owner(socket.gethostname(), _boot_id(), os.getpid(), _process_start(os.getpid()) or 0.0)
+        started = _process_start(os.getpid()) or 0.0
+        me = Owner(socket.gethostname(), _boot_id(), os.getpid(), started, pid_namespace=_pid_namespace())
         while True:
+            directory.mkdir(parents=True, exist_ok=True)
             number, path = _highest(directory)
             if path is not None and is_held(path):
                 owner = read_owner(path)
                 whom = f"process {owner.pid} on {owner.host}" if owner else "another process"
                 raise RunClaimedError(f"{run_dir.name} is being computed by {whom}.")
-            if _link_new(directory / f"{number + 1}.json", me):
-                return cls(run_dir, number + 1, me)
+            try:
+                if _create_new(directory / f"{number + 1}.json", me):
+                    return cls(run_dir, number + 1, me)
+            except FileNotFoundError:  # whoever ended the run has just removed the folder
+                continue
 
     def report(self, progress: dict[str, Any]) -> None:
         """Says how far the run is; the first time at once, then with the next heartbeat."""
@@ -96,9 +107,9 @@ class Claim:
             self._write()
 
     def check(self) -> None:
-        """Raises `ClaimLostError` when a later claim exists."""
+        """Raises `ClaimLostError` when a later claim exists, or this one no longer does."""
         number, _ = _highest(self._directory)
-        if number > self._number:
+        if number > self._number or not self._path.exists():
             raise ClaimLostError(
                 f"{self._directory.parent.name} was taken over by another process: this one was silent for more than "
                 f"{SILENT_SECONDS:.0f} s."
@@ -109,11 +120,20 @@ class Claim:
         self._stop.set()
         self._thread.join()
         if ended:
-            shutil.rmtree(self._directory, ignore_errors=True)
+            self._remove()
         else:
             with self._lock:
                 self._owner = replace(self._owner, released=True)
             self._write()
+
+    def _remove(self) -> None:
+        """Removes this claim after those before it, so that a claim which somebody makes meanwhile stays."""
+        earlier = (path for path in self._directory.glob("*.json") if _number(path) < self._number)
+        for path in (*sorted(earlier), *self._directory.glob(".*"), self._path):
+            with contextlib.suppress(OSError):
+                path.unlink()
+        with contextlib.suppress(OSError):  # it holds a claim again
+            self._directory.rmdir()
 
     def __enter__(self) -> Claim:
         return self
@@ -133,8 +153,8 @@ class Claim:
             owner = self._owner
         # A full disk must not end a run that may still finish; without heartbeats others may take over, rightly.
         try:
-            if (self._directory / f"{self._number}.json").exists():
-                write_json_atomically(self._directory / f"{self._number}.json", asdict(owner))
+            if self._path.exists():
+                write_json_atomically(self._path, asdict(owner))
         except OSError:
             return
 
@@ -148,14 +168,34 @@ def current_owner(run_dir: Path) -> Owner | None:
 def is_held(path: Path) -> bool:
     """Whether the owner in a claim file is alive, as far as can be seen from here."""
     owner = read_owner(path)
-    if owner is None or owner.released:
+    if owner is None:
+        return _is_being_written(path)
+    if owner.released:
         return False
-    if (owner.host, owner.boot) == (socket.gethostname(), _boot_id()):
+    if _is_visible(owner):
         return _process_start(owner.pid) == owner.started
+    return _seconds_since_written(path) < SILENT_SECONDS
+
+
+def _is_visible(owner: Owner) -> bool:
+    """Whether the owner's process number means the same process here: where in doubt, only its heartbeat counts."""
+    here = _pid_namespace()
+    return (owner.host, owner.boot, owner.pid_namespace or here) == (socket.gethostname(), _boot_id(), here)
+
+
+def _is_being_written(path: Path) -> bool:
     try:
-        return _now_of_file_system(path.parent) - path.stat().st_mtime < SILENT_SECONDS
+        is_empty = path.stat().st_size == 0
     except OSError:
         return False
+    return is_empty and _seconds_since_written(path) < EMPTY_SECONDS
+
+
+def _seconds_since_written(path: Path) -> float:
+    try:
+        return _now_of_file_system(path.parent) - path.stat().st_mtime
+    except OSError:  # it is gone
+        return math.inf
 
 
 def read_owner(path: Path) -> Owner | None:
@@ -166,22 +206,48 @@ def read_owner(path: Path) -> Owner | None:
         return None
 
 
+def _number(path: Path) -> int:
+    return int(path.stem) if path.stem.isdigit() else -1
+
+
 def _highest(directory: Path) -> tuple[int, Path | None]:
-    numbers = [int(path.stem) for path in directory.glob("*.json") if path.stem.isdigit()]
-    return (max(numbers), directory / f"{max(numbers)}.json") if numbers else (-1, None)
+    number = max(map(_number, directory.glob("*.json")), default=-1)
+    return (number, directory / f"{number}.json") if number >= 0 else (-1, None)
 
 
-def _link_new(path: Path, owner: Owner) -> bool:
+def _create_new(path: Path, owner: Owner) -> bool:
+    """Makes a claim file with its content, unless there is one of that name."""
+    content = json.dumps(asdict(owner)).encode()
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".claim-")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(asdict(owner), file)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
         os.link(temporary, path)
         return True
     except FileExistsError:
         return False
+    except FileNotFoundError:
+        raise
+    except OSError:  # each file system without hard links says so in its own way
+        return _create_exclusively(path, content)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def _create_exclusively(path: Path, content: bytes) -> bool:
+    try:
+        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:
+        return False
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return True
 
 
 def _now_of_file_system(directory: Path) -> float:
@@ -196,6 +262,13 @@ def _now_of_file_system(directory: Path) -> float:
 def _boot_id() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+def _pid_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
     except OSError:
         return ""
 

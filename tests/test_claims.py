@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from harness import claims
-from harness.claims import Claim, ClaimLostError, RunClaimedError, current_owner
+from harness.claims import Claim, ClaimLostError, RunClaimedError, current_owner, read_owner
 
 
 def dead_owner(run_dir: Path, **changes: object) -> Path:
@@ -59,7 +60,17 @@ def test_a_later_process_with_the_same_number_is_not_the_owner(tmp_path: Path) -
     assert current_owner(tmp_path) is None
 
 
-@pytest.mark.parametrize("change", [{"host": "elsewhere"}, {"boot": "another"}])
+def test_a_claim_without_a_pid_namespace_is_read_as_before(tmp_path: Path) -> None:
+    path = dead_owner(tmp_path)
+    values = json.loads(path.read_text())
+    del values["pid_namespace"]
+    path.write_text(json.dumps(values))
+    assert current_owner(tmp_path) is not None
+    path.write_text(json.dumps({**values, "started": 1.0}))
+    assert current_owner(tmp_path) is None
+
+
+@pytest.mark.parametrize("change", [{"host": "elsewhere"}, {"boot": "another"}, {"pid_namespace": "pid:[1]"}])
 def test_a_silent_other_host_is_replaced_after_the_heartbeat_limit(tmp_path: Path, change: dict[str, str]) -> None:
     path = dead_owner(tmp_path, **change)
     assert current_owner(tmp_path) is not None
@@ -118,7 +129,49 @@ def test_of_many_that_find_a_dead_owner_one_takes_over(tmp_path: Path, number: i
     assert len([winner for winner in winners if winner]) == 1
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"host": 3}', "[]", "\udcff"])
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP])
+def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refuse)
+    test_of_many_that_find_a_dead_owner_one_takes_over(tmp_path, 0)
+    assert not list(tmp_path.glob("claims/.*"))
+    assert read_owner(tmp_path / "claims/1.json") is not None
+
+
+def test_a_claim_that_is_being_written_holds_for_a_moment(tmp_path: Path) -> None:
+    (tmp_path / "claims").mkdir()
+    path = tmp_path / "claims/0.json"
+    path.touch()
+    with pytest.raises(RunClaimedError, match="by another process"):
+        Claim.acquire(tmp_path)
+    past = time.time() - claims.EMPTY_SECONDS - 1
+    os.utime(path, (past, past))
+    Claim.acquire(tmp_path).release(ended=True)
+
+
+def test_an_owner_whose_claim_was_removed_notices(tmp_path: Path) -> None:
+    with Claim.acquire(tmp_path) as claim:
+        (tmp_path / "claims/0.json").unlink()
+        with pytest.raises(ClaimLostError):
+            claim.check()
+
+
+def test_the_end_of_a_run_leaves_a_claim_that_was_made_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Claim.acquire(tmp_path)
+    monkeypatch.setattr(claims, "is_held", lambda path: False)
+    second = Claim.acquire(tmp_path)
+    first.release(ended=True)
+    assert [path.name for path in (tmp_path / "claims").iterdir()] == ["1.json"]
+    second.check()
+    second.release(ended=True)
+    assert not (tmp_path / "claims").exists()
+
+
+@pytest.mark.parametrize("content", ["{}", '{"host": 3}', "[]", "\udcff"])
 def test_a_claim_that_cannot_be_read_does_not_hold(tmp_path: Path, content: str) -> None:
     (tmp_path / "claims").mkdir()
     (tmp_path / "claims/0.json").write_text(content, errors="surrogateescape")
