@@ -9,22 +9,20 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import traceback
 from pathlib import Path
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
-from harness.config import ConfigError, RunConfig, explain_omegaconf, from_composed, register, run_id
+from harness.config import ConfigError, RunConfig, from_composed, register, run_id
 from harness.folder import require_writable
 from harness.launches import command_line, record_launch
+from harness.overrides import CONF_DIR, came_from_composing, explain_refusal, literal_texts
 from harness.results import Status
-
-CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 
 
 def main() -> int:
@@ -67,6 +65,9 @@ def main() -> int:
             return
         exit_codes.append(0 if result.status is Status.FINISHED else 1)
 
+    typed = sys.argv
+    is_sweep = not {"-m", "--multirun"}.isdisjoint(typed) or any(word.startswith("sweeps=") for word in typed)
+    sys.argv = [typed[0], *literal_texts(typed[1:], multirun=is_sweep)]
     # Hydra then raises what it would print and exit on: it names a wrong key without saying which keys there are.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
@@ -78,10 +79,13 @@ def main() -> int:
         print("interrupted; finished runs are kept, the same command does the rest", file=sys.stderr)
         return 130
     except (HydraException, AssertionError, ValueError) as error:
-        if not isinstance(error, HydraException) and (started or not _came_from_composing(error)):
+        if not isinstance(error, HydraException) and (started or not came_from_composing(error)):
             raise
-        _print_problem(_explain_composing(error))
+        overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+        _print_problem(explain_refusal(error, overrides, compose=_compose))
         return 2
+    finally:
+        sys.argv = typed
     return max(exit_codes, default=0)
 
 
@@ -93,30 +97,11 @@ def _record_single_run(config: RunConfig) -> None:
         record_launch(Path(config.runs_dir), config.sweep, run_ids=[run_id(config)], command=command_line())
 
 
-def _came_from_composing(error: Exception) -> bool:
-    *_, (innermost, _line) = traceback.walk_tb(error.__traceback__)
-    return innermost.f_globals["__name__"].partition(".")[0] in ("hydra", "omegaconf")
-
-
-def _explain_composing(error: Exception) -> str:
-    """What is wrong with the overrides, and what there is instead; Hydra's own text where nothing is to be added."""
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
-        parts = error.missing_cfg_file.split("/")
-        group = "/".join(parts[:2] if parts[0] == "hydra" else parts[:1])
-        # Hydra lists the folder alone and not what is below it.
-        files = (CONF_DIR / group).rglob("*.yaml")
-        options = sorted(path.relative_to(CONF_DIR / group).with_suffix("").as_posix() for path in files)
-        option = error.missing_cfg_file.removeprefix(f"{group}/")
-        return f"{group}={option}: no such option. There are: {', '.join(options or error.options)}."
-    if isinstance(error.__cause__, OmegaConfBaseException):
-        return explain_omegaconf(error.__cause__)
-    if not isinstance(error, HydraException):
-        return (
-            f"these overrides cannot be applied ({error}). A setting in a group needs the group itself, as in "
-            "rank=r8 rank.alpha=32; a group takes the name of an option, not null: leave it out instead."
-        )
-    lines = [line.strip() for line in str(error).splitlines()]
-    return "\n".join(line for line in lines if line and not line.startswith("See https://"))
+def _compose(overrides: list[str]) -> object:
+    """Composes a part of the overrides, to find the one that is at fault."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
+        return hydra.compose("config", overrides)
 
 
 def _print_problem(problem: Exception | str) -> None:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from typing import Any, cast
 
@@ -414,11 +414,28 @@ def from_composed(composed: DictConfig) -> RunConfig:
     plain = OmegaConf.to_container(composed, resolve=False)
     if not isinstance(plain, dict):
         raise ConfigError([f"a config is a mapping, got {type(plain).__name__}"])
-    return from_dict(cast(dict[str, Any], plain))
+    return _validated(cast(dict[str, Any], plain))
 
 
 def from_dict(values: dict[str, Any]) -> RunConfig:
-    """The `RunConfig` with these values over the schema's defaults, validated. Raises `ConfigError`."""
+    """The `RunConfig` with these values over the schema's defaults, validated. Raises `ConfigError`.
+
+    Texts are taken literally, unlike in what Hydra composes: a config that was resolved once may hold `${...}`.
+    """
+    return _validated(cast(dict[str, Any], _without_interpolation(values)))
+
+
+def _without_interpolation(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_interpolation(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_interpolation(item) for item in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + "\\${", value)
+    return value
+
+
+def _validated(values: dict[str, Any]) -> RunConfig:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(RunConfig), values)
         config = cast(RunConfig, OmegaConf.to_object(merged))
@@ -432,7 +449,7 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """The config as JSON types, verbatim: what `config.yaml`, `result.json` and W&B hold."""
-    return cast(dict[str, Any], json.loads(json.dumps(OmegaConf.to_container(OmegaConf.structured(config)))))
+    return cast(dict[str, Any], json.loads(json.dumps(asdict(config))))
 
 
 def explain_omegaconf(error: OmegaConfBaseException) -> str:

@@ -71,6 +71,23 @@ def _problems(changes: Values) -> list[str]:
     return caught.value.problems
 
 
+# ---------------------------------------------------------------- interpolation
+
+
+def test_what_hydra_composes_may_point_at_other_settings() -> None:
+    config = from_composed(OmegaConf.create(_values({"dataset.label_column": "${dataset.name}_label"})))
+    assert config.dataset.label_column == "mine_label"
+    with pytest.raises(ConfigError, match=r"^trainer\.learning_rate: Interpolation key 'method\.lr' not found\.$"):
+        from_composed(OmegaConf.create(_values({"trainer.learning_rate": "${method.lr}"})))
+
+
+@pytest.mark.parametrize("text", ["${seed} {text}", "\\${seed} {text}", "${ {text}", "$\\{{text}", "a\\\\${x"])
+def test_a_resolved_config_is_read_back_to_the_letter(text: str) -> None:
+    config = _config({"dataset.label_column": text})
+    assert config.dataset.label_column == text
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
 # ---------------------------------------------------------------- what is wrong, and how it is said
 
 KNOWN_ROLES = "q, k, v, o, qkv, up, down, gate, attention, mlp, all"
@@ -271,7 +288,6 @@ PROBLEMS: list[tuple[Values, list[str]]] = [
         ["dataset.text_columns: a list is needed, such as dataset.text_columns=[a,b]."],
     ),
     ({"trainer": None}, ["trainer: field 'trainer' is not Optional."]),
-    ({"trainer.learning_rate": "${method.lr}"}, ["trainer.learning_rate: Interpolation key 'method.lr' not found."]),
 ]
 
 

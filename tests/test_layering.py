@@ -36,6 +36,7 @@ LAYERS = {
     "harness.language_data": 1,
     "harness.lora": 1,
     "harness.measure": 1,
+    "harness.overrides": 1,
     "harness.parallel": 1,
     "harness.scores": 1,
     "harness.sources": 1,

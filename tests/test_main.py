@@ -184,10 +184,10 @@ NOT_APPLIED = (
             "trainer.schedule: Invalid value 'lin', expected one of [linear, cosine, constant].",
         ),
         (("seed=null",), "seed: field 'seed' is not Optional."),
-        (("rank=null",), f"these overrides cannot be applied (Config group ... Got NoneType). {NOT_APPLIED}"),
+        (("rank=null",), f"rank=null: cannot be applied (Config group ... Got NoneType). {NOT_APPLIED}"),
         (("rank=",), "rank=: no such option. There are: r1, r1024, r128, r16, r2, r256, r32, r4, r512, r64, r8."),
-        (("seed",), "Error parsing override 'seed'\nmissing EQUAL at '<EOF>'"),
-        (("rank=[",), "no viable alternative at input '['"),
+        (("seed",), "'seed': not an override; write setting=value, such as rank=r8 or trainer.batch_size=8."),
+        (("rank=[",), "'rank=[': Hydra cannot read the value. ...: 'rank='\"'\"'['\"'\"''."),
         (
             ("seed=1,2",),
             "Ambiguous value for argument 'seed=1,2'\n1. To use it as a list, use key=[value1,value2]\n2. To use it "
@@ -196,7 +196,7 @@ NOT_APPLIED = (
         (("seed=-1",), "seed=-1: allowed is 0 to 4294967295."),
         (("method=full",), "method=full takes no rank: ...\nmethod=full takes no target_layers: ..."),
         (("trainer.max_steps=0", "trainer.batch_size=0"), "trainer.max_steps=0: ...\ntrainer.batch_size=0: ..."),
-        (("-m", "rank=r8,nope"), "...rank...nope... [1 of 2 runs, ..."),
+        (("-m", "rank=r8,nope"), "rank=nope: no such option. There are: r1, ... [1 of 2 runs, ..."),
         (("-m", "seed=-1,1"), "seed=-1: allowed is 0 to 4294967295. [1 of 2 runs, ..."),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

@@ -210,7 +210,7 @@ def test_a_bad_axis_in_one_of_three_grids_names_every_problem_before_anything_st
     assert not seen
     assert "method=full takes no rank" in error
     assert "trainer.learning_rate=-1.0: allowed is a finite number above 0." in error
-    assert "Could not find 'target_layers/nope' Available options in 'target_layers': all" in error
+    assert "target_layers=nope: no such option. There are: all, all_lm_head," in error
     assert "search path" not in error
     assert "of 5 runs, the first: method=full rank=r8" in error
     assert not list(tmp_path.iterdir())

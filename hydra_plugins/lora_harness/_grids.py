@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-Overrides = tuple[str, ...]
+from harness.overrides import as_override_value
 
-# What Hydra's override grammar reads as one plain word; anything else is quoted.
-_PLAIN = re.compile(r"[A-Za-z0-9_/][A-Za-z0-9_./:+-]*")
-_KEYWORDS = ("null", "true", "false", "nan", "inf")
+Overrides = tuple[str, ...]
 
 
 class GridError(ValueError):
@@ -59,24 +56,3 @@ def _axes(grid: Mapping[str, Any], number: int) -> dict[str, list[str]]:
             raise GridError(f"hydra.sweeper.grids[{number}].{name}: no values. Give one, or take the axis out.")
         axes[str(name)] = [as_override_value(value) for value in listed]
     return axes
-
-
-def as_override_value(value: Any) -> str:
-    """A value of a YAML file in Hydra's override grammar.
-
-    >>> [as_override_value(value) for value in (None, True, 2e-3, "r8", "two words", [0, 2])]
-    ['null', 'true', '0.002', 'r8', "'two words'", '[0,2]']
-    """
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list | tuple):
-        return "[" + ",".join(as_override_value(item) for item in value) + "]"
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{as_override_value(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, str) and (not _PLAIN.fullmatch(value) or value.lower() in _KEYWORDS):
-        # A backslash means something only before a quotation mark: there it is doubled.
-        escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
-        return f"'{escaped}'"
-    return str(value)

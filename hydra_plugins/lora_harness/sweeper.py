@@ -31,10 +31,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from harness.config import ConfigError, RunConfig, run_id
 from harness.folder import require_writable, run_dir, run_state
 from harness.launches import command_line, record_launch
+from harness.overrides import came_from_composing, explain_refusal
 from harness.results import RESULT_FILE, Status, read_result
 from hydra_plugins.lora_harness._composing import compose_run
 from hydra_plugins.lora_harness._grids import GridError, Overrides, expand
@@ -130,11 +132,18 @@ class GridSweeper(Sweeper):
             except ConfigError as error:
                 for problem in error.problems:
                     problems.setdefault(problem, []).append(overrides)
-            except (HydraException, OmegaConfBaseException) as error:
-                problems.setdefault(_one_line(error), []).append(overrides)
+            except (HydraException, OmegaConfBaseException, AssertionError, ValueError) as error:
+                if not isinstance(error, HydraException) and not came_from_composing(error):
+                    raise
+                explained = explain_refusal(error, overrides, compose=self._compose_part)
+                problems.setdefault(explained, []).append(overrides)
         if problems:
             raise ConfigError(_name_runs(problems, len(expanded)))
         return runs
+
+    def _compose_part(self, overrides: list[str]) -> object:
+        assert self.hydra_context is not None and self.config is not None
+        return self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
 
 
 def _values(override: Override) -> list[str]:
@@ -143,13 +152,6 @@ def _values(override: Override) -> list[str]:
             raise ConfigError([f"{override.input_line}: give a list of values (a,b,c) or range(...)."])
         return [str(value) for value in override.sweep_string_iterator()]
     return [str(override.get_value_element_as_str())]
-
-
-def _one_line(error: Exception) -> str:
-    cause = error.__cause__ or error
-    # Hydra goes on to list its search path, which says nothing about the mistake.
-    texts = [str(text).partition("Config search path:")[0] for text in (error, cause)]
-    return " ".join(dict.fromkeys(line.strip() for text in texts for line in text.splitlines() if line.strip()))
 
 
 def _name_runs(problems: dict[str, list[Overrides]], num_runs: int) -> list[str]:
@@ -202,7 +204,9 @@ def show_plan(runs: Sequence[SweepRun], plans: Mapping[str, Plan]) -> None:
         state = run_state(run.config)
         counts[state] += 1
         note = _code_differs(run.config) if state == Status.FINISHED else ""
-        table.add_row(run.run_id, state + note, f"{plans[run.run_id].num_adapter_params:,}", " ".join(run.overrides))
+        # As Text: rich would take [x] in a file's name for markup.
+        overrides = Text(" ".join(run.overrides))
+        table.add_row(run.run_id, state + note, f"{plans[run.run_id].num_adapter_params:,}", overrides)
     # Wide enough that nothing is cut off in a file; a terminal wraps.
     console = Console(width=None if sys.stdout.isatty() else 250)
     console.print(table)

@@ -1,0 +1,177 @@
+"""Any overrides at all: a run is planned, or refused by a message that names a setting. Never a traceback.
+
+    FUZZ_OVERRIDES=1000 pytest tests/test_any_overrides.py -s
+
+tries a thousand combinations and prints how they ended; without the variable a short form runs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import re
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import NamedTuple, get_args, get_type_hints
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+import harness.run
+from harness import config as schema
+from harness.__main__ import main
+from harness.overrides import CONF_DIR
+from harness.results import RunResult, Status
+
+NUM_COMBINATIONS = int(os.environ.get("FUZZ_OVERRIDES", "60"))
+SEED = int(os.environ.get("FUZZ_SEED", "0"))
+
+
+class Setting(NamedTuple):
+    """A leaf of the schema: its dotted name and the names of the values that an enum allows."""
+
+    name: str
+    allowed: tuple[str, ...]
+
+
+def settings_of(node: type, prefix: str = "") -> Iterator[Setting]:
+    hints = get_type_hints(node)
+    for item in fields(node):
+        kinds = [kind for kind in (hints[item.name], *get_args(hints[item.name])) if isinstance(kind, type)]
+        nested = [kind for kind in kinds if is_dataclass(kind)]
+        if nested and item.name != "evaluate_also":
+            yield from settings_of(nested[0], f"{prefix}{item.name}.")
+        else:
+            members = [str(member) for kind in kinds if issubclass(kind, schema.StrEnum) for member in kind]
+            yield Setting(f"{prefix}{item.name}", tuple(members))
+
+
+SETTINGS = list(settings_of(schema.RunConfig))
+GROUPS = {
+    group.name: sorted(path.relative_to(group).with_suffix("").as_posix() for path in group.rglob("*.yaml"))
+    for group in CONF_DIR.iterdir()
+    if group.is_dir() and group.name not in ("accelerate", "hydra")
+}
+ODD_VALUES = [
+    *("null", "true", "false", "nan", "inf", "-inf", "0", "-1", "1", "2", "3", "7", "0.5", "1e-3", "1e400", "10" * 20),
+    *("''", "' '", "a", "'two words'", "naïve", "日本", "'a=b'", "'[a'", "'{x}'", "'${seed}'", "'${nowhere}'", "'{'"),
+    *("${seed}", "${nowhere}", "[]", "[a]", "[-1]", "[0,1]", "[null]", "[[a]]", "{}", "{a:1}", "{a:{b:c}}", "???"),
+    *("../../x", "/", "~", "'a\\nb'", "first_0", "first_1", "last_99", "all", "q", "[q,q]", "[lm_head]", "local"),
+]
+# What a person mistypes on a command line.
+BROKEN = [
+    "rank=",
+    "=3",
+    "rank",
+    "seed=[1",
+    "seed='1",
+    "a b",
+    "+",
+    "~",
+    "~seed",
+    "+seed=1",
+    "++seed=x",
+    "seed=1,2",
+    "--",
+]
+
+BASES = {
+    "classification": ("model=tiny_bert", "dataset=local"),
+    "regression": ("model=tiny_bert", "dataset=local", "dataset.task=regression", "dataset.metrics=[pearson]"),
+    "causal_lm": ("model=tiny_gpt2", "dataset=local_text"),
+    "completion": ("model=tiny_llama", "dataset=local_completion", "dataset.prompt_template='{text}: '"),
+    "chat": ("model=tiny_llama", "dataset=local_chat"),
+}
+METHODS = {
+    "lora": ("rank=r2", "target_layers=qv"),
+    "full": ("method=full",),
+    "head_only": ("method=head_only",),
+}
+
+
+def draw_overrides(chance: random.Random, train_file: Path) -> list[str]:
+    """A base that is fine, and one to four overrides that may not be."""
+    task = chance.choice(list(BASES))
+    method = chance.choice(
+        [name for name in METHODS if name != "head_only" or task in ("classification", "regression")]
+    )
+    overrides = [*BASES[task], *METHODS[method], f"dataset.train_file={train_file}", "trainer=debug", "tracking=off"]
+    for _ in range(chance.randint(1, 4)):
+        kind = chance.random()
+        if kind < 0.1:
+            overrides.append(chance.choice(BROKEN))
+        elif kind < 0.3:
+            group, options = chance.choice(sorted(GROUPS.items()))
+            overrides.append(f"{group}={chance.choice([*options, 'nonsense', 'null'])}")
+        else:
+            setting = chance.choice(SETTINGS)
+            overrides.append(f"{setting.name}={chance.choice([*ODD_VALUES, *setting.allowed * 8])}")
+    return overrides
+
+
+def names_a_setting(message: str, overrides: list[str]) -> bool:
+    """Whether a message has the name of an override, of its group, or of its last part."""
+    keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    # The setting itself, what it lies in (`rank` of `rank.alpha`), or the whole override.
+    names = {key.rsplit(".", cut)[0] for key in keys if key for cut in range(key.count(".") + 1)}
+    return any(re.search(rf"(^|\W){re.escape(name)}\b", message) for name in names) or any(
+        override in message for override in overrides
+    )
+
+
+@pytest.fixture
+def plan_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> Callable[[list[str]], tuple[int, str]]:
+    """`python -m harness` up to the moment at which the run would begin."""
+    monkeypatch.setenv("LORA_HARNESS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.chdir(tmp_path)
+    finished = RunResult(run_id="x", cell_id="x", sweep=None, status=Status.FINISHED, config={})
+    monkeypatch.setattr(harness.run, "run", lambda config: finished)
+
+    def call(overrides: list[str]) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["harness", *overrides])
+        GlobalHydra.instance().clear()
+        capfd.readouterr()
+        try:
+            code = main()
+        except SystemExit as error:  # argparse, for what it takes for an option
+            code = error.code if isinstance(error.code, int) else 1
+        return code, capfd.readouterr().err
+
+    return call
+
+
+def test_any_overrides_are_planned_or_refused_by_name(
+    plan_only: Callable[[list[str]], tuple[int, str]], tmp_path: Path
+) -> None:
+    train_file = tmp_path / "rows.csv"
+    train_file.write_text("text,label\n" + "".join(f"text {row},{row % 2}\n" for row in range(60)))
+    level = logging.getLogger("harness").level
+    chance = random.Random(SEED)
+    ends: Counter[str] = Counter()
+    wrong: list[str] = []
+    for _ in range(NUM_COMBINATIONS):
+        overrides = draw_overrides(chance, train_file)
+        shown = shlex.join(overrides)
+        try:
+            code, message = plan_only(overrides)
+        except Exception as error:
+            ends["traceback"] += 1
+            wrong.append(f"{shown}\n    {type(error).__name__}: {error}")
+            continue
+        ends[{0: "planned", 2: "refused"}.get(code, f"exit code {code}")] += 1
+        if code not in (0, 2):
+            wrong.append(f"{shown}\n    exit code {code}: {message}")
+        if code == 2 and not names_a_setting(message, overrides):
+            wrong.append(f"{shown}\n    names no setting: {message}")
+    logging.getLogger("harness").setLevel(level)
+    print(f"{NUM_COMBINATIONS} combinations of overrides, seed {SEED}:", dict(ends))
+    assert not wrong, "\n".join(wrong)
+    assert ends["planned"] and ends["refused"]
