@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import re
 import shlex
@@ -29,8 +30,10 @@ from harness.config import (
     Task,
     TrackingConfig,
     TrainerConfig,
+    cell_id,
     from_composed,
     register,
+    run_id,
 )
 from harness.models import build_skeleton
 from harness.placement import ARCHITECTURES, UNEMBEDDING, head_modules, select_modules
@@ -222,6 +225,48 @@ def test_further_sets_may_be_several() -> None:
 @pytest.mark.parametrize("option", sorted(LANGUAGE_DATASETS))
 def test_a_dataset_for_language_models_fits_one(option: str) -> None:
     assert len(plan(_run_of(f"dataset/{option}.yaml")).target_modules) == 2 * 2
+
+
+# ---------------------------------------------------------------- identities
+
+GOLDEN = json.loads((CONF.parent / "tests/golden/identities.json").read_text())
+# Identity is content, and theirs is not in this repository.
+OF_LOCAL_FILES = {"local", "local_text", "local_completion", "local_chat", "e2e"}
+OF_A_RUN = {"newsgpt"}
+
+
+def _ids(config: RunConfig) -> list[str]:
+    return [run_id(config), cell_id(config)]
+
+
+def test_every_model_on_every_dataset_has_the_identity_that_it_always_had() -> None:
+    """Another id orphans every finished run: whoever changes the golden file does so on purpose."""
+    models = sorted(set(_options("model")) - OF_A_RUN)
+    datasets = sorted(set(_options("dataset")) - OF_LOCAL_FILES)
+    base = _compose(*LORA)
+    also = {name: _run_of(f"{ALSO}/{name}.yaml").evaluate_also for name in _options(ALSO)}
+    of_datasets = {name: _run_of(f"dataset/{name}.yaml").dataset for name in datasets}
+    found: dict[str, dict[str, list[str]]] = {}
+    for model in models:
+        config = dataclasses.replace(base, model=_run_of(f"model/{model}.yaml").model)
+        ids = {name: _ids(dataclasses.replace(config, dataset=dataset)) for name, dataset in of_datasets.items()}
+        language = dataclasses.replace(config, dataset=of_datasets["friends"])
+        ids |= {
+            f"friends and {name}": _ids(dataclasses.replace(language, evaluate_also=sets))
+            for name, sets in also.items()
+        }
+        # The hashes alone: what stands before them is made of names.
+        found[model] = {name: [one.rpartition("-")[2] for one in pair] for name, pair in ids.items()}
+    assert found == GOLDEN["models_on_datasets"]
+
+
+@pytest.mark.parametrize("name", [name for name in GROUP_FILES if name.partition("/")[0] not in ("model", "dataset")])
+def test_a_preset_has_the_identity_that_it_always_had(name: str) -> None:
+    config = _run_of(name)
+    if config.dataset.name in OF_LOCAL_FILES:
+        assert name == "trainer/lora_paper/gpt2_e2e.yaml"  # reads the files of a local folder
+        return
+    assert _ids(config) == GOLDEN["presets"][name]
 
 
 def test_a_template_on_the_command_line_arrives_as_it_is_meant() -> None:
