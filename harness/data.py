@@ -29,12 +29,16 @@ from torch import Tensor
 
 from harness.assets import cache_dir
 from harness.config import DatasetConfig, Task
-from harness.sources import DataError, Source, counted_rows, digest, open_source
+from harness.readers import counted_rows
+from harness.sources import DataError, Rows, Source, column_problems, digest, open_source
 
 logger = logging.getLogger(__name__)
 
 # Part of the cache key: raise it when the rows made from the same files change.
-_FORMAT = 1
+_FORMAT = 2
+
+# What a folder of tokenised rows says of them; written last.
+_DESCRIPTION = "described.json"
 
 _WINDOW_BATCHES = 50
 
@@ -204,13 +208,17 @@ class TrainingBatches:
 
 @dataclass(frozen=True)
 class TextData:
-    """A dataset ready for training. `label_names` is empty for regression."""
+    """A dataset ready for training. `label_names` is empty for regression.
+
+    `notes` says what was skipped, left out, cut or looks wrong, one sentence each.
+    """
 
     train: Split
     val: Split
     test: Split
     label_names: list[str]
     fingerprint: str
+    notes: list[str]
 
     @property
     def num_labels(self) -> int:
@@ -228,16 +236,23 @@ def load_data(config: DatasetConfig, tokenizer: Tokenizer) -> TextData:
     source = open_source(config)
     key = digest(source.fingerprint, tokenizer_text(tokenizer), _tokenising_settings(config, tokenizer))[:16]
     folder = cache_dir() / "tokenised" / f"{config.name}-{key}"
-    if not (folder / "labels.json").is_file():
+    if not (folder / _DESCRIPTION).is_file():
         _tokenise(source, config, tokenizer, folder)
     rows = {path.name: datasets.load_from_disk(str(path)) for path in sorted(folder.iterdir()) if path.is_dir()}
-    label_names: list[str] = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
+    described = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
     splits = _split(rows, config)
 
     def split(name: str) -> Split:
         return Split(splits[name], pad_token_id=tokenizer.pad_token_id, task=config.task)
 
-    return TextData(split("train"), split("val"), split("test"), label_names, source.fingerprint)
+    return TextData(
+        split("train"),
+        split("val"),
+        split("test"),
+        described["label_names"],
+        source.fingerprint,
+        described["notes"],
+    )
 
 
 def _split(rows: dict[str, datasets.Dataset], config: DatasetConfig) -> dict[str, datasets.Dataset]:
@@ -310,8 +325,9 @@ def _tokenising_settings(config: DatasetConfig, tokenizer: Tokenizer) -> str:
 
 def _tokenise(source: Source, config: DatasetConfig, tokenizer: Tokenizer, folder: Path) -> None:
     started = time.perf_counter()
-    tables, label_names = source.read()
-    label_names = _check_rows(tables, label_names, config, source)
+    rows = source.read()
+    tables, label_names = rows.tables, _check_rows(rows, config, source)
+    described = {"label_names": label_names, "notes": rows.notes}
     columns = {name: _tokenised_columns(table, config, tokenizer, label_names) for name, table in tables.items()}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -323,12 +339,12 @@ def _tokenise(source: Source, config: DatasetConfig, tokenizer: Tokenizer, folde
             building = Path(scratch) / folder.name
             for name in tables:
                 datasets.Dataset.from_dict(columns[name]).save_to_disk(str(building / name))
-            (building / "labels.json").write_text(json.dumps(label_names), encoding="utf-8")
+            (building / _DESCRIPTION).write_text(json.dumps(described), encoding="utf-8")
             try:
                 os.rename(building, folder)
             except OSError:
                 # Another process tokenised the same in the meantime: its folder is as good as ours.
-                if not (folder / "labels.json").is_file():
+                if not (folder / _DESCRIPTION).is_file():
                     raise
     except OSError as error:
         raise DataError(
@@ -367,26 +383,26 @@ def _tokenised_columns(
     return columns
 
 
-def _check_rows(
-    tables: dict[str, pd.DataFrame], label_names: list[str], config: DatasetConfig, source: Source
-) -> list[str]:
+def _check_rows(rows: Rows, config: DatasetConfig, source: Source) -> list[str]:
     """Checks every row of every split and returns the names of the classes; raises one `DataError` for all problems.
 
-    `label_names` are the classes in the order that the source gives them; where it gives none, they are the sorted
-    labels of train.
+    The classes are in the order that the source gives them; where it gives none, they are the sorted labels of train.
     """
     problems: list[str] = []
+    tables = rows.tables
     for name, table in tables.items():
         where = f"dataset={config.name}, {name} rows of {source.description}"
         if table.empty:
             problems.append(f"{where}: no rows.")
             continue
-        absent = [column for column in (*config.text_columns, config.label_column) if column not in table.columns]
+        absent = column_problems(
+            table,
+            (*config.text_columns, config.label_column),
+            where=where,
+            setting="dataset.text_columns (one or two) and dataset.label_column",
+        )
         if absent:
-            problems.append(
-                f"{where}: no column {', '.join(absent)}; it has {', '.join(map(str, table.columns))}. Set "
-                "dataset.text_columns (one or two) and dataset.label_column."
-            )
+            problems += absent
             continue
         for column in config.text_columns:
             not_text = [value for value in table[column] if not isinstance(value, str)]
@@ -407,7 +423,7 @@ def _check_rows(
         problems = _number_problems(tables, config)
         names: list[str] = []
     else:
-        names = label_names or _sorted_labels(tables["train"][config.label_column])
+        names = rows.label_names or _sorted_labels(tables["train"][config.label_column])
         problems = _label_problems(tables, config, names)
     if problems:
         raise DataError("\n".join(problems))

@@ -33,13 +33,14 @@ import torch
 from harness.assets import cache_dir
 from harness.config import Blocks, DatasetConfig, Task, TooLong
 from harness.data import Batch, Tokenizer, tokenizer_text
+from harness.readers import counted_rows, place
 from harness.results import write_atomically
-from harness.sources import DataError, Source, counted_rows, digest, open_source
+from harness.sources import DataError, Source, column_problems, digest, open_source
 
 logger = logging.getLogger(__name__)
 
 # Part of the cache key: raise it when the blocks made from the same files change.
-_FORMAT = 2
+_FORMAT = 3
 
 NO_TARGET = -100
 """Label of a token that is not to be predicted."""
@@ -199,9 +200,9 @@ def _settings(config: DatasetConfig, tokenizer: Any) -> str:
 
 def _build(source: Source, config: DatasetConfig, tokenizer: Any, path: Path) -> None:
     started = time.perf_counter()
-    tables, _ = source.read()
-    notes: list[str] = []
-    tables = {name: _usable_rows(table, name, config, source, notes) for name, table in tables.items()}
+    rows = source.read()
+    notes = list(rows.notes)
+    tables = {name: _usable_rows(table, name, config, source, notes) for name, table in rows.tables.items()}
     splits = _split(tables, config)
     arrays: dict[str, np.ndarray] = {}
     prompts: list[dict[str, Any]] = []
@@ -271,20 +272,17 @@ def _usable_rows(
 ) -> pd.DataFrame:
     """The rows from which something can be learned; what is left out is counted in `notes`. Raises `DataError`."""
     where = f"dataset={config.name}, {split} rows of {source.description}"
-    table = table.reset_index(drop=True)
     columns = _columns(config)
     if table.empty:
         raise DataError(f"{where}: no rows.")
-    absent = [column for column in columns if column not in table.columns]
+    setting = {
+        Task.causal_lm: "dataset.text_columns",
+        Task.completion: "dataset.prompt_template and dataset.target_column",
+        Task.chat: "dataset.messages_column",
+    }[config.task]
+    absent = column_problems(table, columns, where=where, setting=setting)
     if absent:
-        setting = {
-            Task.causal_lm: "dataset.text_columns",
-            Task.completion: "dataset.prompt_template and dataset.target_column",
-            Task.chat: "dataset.messages_column",
-        }[config.task]
-        raise DataError(
-            f"{where}: no column {', '.join(absent)}; it has {', '.join(map(str, table.columns))}. Set {setting}."
-        )
+        raise DataError("\n".join(absent))
     if config.task is Task.chat:
         return _usable_conversations(table, where, config, notes)
     for column in columns:
@@ -303,7 +301,7 @@ def _without(table: pd.DataFrame, left_out: pd.Series, reason: str, notes: list[
     if left_out.all():
         raise DataError(f"{reason} in all {len(table)} rows.")
     notes.append(f"{reason} in {counted_rows(table.index[left_out])}; they are left out.")
-    return table[~left_out].reset_index(drop=True)
+    return table[~left_out]
 
 
 def _usable_conversations(table: pd.DataFrame, where: str, config: DatasetConfig, notes: list[str]) -> pd.DataFrame:
@@ -312,7 +310,7 @@ def _usable_conversations(table: pd.DataFrame, where: str, config: DatasetConfig
     if wrong:
         raise DataError(
             f'{where}: column {column} must hold lists of {{"role": ..., "content": ...}}, and does not in '
-            f"{counted_rows(pd.Index(wrong))}: {table[column][wrong[0]]!r:.80}."
+            f"{counted_rows(table.index[wrong])}: {table[column].iloc[wrong[0]]!r:.80}."
         )
     silent = pd.Series(
         [not any(_is_answer(message) for message in messages) for messages in table[column]], index=table.index
@@ -354,12 +352,12 @@ def _split(tables: dict[str, pd.DataFrame], config: DatasetConfig) -> dict[str, 
         )
     if config.num_train_examples is not None:
         order = np.random.default_rng(config.subset_seed).permutation(available)
-        splits["train"] = splits["train"].iloc[np.sort(order[: config.num_train_examples])].reset_index(drop=True)
+        splits["train"] = splits["train"].iloc[np.sort(order[: config.num_train_examples])]
     if config.num_eval_examples is not None:
         for name in ("val", "test"):
             groups = _groups(splits[name], config)
             order = np.random.default_rng(config.subset_seed).permutation(int(groups.max()) + 1)
-            splits[name] = splits[name][np.isin(groups, order[: config.num_eval_examples])].reset_index(drop=True)
+            splits[name] = splits[name][np.isin(groups, order[: config.num_eval_examples])]
     return splits
 
 
@@ -391,7 +389,7 @@ def _carve(train: pd.DataFrame, fraction: float, name: str, config: DatasetConfi
     # A seed of its own for each split: carved one after the other, they would otherwise take the same places.
     generator = np.random.default_rng([config.split_seed, len(name)])
     is_carved = np.isin(groups, generator.permutation(num_groups)[:num_carved])
-    return train[~is_carved].reset_index(drop=True), train[is_carved].reset_index(drop=True)
+    return train[~is_carved], train[is_carved]
 
 
 def _prompt_text(row: dict[Any, Any], config: DatasetConfig) -> str:
@@ -423,7 +421,7 @@ def _encode(table: pd.DataFrame, split: str, config: DatasetConfig, tokenizer: A
             examples = _completions(table, tokenizer, config)
         case _:
             examples = _conversations(table, tokenizer, config)
-    return _fitted(examples, split, config, tokenizer, notes)
+    return _fitted(examples, table.index, split, config, tokenizer, notes)
 
 
 def _token_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
@@ -555,7 +553,7 @@ def _conversations(table: pd.DataFrame, tokenizer: Any, config: DatasetConfig) -
 
 
 def _fitted(
-    examples: Iterator[_Example], split: str, config: DatasetConfig, tokenizer: Any, notes: list[str]
+    examples: Iterator[_Example], rows: pd.Index, split: str, config: DatasetConfig, tokenizer: Any, notes: list[str]
 ) -> _Blocks:
     """The examples within `max_length`; a prompt loses its beginning, a target and a conversation their end."""
     blocks, counts, size = _Blocks(), Counter[str](), config.max_length
@@ -566,8 +564,8 @@ def _fitted(
         if len(ids) > size:
             if config.too_long is TooLong.error:
                 raise DataError(
-                    f"dataset={config.name}, {split} row {row}: {len(ids)} tokens, dataset.max_length={size}; give a "
-                    "larger one, or dataset.too_long=truncate or drop."
+                    f"dataset={config.name}, {split}: {place(rows, row)} has {len(ids)} tokens, "
+                    f"dataset.max_length={size}; give a larger one, or dataset.too_long=truncate or drop."
                 )
             if config.too_long is TooLong.drop:
                 counts["dropped"] += 1

@@ -247,7 +247,7 @@ def prepare(config: RunConfig) -> PreparedRun:
     recorded["data_fingerprint"] = data.fingerprint
     if accelerator.num_processes > 1:
         recorded |= {"num_processes": accelerator.num_processes, "shard_model": config.shard_model}
-    notes = [note for found in (data, *also.values()) if isinstance(found, LanguageData) for note in found.notes]
+    notes = [note for found in (data, *also.values()) for note in found.notes]
     if notes:
         recorded["data_notes"] = notes
     if loaded.notes:

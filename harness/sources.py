@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pandas as pd
 
 from harness.assets import asset_dir
 from harness.config import DatasetConfig
+from harness.readers import ENDINGS, ReadRows, is_missing, read_rows
 
 
 class DataError(ValueError):
@@ -20,15 +22,25 @@ class DataError(ValueError):
 
 
 @dataclass(frozen=True)
-class Source:
-    """Rows that are not read yet: the fingerprint is enough to find them in the cache of tokenised data.
+class Rows:
+    """The rows of each split as they were read.
 
-    `read` returns a table for each split, and the names of the classes in their order where the data have one.
+    The index of a table says where its rows stand (`harness.readers`). `label_names` are the classes in their order
+    where the data have one, else empty. `notes` says what was skipped or could be misread, one sentence each.
     """
+
+    tables: dict[str, pd.DataFrame]
+    label_names: list[str]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows that are not read yet: the fingerprint is enough to find them in the cache of tokenised data."""
 
     description: str
     fingerprint: str
-    read: Callable[[], tuple[dict[str, pd.DataFrame], list[str]]]
+    read: Callable[[], Rows]
 
 
 def open_source(config: DatasetConfig) -> Source:
@@ -55,15 +67,18 @@ def _open_files(config: DatasetConfig) -> Source:
         path = (folder / name) if folder is not None else Path(name).expanduser()
         if not path.is_file():
             raise DataError(f"dataset.{split}_file={name}: no file {path}. There: {_listing(path.parent)}.")
-        if path.suffix not in (*_READERS, ".txt"):
-            raise DataError(f"dataset.{split}_file={name}: known endings are {', '.join(_READERS)}, .txt.")
+        if path.suffix not in ENDINGS:
+            raise DataError(f"dataset.{split}_file={name}: known endings are {', '.join(ENDINGS)}.")
         files[split] = path
     if "train" not in files:
         there = f" In {folder}: {_listing(folder)}." if folder is not None else ""
         raise DataError(f"dataset.train_file: not set. Name the file with the training rows.{there}")
 
-    def read() -> tuple[dict[str, pd.DataFrame], list[str]]:
-        return {split: _read_file(path, config) for split, path in files.items()}, []
+    def read() -> Rows:
+        found = {split: _read_file(path, config) for split, path in files.items()}
+        # One file may be several splits.
+        notes = list(dict.fromkeys(note for rows in found.values() for note in rows.notes))
+        return Rows({split: rows.table for split, rows in found.items()}, [], notes)
 
     hashes = {split: file_digest(path) for split, path in files.items()}
     if config.task.is_language:  # the same bytes are other rows under another ending
@@ -111,32 +126,35 @@ def _open_hub(config: DatasetConfig) -> Source:
     loaded = {} if pinned else {split: load(name) for split, name in names.items()}
     content = config.revision if pinned else {split: rows._fingerprint for split, rows in loaded.items()}
 
-    def read() -> tuple[dict[str, pd.DataFrame], list[str]]:
+    def read() -> Rows:
         tables, label_names = {}, []
         for split, name in names.items():
             rows = loaded.get(split) or load(name)
             feature = rows.features.get(config.label_column)
-            table = rows.to_pandas()
+            # Whole numbers beside nulls stay whole.
+            table = rows.with_format("arrow")[:].to_pandas(ignore_metadata=True, integer_object_nulls=True)
+            table.index = pd.RangeIndex(len(table), name=f"{name} row index")
             if isinstance(feature, datasets.ClassLabel):
                 # Their order counts: F1 is that of class 1, in MRPC `equivalent` and not the first of the alphabet.
                 label_names = feature.names
-                # GLUE marks hidden labels with -1: they must not become a class.
-                table[config.label_column] = [
-                    feature.int2str(int(label)) if label >= 0 else f"hidden ({label})"
-                    for label in table[config.label_column]
-                ]
+                table[config.label_column] = [_class_name(feature, label) for label in table[config.label_column]]
             tables[split] = table
-        return tables, label_names
+        return Rows(tables, label_names, [])
 
     fingerprint = digest(json.dumps([config.hub_id, config.subset, content, names], sort_keys=True))
     return Source(f"{config.hub_id} {config.subset or ''}".strip(), fingerprint, read)
 
 
-def _read_file(path: Path, config: DatasetConfig) -> pd.DataFrame:
+def _class_name(feature: datasets.ClassLabel, label: Any) -> str | None:
+    if is_missing(label):
+        return None
+    # GLUE marks hidden labels with -1: they must not become a class.
+    return str(feature.int2str(int(label))) if label >= 0 else f"hidden ({label})"
+
+
+def _read_file(path: Path, config: DatasetConfig) -> ReadRows:
     try:
-        if path.suffix == ".txt":
-            return _read_lines(path, config)
-        return _READERS[path.suffix](path)
+        return read_rows(path, line_separator=config.line_separator, line_columns=config.line_columns)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({_first_bad_line(path)}); save it as UTF-8.") from error
     except (OSError, ValueError) as error:
@@ -145,10 +163,28 @@ def _read_file(path: Path, config: DatasetConfig) -> pd.DataFrame:
 
 def read_column(path: Path, column: str) -> list[str]:
     """The texts of one column of a file of rows. Raises `DataError`."""
-    table = _read_file(path, DatasetConfig())
-    if column not in table.columns:
-        raise DataError(f"{path.name}: no column {column}; it has {', '.join(map(str, table.columns))}.")
+    table = _read_file(path, DatasetConfig()).table
+    problems = column_problems(table, [column], where=path.name, setting="model.scratch.column")
+    if problems:
+        raise DataError("\n".join(problems))
     return [text for text in table[column] if isinstance(text, str)]
+
+
+def column_problems(table: pd.DataFrame, columns: Sequence[str], *, where: str, setting: str) -> list[str]:
+    """What is wrong where a table does not have these columns; `setting` is what names them."""
+    absent = [column for column in columns if column not in table.columns]
+    if not absent:
+        return []
+    problem = (
+        f"{where}: no column {', '.join(absent)}; it has {', '.join(map(str, table.columns)) or 'none'}. Set {setting}."
+    )
+    lists = [str(name) for name in table.columns if isinstance(table[name].iloc[0], list)] if len(table) == 1 else []
+    if lists:
+        problem += (
+            f" The whole file is one object: if its list {' or '.join(lists)} holds the rows, save that list alone, as "
+            "an array or as one object per line."
+        )
+    return [problem]
 
 
 def _first_bad_line(path: Path) -> str:
@@ -162,82 +198,6 @@ def _first_bad_line(path: Path) -> str:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-def _read_lines(path: Path, config: DatasetConfig) -> pd.DataFrame:
-    """A row for each line that is not blank: one column `text`, or the parts between `line_separator`."""
-    lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    if config.line_separator is None:
-        return pd.DataFrame({"text": lines})
-    names = config.line_columns
-    rows = [line.split(config.line_separator) for line in lines]
-    odd = [number for number, row in enumerate(rows, start=1) if len(row) != len(names)]
-    if odd:
-        raise ValueError(
-            f"{len(odd)} lines have not the {len(names)} parts {', '.join(names)} between {config.line_separator!r}, "
-            f"the first is number {odd[0]} of those that are not blank: {lines[odd[0] - 1][:60]}"
-        )
-    return pd.DataFrame(rows, columns=names)
-
-
-def _read_csv(path: Path) -> pd.DataFrame:
-    # Everything as text: a label "NA" or "007" stays what it is.
-    table = pd.read_csv(path, dtype=str, keep_default_na=False, sep="\t" if path.suffix == ".tsv" else ",")
-    if not isinstance(table.index, pd.RangeIndex):
-        # pandas would take the first field for the row's name and shift the others.
-        raise ValueError(f"the rows have more fields than the header's {len(table.columns)}")
-    return table
-
-
-def _read_json_lines(path: Path) -> pd.DataFrame:
-    rows = []
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"line {number}: {error.msg} at character {error.pos + 1}: {line.strip()[:60]}"
-                ) from error
-            if not isinstance(row, dict):
-                raise ValueError(f"line {number} is no JSON object; one object per line: {line.strip()[:60]}")
-            rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def _read_parquet(path: Path) -> pd.DataFrame:
-    return pd.read_parquet(path)
-
-
-def _read_orange_tab(path: Path) -> pd.DataFrame:
-    """Orange's tab-separated format: three header lines (names, types, flags), then rows; blank rows are skipped."""
-    lines = path.read_text(encoding="utf-8-sig").split("\n")
-    if len(lines) < 4:
-        raise ValueError("three header lines are needed: names, types and flags of the columns")
-    names = lines[0].split("\t")
-    rows = [line.split("\t") for line in lines[3:] if line.strip()]
-    odd = [row for row in rows if len(row) != len(names)]
-    if odd:
-        raise ValueError(f"{len(odd)} rows have not the {len(names)} columns {', '.join(names)}")
-    return pd.DataFrame(rows, columns=names)
-
-
-_READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-    ".jsonl": _read_json_lines,
-    ".json": _read_json_lines,
-    ".parquet": _read_parquet,
-    ".tab": _read_orange_tab,
-}
-
-
-def counted_rows(rows: pd.Index) -> str:
-    """How many rows, and the first of them."""
-    shown = ", ".join(str(row) for row in rows[:5])
-    return f"{len(rows)} rows (counted from 0): {shown}{', ...' if len(rows) > 5 else ''}"
 
 
 def digest(*parts: str) -> str:

@@ -577,6 +577,19 @@ def test_every_format_gives_the_same_splits(tmp_path: Path, tokenizer: CountedTo
         assert set(AWKWARD) - {" lead"} <= set(everything)
 
 
+def test_a_quotation_mark_in_a_tsv_file_swallows_no_rows(tmp_path: Path, tokenizer: CountedTokenizer) -> None:
+    path = tmp_path / "rows.tsv"
+    lines = [f'"so it began {n}\tgood' if n % 5 == 0 else f'so it ended {n}"\tbad' for n in range(100)]
+    path.write_text("\n".join(["text\tlabel", *lines]) + "\n")
+    for _ in range(2):  # the second time from the cache
+        loaded = load_data(local(path), tokenizer)
+        assert len(loaded.train) + len(loaded.val) + len(loaded.test) == 100
+        assert loaded.notes == [
+            "rows.tsv: in 20 rows (rows.tsv line 2, 7, 12, 17, 22, ...) a field begins with a quotation mark, which is "
+            "kept as text, because the file does not quote its fields throughout."
+        ]
+
+
 @pytest.mark.parametrize("ending", [".csv", ".tsv"])
 def test_labels_that_look_like_missing_values_stay_text(
     tmp_path: Path, tokenizer: CountedTokenizer, ending: str
@@ -667,21 +680,22 @@ def refused(config: DatasetConfig, tmp_path: Path) -> str:
         (
             "rows.csv",
             "text,label\n" + "fine,a\n,b\n" * 7 + "  ,a\n",
-            "train rows of rows.csv: column text is empty in 8 rows (counted from 0): 1, 3, 5, 7, 9, ....",
+            "train rows of rows.csv: column text is empty in 8 rows (rows.csv line 3, 5, 7, 9, 11, ...).",
         ),
-        ("rows.csv", "text,label\nfine,a\nalso fine\n", "column label has no label in 1 rows (counted from 0): 1."),
-        ("rows.csv", "text,label\nfine,a\nx,b,c\n", "rows.csv: not readable as .csv (.*line 3"),
-        ("rows.csv", "text,label\n1,fine,a\n2,x,b\n", "the rows have more fields than the header's 2"),
+        ("rows.csv", "text,label\nfine,a\nalso fine\n", "1 rows do not have the 2 columns text, label: line 3 has 1;"),
+        ("rows.csv", "text,label\nfine,a\nalso fine,\n", "column label has no label in 1 rows (rows.csv line 3)."),
+        ("rows.csv", "text,label\nfine,a\nx,b,c\n", "rows.csv: not readable as .csv (.*line 3 has 3"),
+        ("rows.csv", "text,label\n1,fine,a\n2,x,b\n", "line 2 has 3, line 3 has 3;"),
         ("rows.csv", "text,klass\nfine,a\n", "no column label; it has text, klass. Set dataset.text_columns"),
         ("rows.csv", "sentence,y\nfine,a\n", "no column text, label; it has sentence, y."),
         ("rows.csv", "text,label\n", "train rows of rows.csv: no rows."),
-        ("rows.csv", "", "rows.csv: not readable as .csv (No columns to parse from file)."),
+        ("rows.csv", "", "rows.csv: not readable as .csv (no header line: the file is empty)."),
         (
             "rows.csv",
             "text,label\nfine,a\nmore,a\n",
             "column label has 1 class(es) in train (a); at least 2 are needed.",
         ),
-        ("rows.csv", 'text,label\n"fine,a\nmore,b\n', "rows.csv: not readable as .csv (.*EOF inside string"),
+        ("rows.csv", 'text,label\n"fine,a\nmore,b\n', "rows.csv: not readable as .csv (line 2: a quotation"),
         ("rows.jsonl", "", "train rows of rows.jsonl: no rows."),
         (
             "rows.jsonl",
@@ -690,8 +704,8 @@ def refused(config: DatasetConfig, tmp_path: Path) -> str:
         ),
         (
             "rows.json",
-            '[{"text": "fine", "label": 1}]',
-            "line 1 is no JSON object; one object per line: [{",
+            '[{"text": "fine", "label": 1}, 5]',
+            "line 1 is no JSON object; a row is one object, and here stands 5",
         ),
         (
             "rows.jsonl",
@@ -701,11 +715,15 @@ def refused(config: DatasetConfig, tmp_path: Path) -> str:
         (
             "rows.jsonl",
             '{"text": "fine", "label": 1}\n{"text": "x"}\n{"text": "y", "label": null}\n{"text": "z", "label": 0}',
-            "column label has no label in 2 rows (counted from 0): 1, 2.",
+            "column label has no label in 2 rows (rows.jsonl line 2, 3).",
         ),
         ("rows.parquet", "no parquet", "rows.parquet: not readable as .parquet (.*Parquet"),
         ("rows.tab", "", "rows.tab: not readable as .tab (three header lines are needed"),
-        ("rows.tab", "text\tlabel\ns\td\n\t\nfine\ta\nbroken\n", "1 rows have not the 2 columns text, label"),
+        (
+            "rows.tab",
+            "text\tlabel\ns\td\n\t\nfine\ta\nbroken\n",
+            "1 rows do not have the 2 columns text, label: line 5",
+        ),
         ("rows.xlsx", "x", "rows.xlsx: known endings are .csv, .tsv, .jsonl, .json, .parquet, .tab, .txt."),
     ],
 )
@@ -735,8 +753,8 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
     (tmp_path / "test.csv").write_text("text,label\nfine,a\n")
     config = local(tmp_path / "train.csv", test_file=str(tmp_path / "test.csv"), text_columns=["text", "more"])
     assert refused(config, tmp_path).splitlines() == [
-        "dataset=local, train rows of train.csv, test.csv: column text is empty in 1 rows (counted from 0): 0.",
-        "dataset=local, train rows of train.csv, test.csv: column more is empty in 1 rows (counted from 0): 1.",
+        "dataset=local, train rows of train.csv, test.csv: column text is empty in 1 rows (train.csv line 2).",
+        "dataset=local, train rows of train.csv, test.csv: column more is empty in 1 rows (train.csv line 3).",
         "dataset=local, test rows of train.csv, test.csv: no column more; it has text, label. Set "
         "dataset.text_columns (one or two) and dataset.label_column.",
     ]

@@ -108,7 +108,7 @@ def test_empty_documents_are_left_out_and_counted(tmp_path: Path) -> None:
     for _ in range(2):  # the second time from the cache
         data = load(tmp_path, {"train": rows, "val": rows, "test": rows}, task=Task.causal_lm, max_length=16)
         assert len(data.train) == 2
-        assert "column text is empty in 2 rows (counted from 0): 1, 2; they are left out." in data.notes[0]
+        assert "column text is empty in 2 rows (train.jsonl line 2, 3); they are left out." in data.notes[0]
 
 
 def test_letters_only(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_a_line_with_too_many_parts_is_named(tmp_path: Path) -> None:
         prompt_template="{q}",
         target_column="a",
     )
-    with pytest.raises(DataError, match=r"1 lines have not the 2 parts q, a between '\|\|', the first is number 2"):
+    with pytest.raises(DataError, match=r"1 rows do not have the 2 columns q, a: line 2 has 3; they .* between '\|\|'"):
         load_language_data(config, TOKENIZER)
 
 
@@ -250,7 +250,7 @@ def test_dropping_and_refusing_what_is_too_long(tmp_path: Path) -> None:
     data = completions(tmp_path, LONG, too_long=TooLong.drop)
     assert len(data.train) == 1
     assert "of 2 rows 1 dropped" in data.notes[0]
-    with pytest.raises(DataError, match=r"train row 0: 52 tokens, dataset.max_length=32; give a larger one"):
+    with pytest.raises(DataError, match=r"train.jsonl line 1 has 52 tokens, dataset.max_length=32; give a larger one"):
         completions(tmp_path, LONG, too_long=TooLong.error)
     with pytest.raises(DataError, match="nothing to predict is left in train"):
         completions(tmp_path, LONG[:1], too_long=TooLong.drop)
@@ -259,7 +259,7 @@ def test_dropping_and_refusing_what_is_too_long(tmp_path: Path) -> None:
 def test_an_empty_target_is_left_out_and_an_empty_prompt_is_not(tmp_path: Path) -> None:
     data = completions(tmp_path, [{"q": "", "a": "1"}, {"q": "x", "a": " "}])
     assert len(data.train) == 1
-    assert "column a is empty in 1 rows (counted from 0): 1" in data.notes[0]
+    assert "column a is empty in 1 rows (train.jsonl line 2)" in data.notes[0]
 
 
 def test_a_template_that_names_no_column(tmp_path: Path) -> None:
@@ -311,7 +311,9 @@ def test_a_conversation_without_an_answer_is_left_out_and_counted(tmp_path: Path
 
 @pytest.mark.parametrize("row", ["text", [], [{"role": "user"}], [{"role": "user", "content": 3}], None])
 def test_what_is_no_conversation_is_named(tmp_path: Path, row: Any) -> None:
-    with pytest.raises(DataError, match=r"column messages must hold lists of .* and does not in 1 rows .*: 1"):
+    with pytest.raises(
+        DataError, match=r"column messages must hold lists of .* and does not in 1 rows .train.jsonl line 2.: "
+    ):
         chats(tmp_path, [CHAT, row])
 
 
