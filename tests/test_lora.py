@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import json
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import peft
@@ -18,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
     DebertaV2Config,
@@ -962,3 +965,226 @@ def test_a_tied_parameter_counts_once() -> None:
     model = nn.ModuleDict({"embedding": nn.Embedding(10, 4), "output": nn.Linear(4, 10, bias=False)})
     model["output"].weight = model["embedding"].weight
     assert lora.count_parameters(model, ()).num_total_params == 40
+
+
+# ---------------------------------------------------------------- language models, whose embeddings are tied
+
+
+@functools.cache
+def _pristine_language_model(name: str, tied: bool) -> PreTrainedModel:
+    sizes = {"vocab_size": 260, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "tie_word_embeddings": tied}
+    torch.manual_seed(0)
+    if name == "gpt2":
+        config = GPT2Config(n_embd=64, n_layer=2, n_head=4, n_inner=128, n_positions=128, **sizes)
+    else:
+        config = LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, **sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(5)
+    return model.eval()
+
+
+def _language_model(name: str = "gpt2", *, tied: bool = True) -> PreTrainedModel:
+    model = copy.deepcopy(_pristine_language_model(name, tied))
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) is tied
+    return model
+
+
+def _of_peft(model: PreTrainedModel, directory: Path, **settings_: object) -> peft.PeftModel:
+    """An adapter of `peft` whose every trained tensor differs from what it began with, saved."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tied weights: what is said there is what is tested here
+        theirs = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, **settings_))
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in theirs.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype), alpha=0.2)
+        theirs.eval().save_pretrained(directory)
+    return theirs
+
+
+LANGUAGE_ADAPTERS = {
+    "the unembedding": {"target_modules": ["lm_head"]},
+    "with the unembedding": {"target_modules": ["c_attn", "lm_head"], "fan_in_fan_out": True},
+    "a whole embedding": {"target_modules": ["c_attn"], "modules_to_save": ["wte"], "fan_in_fan_out": True},
+    "a whole unembedding": {"target_modules": ["c_attn"], "modules_to_save": ["lm_head"], "fan_in_fan_out": True},
+    "whole norms": {"target_modules": ["c_attn"], "modules_to_save": ["ln_1", "ln_f"], "fan_in_fan_out": True},
+    "an expression": {"target_modules": r".*h\.1\.attn\.c_attn", "fan_in_fan_out": True},
+    "all but some": {"target_modules": ["c_attn"], "exclude_modules": r".*h\.0\..*", "fan_in_fan_out": True},
+}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", LANGUAGE_ADAPTERS)
+def test_an_adapter_of_peft_on_a_language_model_gives_equal_logits_and_leaves_no_trace(
+    kind: str, tied: bool, tmp_path: Path
+) -> None:
+    theirs = _of_peft(_language_model(tied=tied), tmp_path, **LANGUAGE_ADAPTERS[kind])
+    ours = _language_model(tied=tied)
+    before, modules, logits = _state(ours), dict(ours.named_modules()), _logits(ours)
+    lora.load_adapter(ours, tmp_path)
+    assert_close(_logits(ours), _logits(theirs), **TOLERANCE)
+    assert (_logits(ours) - logits).abs().max() > 1e-2
+    # Its own format again, with all that the adapter holds.
+    lora.save_adapter(ours, tmp_path / "ours", rank=RankConfig(4, alpha=8), head_modules=(), task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        back = peft.PeftModel.from_pretrained(_language_model(tied=tied), tmp_path / "ours").eval()
+    assert_close(_logits(back), _logits(theirs), **TOLERANCE)
+
+    lora.merge(ours)
+    assert_close(_logits(ours), _logits(theirs), **TOLERANCE)
+    lora.remove_lora(ours)
+    assert dict(ours.named_modules()) == modules
+    _assert_same_state(ours, before)
+    assert torch.equal(_logits(ours), logits)
+    assert (ours.lm_head.weight is ours.get_input_embeddings().weight) is tied
+    assert ours.config.tie_word_embeddings is tied
+
+
+def _edit_adapter(directory: Path, rename: Callable[[str], str], **settings_: object) -> None:
+    tensors = load_file(directory / "adapter_model.safetensors")
+    save_file({rename(name): value for name, value in tensors.items()}, directory / "adapter_model.safetensors")
+    config = json.loads((directory / "adapter_config.json").read_text())
+    (directory / "adapter_config.json").write_text(json.dumps(config | settings_))
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: name.removeprefix("base_model.model."),
+        lambda name: name.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default."),
+        lambda name: name.replace("ln_f.", "ln_f.modules_to_save."),
+        lambda name: name.replace("ln_f.", "ln_f.modules_to_save.default."),
+    ],
+    ids=["no prefix", "name of the adapter", "wrapper", "wrapper and name"],
+)
+def test_names_of_other_versions_of_peft_are_read(rename: Callable[[str], str], tmp_path: Path) -> None:
+    theirs = _of_peft(_language_model(), tmp_path, target_modules=["c_proj"], modules_to_save=["ln_f"])
+    _edit_adapter(tmp_path, rename)
+    ours = _language_model()
+    lora.load_adapter(ours, tmp_path)
+    assert_close(_logits(ours), _logits(theirs), **TOLERANCE)
+
+
+def test_an_older_adapter_of_pickled_tensors_is_read(tmp_path: Path) -> None:
+    theirs = _of_peft(_language_model(), tmp_path, target_modules=["c_proj"])
+    torch.save(load_file(tmp_path / "adapter_model.safetensors"), tmp_path / "adapter_model.bin")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    ours = _language_model()
+    lora.load_adapter(ours, tmp_path)
+    assert_close(_logits(ours), _logits(theirs), **TOLERANCE)
+    (tmp_path / "adapter_model.bin").write_bytes(b"no tensors")
+    with pytest.raises(LoRAError, match=r"adapter_model\.bin is not readable as tensors"):
+        lora.load_adapter(ours, tmp_path)
+
+
+def test_an_adapter_in_bfloat16_is_read(tmp_path: Path) -> None:
+    theirs = _of_peft(_language_model(), tmp_path, target_modules=["c_proj"], modules_to_save=["ln_f"])
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    rounded = {name: value.to(torch.bfloat16) for name, value in tensors.items()}
+    save_file(rounded, tmp_path / "adapter_model.safetensors")
+    ours = _language_model()
+    lora.load_adapter(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(_language_model(), tmp_path).eval()
+    assert_close(_logits(ours), _logits(theirs), **TOLERANCE)
+    assert {value.dtype for value in ours.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("settings_", "edit", "message"),
+    [
+        (
+            {"target_modules": ["lm_head"]},
+            lambda tensors: {name: value + 1 if "base_layer" in name else value for name, value in tensors.items()},
+            r"lm_head\.base_layer\.weight differs from the model's: the adapter belongs to another base model",
+        ),
+        (
+            {"target_modules": ["c_proj"]},
+            lambda tensors: tensors | {"base_model.model.transformer.wte.weight": torch.zeros(260, 64)},
+            r"transformer\.wte\.weight differs from the model's",
+        ),
+        (
+            {"target_modules": ["c_proj"]},
+            lambda tensors: tensors | {"base_model.model.transformer.wte.weight": torch.zeros(300, 64)},
+            r"transformer\.wte\.weight is \(300, 64\), the model needs \(260, 64\)",
+        ),
+        (
+            {"target_modules": ["c_proj"]},
+            lambda tensors: {name: value for name, value in tensors.items() if ".h.1." not in name},
+            r"holds no tensors of transformer\.h\.1\.attn\.c_proj, transformer\.h\.1\.mlp\.c_proj, which target_mod",
+        ),
+        (
+            {"target_modules": ["wte", "c_proj"]},
+            dict,
+            r"transformer\.wte: LoRA adapts nn\.Linear and Conv1D, not Embedding\.",
+        ),
+    ],
+    ids=["another base", "another embedding", "another vocabulary", "a part", "an adapted embedding"],
+)
+def test_an_adapter_that_is_not_for_this_base_is_refused(
+    settings_: dict[str, object],
+    edit: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    message: str,
+    tmp_path: Path,
+) -> None:
+    _of_peft(_language_model(), tmp_path, **settings_)
+    save_file(edit(load_file(tmp_path / "adapter_model.safetensors")), tmp_path / "adapter_model.safetensors")
+    model = _language_model()
+    before, modules = _state(model), list(model.modules())
+    with pytest.raises(LoRAError, match=message):
+        lora.load_adapter(model, tmp_path)
+    assert list(model.modules()) == modules
+    _assert_same_state(model, before)
+
+
+def test_a_setting_of_peft_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    _of_peft(_language_model(), tmp_path, target_modules=["c_proj"])
+    _edit_adapter(tmp_path, str, use_of_tomorrow=False)
+    lora.load_adapter(_language_model(), tmp_path)
+    _edit_adapter(tmp_path, str, use_of_tomorrow=True)
+    with pytest.raises(LoRAError, match=r"use_of_tomorrow=True is a setting that is not known here"):
+        lora.load_adapter(_language_model(), tmp_path)
+
+
+def test_every_setting_of_peft_is_known() -> None:
+    known = set(lora._SUPPORTED) | lora._READ | lora._WITHOUT_EFFECT
+    assert {field.name for field in dataclasses.fields(peft.LoraConfig)} <= known
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_merging_into_a_tied_unembedding_leaves_the_embedding_alone(name: str, tmp_path: Path) -> None:
+    model = _language_model(name)
+    lora.apply_lora(model, ["lm_head"], rank=RankConfig(4, alpha=8))
+    _randomise_adapter_only(model)
+    before, unmerged, num_params = _state(model), _logits(model), sum(p.numel() for p in model.parameters())
+    lora.merge(model)
+    assert_close(_logits(model), unmerged, **TOLERANCE)
+    assert torch.equal(model.get_input_embeddings().weight, before["lm_head.base.weight"])
+    assert model.config.tie_word_embeddings is False
+    lora.unmerge(model)
+    _assert_same_state(model, before)
+    assert model.lm_head.base.weight is model.get_input_embeddings().weight
+    assert model.config.tie_word_embeddings is True
+    assert sum(p.numel() for p in model.parameters()) == num_params
+
+    lora.merge_and_remove(model)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_close(_logits(again), unmerged, **TOLERANCE)
+    assert again.lm_head.weight is not again.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+def test_a_quantised_weight_is_not_merged_into(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    lora.apply_lora(model, ["0", "1"], rank=RankConfig(2, alpha=2))
+    layers = dict(lora.lora_layers(model))
+    layers["1"].base.weight = nn.Parameter(torch.zeros(8, 8, dtype=dtype), requires_grad=False)
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(LoRAError, match=rf"^1: a quantised weight \({kind}\) holds no sum; load the base model"):
+        lora.merge(model)
+    assert not any(layer.merged for layer in layers.values())
