@@ -31,13 +31,29 @@ class Evaluation:
     objective: float
 
 
+@dataclass(frozen=True)
+class SummedLoss:
+    """A loss summed over the targets of a batch, scalars in float32.
+
+    `minimised` has a graph. `unsmoothed` has none and is the same without label smoothing, None where there is none.
+    """
+
+    minimised: Tensor
+    unsmoothed: Tensor | None = None
+
+    def over(self, num_targets: float) -> tuple[Tensor, Tensor]:
+        """Divided by a number of targets: what is minimised, and what is reported, which has no graph."""
+        minimised = self.minimised / num_targets
+        return minimised, minimised.detach() if self.unsmoothed is None else self.unsmoothed / num_targets
+
+
 class Objective(Protocol):
-    """What the trainer needs to know of a task."""
+    """What the trainer needs to know of a task. `loss_name` is the metric that its loss without label smoothing is."""
 
     loss_name: str
 
-    def summed_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Loss summed over the batch's targets, a scalar with a graph."""
+    def summed_loss(self, model: nn.Module, batch: Batch) -> SummedLoss:
+        """Loss summed over the batch's targets."""
         ...
 
     def evaluate(self, model: nn.Module) -> Evaluation:
@@ -57,8 +73,8 @@ class SequenceObjective:
         self._eval_batch_size = eval_batch_size
         self.loss_name = "train_mse" if config.task is Task.regression else "train_nll"
 
-    def summed_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Summed cross-entropy in nats, or summed squared error, in float32."""
+    def summed_loss(self, model: nn.Module, batch: Batch) -> SummedLoss:
+        """Summed cross-entropy in nats, or summed squared error."""
         return _summed_loss(self._config.task, _logits(model, batch), batch.labels, self._label_smoothing)
 
     def evaluate(self, model: nn.Module) -> Evaluation:
@@ -78,10 +94,20 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
     return model(**batch.inputs).logits.float()
 
 
-def _summed_loss(task: Task, logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def _summed_loss(task: Task, logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> SummedLoss:
     if task is Task.regression:
-        return functional.mse_loss(logits.squeeze(-1), labels, reduction="sum")
-    return functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+        return SummedLoss(functional.mse_loss(logits.squeeze(-1), labels, reduction="sum"))
+    return cross_entropy(logits, labels, label_smoothing=label_smoothing)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> SummedLoss:
+    """Cross-entropy in nats of `(rows, classes)` against `(rows,)`; smoothed as PyTorch's, to the bit."""
+    if label_smoothing == 0:
+        return SummedLoss(functional.cross_entropy(logits, targets, reduction="sum"))
+    log_probabilities = functional.log_softmax(logits, dim=-1)
+    nll = functional.nll_loss(log_probabilities, targets, reduction="sum")
+    uniform = (-log_probabilities.sum(-1)).sum() * (label_smoothing / logits.shape[-1])
+    return SummedLoss((1 - label_smoothing) * nll + uniform, nll.detach())
 
 
 @contextmanager
@@ -117,7 +143,7 @@ def score(logits: Tensor, labels: Tensor, *, config: DatasetConfig) -> dict[str,
     """
     if not torch.isfinite(logits).all():
         return {}
-    mean_loss = float(_summed_loss(config.task, logits, labels)) / len(labels)
+    mean_loss = float(_summed_loss(config.task, logits, labels).minimised) / len(labels)
     wanted = dict.fromkeys([*config.metrics, config.best_metric])
     if config.task is Task.regression:
         predictions, targets = logits.squeeze(-1).double().numpy(), labels.double().numpy()

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from harness.config import GenerationConfig
 from harness.data import Batch
-from harness.evaluate import Evaluation, evaluating
+from harness.evaluate import Evaluation, SummedLoss, cross_entropy, evaluating
 from harness.language_data import NO_TARGET, Prompt, TokenSplit
 
 # 128 MiB of float32 logits at once; their gradient takes as much again.
@@ -40,7 +39,10 @@ _PLAIN_LOGITS = {
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of `head(hidden)` summed over rows, whose gradients are made chunk by chunk in the forward pass."""
+    """Cross-entropy of `head(hidden)` summed over rows, whose gradients are made chunk by chunk in the forward pass.
+
+    With label smoothing there is a second output, without it and without a gradient.
+    """
 
     @staticmethod
     def forward(
@@ -51,8 +53,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk: int,
         label_smoothing: float,
         *parameters: Tensor,
-    ) -> Tensor:
-        total = hidden.new_zeros((), dtype=torch.float32)
+    ) -> tuple[Tensor, ...]:
+        totals = [hidden.new_zeros((), dtype=torch.float32) for _ in range(2 if label_smoothing else 1)]
         wants_hidden = ctx.needs_input_grad[0]
         hidden_gradient = torch.empty_like(hidden) if wants_hidden else None
         gradients = [torch.zeros_like(parameter) for parameter in parameters]
@@ -60,24 +62,25 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk)
             with torch.enable_grad():
                 part = hidden[rows].detach().requires_grad_(wants_hidden)
-                loss = functional.cross_entropy(
-                    head(part).float(), targets[rows], reduction="sum", label_smoothing=label_smoothing
-                )
+                loss = cross_entropy(head(part).float(), targets[rows], label_smoothing=label_smoothing)
             wanted = [*([part] if wants_hidden else []), *parameters]
-            found = list(torch.autograd.grad(loss, wanted))
+            found = list(torch.autograd.grad(loss.minimised, wanted))
             if hidden_gradient is not None:
                 hidden_gradient[rows] = found.pop(0)
             for gradient, value in zip(gradients, found, strict=True):
                 gradient += value
-            total += loss.detach()
+            totals[0] += loss.minimised.detach()
+            if loss.unsmoothed is not None:
+                totals[1] += loss.unsmoothed
         saved = [*([hidden_gradient] if hidden_gradient is not None else []), *gradients]
         ctx.save_for_backward(*saved)
         ctx.wants_hidden = wants_hidden
-        return total
+        ctx.mark_non_differentiable(*totals[1:])
+        return tuple(totals)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (scale,) = outputs
+        scale = outputs[0]
         saved = [(value.float() * scale).to(value.dtype) for value in ctx.saved_tensors]
         hidden_gradient = saved.pop(0) if ctx.wants_hidden else None
         return hidden_gradient, None, None, None, None, *saved
@@ -91,7 +94,7 @@ def chunked_cross_entropy(
     chunk: int,
     label_smoothing: float = 0.0,
     forward: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:
+) -> SummedLoss:
     """Cross-entropy in nats of `head(hidden)` against `targets`, summed, with at most `chunk` rows of logits alive.
 
     Args:
@@ -105,20 +108,28 @@ def chunked_cross_entropy(
     forward = forward or head.forward
     parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
     if torch.is_grad_enabled() and (hidden.requires_grad or parameters):
-        return _ChunkedCrossEntropy.apply(hidden, targets, forward, chunk, label_smoothing, *parameters)
+        totals = _ChunkedCrossEntropy.apply(hidden, targets, forward, chunk, label_smoothing, *parameters)
+        return SummedLoss(*totals)
     total = hidden.new_zeros((), dtype=torch.float32)
+    unsmoothed = torch.zeros_like(total) if label_smoothing else None
     for start in range(0, len(targets), chunk):
         rows = slice(start, start + chunk)
-        total += functional.cross_entropy(
-            forward(hidden[rows]).float(), targets[rows], reduction="sum", label_smoothing=label_smoothing
-        )
-    return total
+        loss = cross_entropy(forward(hidden[rows]).float(), targets[rows], label_smoothing=label_smoothing)
+        total += loss.minimised
+        if unsmoothed is not None and loss.unsmoothed is not None:
+            unsmoothed += loss.unsmoothed
+    return SummedLoss(total, unsmoothed)
 
 
-def summed_nll(
+def summed_nll(model: nn.Module, batch: Batch, *, chunk_tokens: int | None = None) -> Tensor:
+    """-log p of a batch's targets in nats, summed; a scalar with a graph where gradients are on. See `summed_loss`."""
+    return summed_loss(model, batch, chunk_tokens=chunk_tokens).minimised
+
+
+def summed_loss(
     model: nn.Module, batch: Batch, *, chunk_tokens: int | None = None, label_smoothing: float = 0.0
-) -> Tensor:
-    """-log p of a batch's targets in nats, summed; a scalar with a graph where gradients are on.
+) -> SummedLoss:
+    """The cross-entropy of a batch's targets in nats, summed, with and without label smoothing.
 
     The loss is made inside the model's own forward pass, in place of the logits, so that wrappers which do something
     around that pass (data parallel, sharding, autocast) do it here as well.
@@ -135,19 +146,22 @@ def summed_nll(
     chosen = targets[wanted]
     if chunk_tokens == 0 or bare.config.model_type not in _PLAIN_LOGITS:
         logits = model(**batch.inputs).logits[:, :-1][wanted]
-        return functional.cross_entropy(logits.float(), chosen, reduction="sum", label_smoothing=label_smoothing)
+        return cross_entropy(logits.float(), chosen, label_smoothing=label_smoothing)
     chunk = chunk_tokens or max(1, _CHUNK_ELEMENTS // bare.config.vocab_size)
     head = bare.get_output_embeddings()
     forward = head.forward
+    unsmoothed: list[Tensor | None] = []
 
     def loss_instead_of_logits(hidden: Tensor) -> Tensor:
-        return chunked_cross_entropy(
+        loss = chunked_cross_entropy(
             hidden[:, :-1][wanted], chosen, head, chunk=chunk, label_smoothing=label_smoothing, forward=forward
         )
+        unsmoothed.append(loss.unsmoothed)
+        return loss.minimised
 
     head.forward = loss_instead_of_logits
     try:
-        return model(**batch.inputs).logits
+        return SummedLoss(model(**batch.inputs).logits, *unsmoothed)
     finally:
         del head.forward
 
@@ -172,9 +186,9 @@ class LanguageObjective:
         self._chunk_tokens = chunk_tokens
         self._label_smoothing = label_smoothing
 
-    def summed_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Summed -log p of the targets in nats, in float32."""
-        return summed_nll(model, batch, chunk_tokens=self._chunk_tokens, label_smoothing=self._label_smoothing)
+    def summed_loss(self, model: nn.Module, batch: Batch) -> SummedLoss:
+        """Summed cross-entropy of the targets in nats."""
+        return summed_loss(model, batch, chunk_tokens=self._chunk_tokens, label_smoothing=self._label_smoothing)
 
     def evaluate(self, model: nn.Module) -> Evaluation:
         """Scores on the validation split."""

@@ -21,17 +21,17 @@ import subprocess
 import sys
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from statistics import median
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 MIB = 1024**2
@@ -336,107 +336,134 @@ def _garbage_collected_before() -> Iterator[None]:
 # --- clocks -----------------------------------------------------------------------------------------------------------
 
 
-def _synchronize_function(device: torch.device) -> Callable[[], None]:
-    match device.type:
-        case "cpu":
-            return lambda: None
-        case "cuda":
-            return partial(torch.cuda.synchronize, device)
-        case "mps":
-            return torch.mps.synchronize
-    raise ValueError(
-        f"device={str(device)!r}: no synchronize function is known; must be of type cpu, cuda or mps, "
-        "or pass synchronize= yourself"
-    )
+class DeviceQueue(Protocol):
+    """How the time of a device is taken. Work is queued: on CUDA a launch returns before its kernel has run."""
+
+    lag: int
+    """Steps whose numbers stay unread while the next one is queued, so that the device never waits for the host."""
+
+    def mark(self) -> Any:
+        """Puts a point in time behind the work that is queued."""
+        ...
+
+    def fetch(self, values: Tensor) -> Tensor:
+        """Starts a copy to the host; it can be read when a later mark was reached."""
+        ...
+
+    def seconds(self, began: Any, ended: Any) -> float:
+        """Waits until the device has reached `ended`; the seconds between the two marks."""
+        ...
 
 
-class Stopwatch:
-    """Accumulates seconds, with the device synchronised before every reading of the clock.
+class HostQueue:
+    """CPU and MPS: wait for the device, then read the host's clock."""
 
-        stopwatch = Stopwatch(device)
-        for step in steps:
-            if step == num_warmup_steps:
-                stopwatch.start()
-            train(step)
-            if stopwatch.is_running:
-                stopwatch.lap()
-            with stopwatch.paused():
-                evaluate()
-        stopwatch.seconds, stopwatch.median_lap_seconds
+    lag = 0
 
-    On CUDA a kernel launch returns before the kernel has run: without synchronisation the clock would time the
-    launches. Each lap therefore costs one synchronisation. `synchronize` and `clock` (seconds, monotonic) can be
-    replaced.
-    """
-
-    def __init__(
-        self,
-        device: torch.device | str,
-        *,
-        synchronize: Callable[[], None] | None = None,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        """Stands still at 0 seconds."""
-        self._synchronize = _synchronize_function(torch.device(device)) if synchronize is None else synchronize
+    def __init__(self, synchronize: Callable[[], None], *, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._synchronize = synchronize
         self._clock = clock
-        self._read_at: float | None = None
-        self._open_lap_seconds = 0.0
-        self.seconds = 0.0
-        """Seconds that ran, up to the last reading (`start`, `lap`, `stop`)."""
-        self.lap_seconds: list[float] = []
-        """Seconds of each finished lap, in order; time in which the stopwatch stood still is not in them."""
 
-    @property
-    def is_running(self) -> bool:
-        """Whether time counts at the moment."""
-        return self._read_at is not None
-
-    @property
-    def median_lap_seconds(self) -> float | None:
-        """Median seconds of the finished laps; None when there are none."""
-        return median(self.lap_seconds) if self.lap_seconds else None
-
-    def start(self) -> None:
-        """Lets time count, continuing the open lap. Raises `RuntimeError` when already running."""
-        if self.is_running:
-            raise RuntimeError("Stopwatch.start: already running; call stop() first")
-        self._read_at = self._now()
-
-    def lap(self) -> float:
-        """Ends a lap, begins the next one, and returns the seconds of the ended one."""
-        self._read("lap")
-        seconds, self._open_lap_seconds = self._open_lap_seconds, 0.0
-        self.lap_seconds.append(seconds)
-        return seconds
-
-    def stop(self) -> None:
-        """Lets time stand still; the lap stays open. Raises `RuntimeError` when not running."""
-        self._read("stop")
-        self._read_at = None
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Does not count the time inside, where the stopwatch was running; one that stands still stays so."""
-        was_running = self.is_running
-        if was_running:
-            self.stop()
-        try:
-            yield
-        finally:
-            if was_running:
-                self.start()
-
-    def _read(self, caller: str) -> None:
-        if self._read_at is None:
-            raise RuntimeError(f"Stopwatch.{caller}: not running; call start() first")
-        now = self._now()
-        elapsed, self._read_at = now - self._read_at, now
-        self.seconds += elapsed
-        self._open_lap_seconds += elapsed
-
-    def _now(self) -> float:
+    def mark(self) -> float:
+        """The time at which all queued work is done."""
         self._synchronize()
         return self._clock()
+
+    def fetch(self, values: Tensor) -> Tensor:
+        """The copy itself."""
+        return values.cpu()
+
+    def seconds(self, began: float, ended: float) -> float:
+        """Both are in the past."""
+        return ended - began
+
+
+class CudaQueue:
+    """Events in the queue of a CUDA device, and copies into pinned memory: nothing waits before the step after next."""
+
+    lag = 1
+
+    def __init__(self, device: torch.device, *, cuda: Any = torch.cuda) -> None:
+        self._device = device
+        self._cuda = cuda
+
+    def mark(self) -> Any:
+        """A timed event."""
+        event = self._cuda.Event(enable_timing=True)
+        event.record(self._cuda.current_stream(self._device))
+        return event
+
+    def fetch(self, values: Tensor) -> Tensor:
+        """Copies beside the host."""
+        return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+
+    def seconds(self, began: Any, ended: Any) -> float:
+        """By the device's own clock."""
+        ended.synchronize()
+        return began.elapsed_time(ended) / 1e3  # it says milliseconds
+
+
+def device_queue(device: torch.device) -> DeviceQueue:
+    """How to take the time of a device. Raises `ValueError` for one of another type than cpu, cuda or mps."""
+    match device.type:
+        case "cpu":
+            return HostQueue(lambda: None)
+        case "cuda":
+            return CudaQueue(device)
+        case "mps":
+            return HostQueue(torch.mps.synchronize)
+    raise ValueError(f"device={str(device)!r}: its clock is not known; must be of type cpu, cuda or mps")
+
+
+Note = TypeVar("Note")
+
+
+@dataclass(frozen=True)
+class MeteredStep(Generic[Note]):
+    """A step that the device has finished. `note` is what its `end` was given."""
+
+    seconds: float
+    values: list[float]
+    note: Note
+
+
+class StepMeter(Generic[Note]):
+    """Seconds of each step, and the few numbers that it left on the device, read without holding the device up.
+
+        meter.begin()
+        loss = step()
+        meter.end(loss, note)
+        for step in meter.finished():
+            step.seconds, step.values, step.note
+
+    What happens between `end` and the next `begin` is in no step's seconds: collation, evaluation, checkpoints. On
+    CUDA `finished` stays one step behind, unless `behind=False` asks for all of them: the queue of the device then
+    never runs empty because a number is read, and the host never runs more than one step ahead.
+    """
+
+    def __init__(self, queue: DeviceQueue) -> None:
+        self._queue = queue
+        self._began: Any = None
+        self._open: deque[tuple[Any, Any, Tensor, Note]] = deque()
+
+    def begin(self) -> None:
+        """Lets time count."""
+        self._began = self._queue.mark()
+
+    def end(self, values: Tensor, note: Note) -> None:
+        """Ends the step. `values` has one dimension. Raises `RuntimeError` without a `begin`."""
+        if self._began is None:
+            raise RuntimeError("StepMeter.end: no step is open; call begin() first")
+        fetched = self._queue.fetch(values)
+        self._open.append((self._began, self._queue.mark(), fetched, note))
+        self._began = None
+
+    def finished(self, *, behind: bool = True) -> Iterator[MeteredStep[Note]]:
+        """The steps that were not handed out yet, in order: all but those in the queue, or all, waiting for them."""
+        while len(self._open) > (self._queue.lag if behind else 0):
+            began, ended, values, note = self._open.popleft()
+            seconds = self._queue.seconds(began, ended)
+            yield MeteredStep(seconds, values.tolist(), note)
 
 
 # --- allocator and process peaks --------------------------------------------------------------------------------------

@@ -102,6 +102,8 @@ METRICS: dict[str, Metric] = {
     "checkpoint_bytes": Metric("bytes", Direction.LOWER, "checkpoint", ",.2f", "MiB", MIB),
     "num_steps": Metric("1", Direction.NEUTRAL, "steps", ",.0f"),
     "best_step": Metric("1", Direction.NEUTRAL, "best step", ",.0f"),
+    # Means over the targets of the last 10 steps (all of them, where there are fewer) as training computed them: with
+    # dropout, before the step's update, and without label smoothing.
     "train_nll": Metric("nats", Direction.LOWER, "train nll", ".4f"),
     "train_mse": Metric("1", Direction.LOWER, "train mse", ".4f"),
     # Multiplications and additions of all training steps, forward and backward, by formula (harness/flops.py).

@@ -20,7 +20,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import Tensor, nn
+from torch import nn
 
 from harness import lora, models
 from harness.assets import AssetError
@@ -41,7 +41,7 @@ from harness.config import (
     to_dict,
 )
 from harness.data import Batch, Split, TextData, TrainingBatches, load_data
-from harness.evaluate import Evaluation, SequenceObjective
+from harness.evaluate import Evaluation, SequenceObjective, SummedLoss
 from harness.flops import FlopsError, StepFlops, formula_flops
 from harness.folder import (
     CHECKPOINT_FILE,
@@ -403,7 +403,7 @@ class _Objective(Protocol):
 
     loss_name: str
 
-    def summed_loss(self, model: nn.Module, batch: Batch) -> Tensor: ...
+    def summed_loss(self, model: nn.Module, batch: Batch) -> SummedLoss: ...
 
     def evaluate(self, model: nn.Module) -> Evaluation: ...
 

@@ -10,6 +10,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any, Protocol
 
 import torch
@@ -21,8 +22,13 @@ from harness.config import Schedule, TrainerConfig
 from harness.data import Batch
 from harness.evaluate import Evaluation, Objective
 from harness.flops import StepFlops
-from harness.measure import Stopwatch, measure_peak_memory
-from harness.parallel import put, shard, summed, whole
+from harness.measure import StepMeter, device_queue, measure_peak_memory
+from harness.parallel import put, shard, summed, summed_on_device, whole
+from harness.prefetch import prefetched
+
+# The training loss of a result is a mean over so many steps: those of one are too few examples to compare runs by. It
+# is no setting, because `tracking.log_every` may change and the numbers of a run may not.
+RECENT_STEPS = 10
 
 
 class TrainingDivergedError(RuntimeError):
@@ -68,17 +74,28 @@ class Position:
     num_targets: int = 0
     seconds: float = 0.0
     lap_seconds: list[float] = field(default_factory=list)
+    recent_losses: list[tuple[float, int]] = field(default_factory=list)
     best: Evaluation | None = None
     best_step: int = 0
     scaler: dict[str, Any] = field(default_factory=dict)
 
-    def add(self, sizes: Sequence[float]) -> None:
-        """Counts what a step was made of: see `_sizes`."""
+    def add(self, seconds: float, sizes: Sequence[float], loss: float) -> None:
+        """Counts a step: how long it took, what it was made of (see `_sizes`), and the mean loss over its targets."""
+        self.lap_seconds.append(seconds)
+        self.seconds += seconds
         real, computed, squared, targets = map(round, sizes)
         self.real_tokens += real
         self.computed_tokens += computed
         self.squared_tokens += squared
         self.num_targets += targets
+        self.recent_losses = [*self.recent_losses, (loss, targets)][-RECENT_STEPS:]
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean over the targets of the last `RECENT_STEPS` steps."""
+        return sum(loss * targets for loss, targets in self.recent_losses) / sum(
+            targets for _, targets in self.recent_losses
+        )
 
 
 class Journal(Protocol):
@@ -89,7 +106,7 @@ class Journal(Protocol):
         ...
 
     def stepped(self, step: int, values: dict[str, float]) -> None:
-        """An optimizer step was made."""
+        """An optimizer step was made; on CUDA the next one is under way, but evaluation and checkpoint come later."""
         ...
 
     def evaluated(self, step: int, scores: dict[str, float]) -> None:
@@ -107,6 +124,15 @@ class Journal(Protocol):
     def last_checkpoint(self) -> tuple[dict[str, Tensor], Position] | None:
         """The state to go on from, if there is one."""
         ...
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A step as the loop queued it."""
+
+    step: int
+    learning_rate: float
+    sizes: list[float]
 
 
 @dataclass(frozen=True)
@@ -187,7 +213,11 @@ def train(
 
     Before the first step, peak memory is measured on the longest batch with a learning rate of 0: if that does not
     fit, the run ends here and not after an hour. These steps warm the device up as well, so the clock starts after
-    them. It stands still during evaluation and while a checkpoint is written.
+    them. The time of a step is that of forward, backward, clipping and optimizer, the batch's way to the device
+    included; the clock stands still while a batch is collated, during evaluation and while a checkpoint is written.
+
+    Losses stay on the device until the step after them is queued (see `StepMeter`), so one that is not finite ends the
+    run one step later on CUDA, with its own number; nothing is evaluated or kept before all losses are read.
 
     The loss of a step is the mean over its targets, whatever they are split into: each micro-batch contributes its sum
     divided by the targets of the whole step.
@@ -217,77 +247,84 @@ def train(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     num_steps = count_steps(config, batches.steps_per_epoch)
 
-    def forward_backward(micro_batches: Sequence[Batch]) -> float:
-        """Gradients of one step's mean loss, clipped; returns that loss. Reading it waits for the device."""
-        (num_targets,) = summed([sum(batch.num_targets for batch in micro_batches)], accelerator)
-        total = 0.0
+    def forward_backward(micro_batches: Sequence[Batch], num_targets: float) -> Tensor:
+        """Gradients of one step's mean loss, clipped; that loss as minimised and as reported, `(2,)` on the device."""
+        losses = []
         for number, batch in enumerate(micro_batches, start=1):
             is_last = number == len(micro_batches)
             with contextlib.nullcontext() if is_last or shard_model else accelerator.no_sync(model):
                 with accelerator.autocast():
-                    loss = objective.summed_loss(model, batch.to(device)) / num_targets
+                    loss, reported = objective.summed_loss(model, batch.to(device)).over(num_targets)
                 if batch.num_targets == 0:  # stands in for examples that this process has no more of
-                    loss = 0.0 * loss
-                total += loss.item()
+                    loss, reported = 0.0 * loss, 0.0 * reported
+                losses.append((loss.detach(), reported))
                 if accelerator.num_processes > 1:
                     # Gradients are averaged over the processes, and what is wanted is their sum.
                     loss = loss * accelerator.num_processes
                 accelerator.backward(loss)
-        (total,) = summed([total], accelerator)
         if config.max_gradient_norm is not None:
             accelerator.clip_grad_norm_(parameters, config.max_gradient_norm)
-        return total
+        return summed_on_device(losses, accelerator)
+
+    def rehearse(micro_batches: Sequence[Batch]) -> None:
+        forward_backward(micro_batches, summed(_sizes(micro_batches), accelerator)[-1])
+
+    def account(*, behind: bool) -> None:
+        """Counts the steps that the device has finished, or waits for all of them, and hands them to the journal."""
+        for done in meter.finished(behind=behind):
+            minimised, reported = done.values
+            for loss in (minimised, reported):
+                if not math.isfinite(loss):
+                    raise TrainingDivergedError(done.note.step, f"the loss was {loss}")
+            at.add(done.seconds, done.note.sizes, reported)
+            tokens_per_second = at.real_tokens / at.seconds
+            values = {"learning_rate": done.note.learning_rate, "train_tokens_per_second": tokens_per_second}
+            journal.stepped(done.note.step, {objective.loss_name: reported, **values})
 
     scaler_state = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
     measured: dict[str, float] = {}
     if not shard_model:  # a part of a matrix has no storage that could be followed
         memory = measure_peak_memory(
-            lambda: forward_backward(batches.longest()),
-            model,
-            optimizer,
-            first=lambda: forward_backward(batches.shortest()),
+            lambda: rehearse(batches.longest()), model, optimizer, first=lambda: rehearse(batches.shortest())
         )
         measured |= memory.as_metrics()
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(scaler_state)
     measured["num_steps"] = num_steps
 
-    at, best_state, stopwatch = Position(), None, Stopwatch(device)
+    at, best_state = Position(), None
+    meter: StepMeter[_Made] = StepMeter(device_queue(device))
     checkpoint = journal.last_checkpoint()
     if checkpoint is not None:
         tensors, at = checkpoint
         best_state = unpack_training(tensors, bare_model, optimizer)
-        stopwatch.seconds, stopwatch.lap_seconds = at.seconds, at.lap_seconds
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(at.scaler)
     journal.started(num_steps, measured)
 
-    stopwatch.start()
     while at.step < num_steps:
-        for micro_batches in batches.epoch(at.epoch, start=at.step_in_epoch):
-            at.step += 1
-            at.step_in_epoch += 1
-            rate = learning_rate_at(at.step, num_steps, config)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            loss = forward_backward(micro_batches)
-            if not math.isfinite(loss):
-                raise TrainingDivergedError(at.step, f"the loss was {loss}")
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            stopwatch.lap()
+        with prefetched(batches.epoch(at.epoch, start=at.step_in_epoch), device) as steps:
+            for micro_batches in steps:
+                at.step += 1
+                at.step_in_epoch += 1
+                rate = learning_rate_at(at.step, num_steps, config)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                sizes = summed(_sizes(micro_batches), accelerator)
+                meter.begin()
+                step_loss = forward_backward(micro_batches, sizes[-1])
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                meter.end(step_loss, _Made(at.step, rate, sizes))
 
-            at.add(summed(_sizes(micro_batches), accelerator))
-            is_last, ends_epoch = at.step == num_steps, at.step_in_epoch == batches.steps_per_epoch
-            with stopwatch.paused():
-                tokens_per_second = at.real_tokens / stopwatch.seconds
-                values = {"learning_rate": rate, "train_tokens_per_second": tokens_per_second}
-                journal.stepped(at.step, {objective.loss_name: loss, **values})
-                if (
+                is_last, ends_epoch = at.step == num_steps, at.step_in_epoch == batches.steps_per_epoch
+                evaluates = (
                     is_last
                     or (config.eval_each_epoch and ends_epoch)
-                    or (config.eval_every and at.step % config.eval_every == 0)
-                ):
+                    or (config.eval_every > 0 and at.step % config.eval_every == 0)
+                )
+                account(behind=not evaluates)
+                if evaluates:
                     with accelerator.autocast():
                         evaluation = objective.evaluate(model)
                     if not evaluation.scores:
@@ -299,20 +336,19 @@ def train(
                 if ends_epoch:
                     at.epoch, at.step_in_epoch = at.epoch + 1, 0
                 if not is_last and any(summed([journal.wants_checkpoint(at.step)], accelerator)):
-                    at.seconds, at.lap_seconds = stopwatch.seconds, stopwatch.lap_seconds
+                    account(behind=False)
                     at.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
                     journal.keep_checkpoint(pack_training(bare_model, optimizer, best_state), at)
-            if is_last:
-                break
-    stopwatch.stop()
+                if is_last:
+                    break
 
-    assert at.best is not None and stopwatch.median_lap_seconds is not None
+    assert at.best is not None
     measured |= {
-        objective.loss_name: loss,
+        objective.loss_name: at.mean_loss,
         "best_step": at.best_step,
-        "train_seconds": stopwatch.seconds,
-        "step_seconds_median": stopwatch.median_lap_seconds,
-        "train_tokens_per_second": at.real_tokens / stopwatch.seconds,
+        "train_seconds": at.seconds,
+        "step_seconds_median": median(at.lap_seconds),
+        "train_tokens_per_second": at.real_tokens / at.seconds,
         "padding_overhead": at.computed_tokens / at.real_tokens,
     }
     if flops is not None:

@@ -14,11 +14,12 @@ import scipy.stats
 import sklearn.metrics
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from harness import models
 from harness.config import DatasetConfig, ModelConfig, Task, TinyModel
 from harness.data import TextData, load_data
-from harness.evaluate import SequenceObjective, predict, score
+from harness.evaluate import SequenceObjective, cross_entropy, predict, score
 
 
 def classification(*metrics: str, best: str = "accuracy") -> DatasetConfig:
@@ -228,19 +229,19 @@ def test_predictions_belong_to_their_labels(loaded: TextData) -> None:
 def test_the_training_loss_is_the_sum_over_targets(loaded: TextData) -> None:
     model = tiny_model(dropout=0.0)
     batch = loaded.train.batch(range(10))
-    loss = objective(loaded).summed_loss(model, batch)
+    loss = objective(loaded).summed_loss(model, batch).minimised
     expected = nn.functional.cross_entropy(model(**batch.inputs).logits, batch.labels, reduction="sum")
     assert torch.equal(loss, expected)
     assert loss.requires_grad
     # The mean over a split that evaluation reports is the same quantity.
-    whole = objective(loaded).summed_loss(model, loaded.val.batch(range(60))).item()
+    whole = objective(loaded).summed_loss(model, loaded.val.batch(range(60))).minimised.item()
     assert objective(loaded).evaluate(model).scores["nll"] == pytest.approx(whole / 60, rel=1e-5)
 
 
 def test_the_regression_loss_is_a_squared_error(loaded: TextData) -> None:
     model = tiny_model(dropout=0.0, num_labels=1)
     batch = loaded.train.batch(range(10))
-    loss = objective(loaded, regression("pearson")).summed_loss(model, batch)
+    loss = objective(loaded, regression("pearson")).summed_loss(model, batch).minimised
     outputs = model(**batch.inputs).logits[:, 0]
     assert loss.item() == pytest.approx(((outputs - batch.labels) ** 2).sum().item(), rel=1e-5)
 
@@ -272,3 +273,17 @@ def test_a_broken_model_has_no_scores_and_never_wins(loaded: TextData) -> None:
         model.classifier.weight.fill_(math.nan)
     evaluation = objective(loaded, classification("accuracy", best="nll")).evaluate(model)
     assert (evaluation.scores, evaluation.objective) == ({}, -math.inf)
+
+
+def test_a_smoothed_loss_is_that_of_pytorch_to_the_bit_and_comes_with_the_plain_one() -> None:
+    torch.manual_seed(0)
+    logits, targets = torch.randn(64, 7), torch.randint(7, (64,))
+    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    loss = cross_entropy(ours, targets, label_smoothing=0.1)
+    expected = functional.cross_entropy(theirs, targets, reduction="sum", label_smoothing=0.1)
+    loss.minimised.backward()
+    expected.backward()
+    assert torch.equal(loss.minimised, expected)
+    assert torch.equal(ours.grad, theirs.grad)  # type: ignore[arg-type]
+    assert loss.unsmoothed is not None and not loss.unsmoothed.requires_grad
+    assert torch.equal(loss.unsmoothed, functional.cross_entropy(logits, targets, reduction="sum"))

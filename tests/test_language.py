@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from harness import lora, models
 from harness.config import Blocks, DatasetConfig, GenerationConfig, Method, ModelConfig, RankConfig, Task, TinyModel
 from harness.data import Batch
-from harness.language import LanguageObjective, chunked_cross_entropy, generate, summed_nll
+from harness.language import LanguageObjective, chunked_cross_entropy, generate, summed_loss, summed_nll
 from harness.language_data import NO_TARGET, LanguageData, Prompt, load_language_data
 from harness.measure import LiveTensors
 from harness.models import PACKS_BY_POSITIONS
@@ -109,11 +109,14 @@ def test_chunked_loss_is_the_full_loss_with_its_gradients(method: str, smoothing
         for _, layer in lora.lora_layers(model):
             nn.init.normal_(layer.lora_B, std=0.1)
         lora.set_trainable(model, Method.lora, ())
-    whole = summed_nll(model, batch, chunk_tokens=0, label_smoothing=smoothing)
-    expected = gradients(model, whole)
-    chunked = summed_nll(model, batch, chunk_tokens=5, label_smoothing=smoothing)
-    found = gradients(model, chunked)
-    assert chunked.item() == pytest.approx(whole.item(), rel=1e-6)
+    whole = summed_loss(model, batch, chunk_tokens=0, label_smoothing=smoothing)
+    expected = gradients(model, whole.minimised)
+    chunked = summed_loss(model, batch, chunk_tokens=5, label_smoothing=smoothing)
+    found = gradients(model, chunked.minimised)
+    assert chunked.minimised.item() == pytest.approx(whole.minimised.item(), rel=1e-6)
+    plain = summed_nll(model, batch, chunk_tokens=0).item()
+    for loss in (whole, chunked):
+        assert (loss.minimised if loss.unsmoothed is None else loss.unsmoothed).item() == pytest.approx(plain, rel=1e-6)
     assert found.keys() == expected.keys() and expected
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6 * float(value.abs().max()), msg=name)
@@ -137,7 +140,7 @@ def test_chunks_go_through_a_checkpointed_model_too() -> None:
         lambda ids: model.base_model(ids).last_hidden_state, batch.inputs["input_ids"], use_reentrant=False
     )
     wanted = batch.labels[:, 1:] != NO_TARGET
-    loss = chunked_cross_entropy(hidden[:, :-1][wanted], batch.labels[:, 1:][wanted], model.lm_head, chunk=4)
+    loss = chunked_cross_entropy(hidden[:, :-1][wanted], batch.labels[:, 1:][wanted], model.lm_head, chunk=4).minimised
     found = gradients(model, loss)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6 * float(value.abs().max()))
@@ -153,7 +156,7 @@ def test_peak_memory_of_a_chunked_loss_at_a_vocabulary_of_128k() -> None:
     peaks = {}
     for chunk in (rows, 64):
         with LiveTensors(owner, torch.optim.SGD(owner.parameters())) as live:
-            chunked_cross_entropy(hidden, targets, head, chunk=chunk).backward()
+            chunked_cross_entropy(hidden, targets, head, chunk=chunk).minimised.backward()
         peaks[chunk] = live.peak.total_bytes / 2**20
     with LiveTensors(owner, torch.optim.SGD(owner.parameters())) as live:
         functional.cross_entropy(head(hidden), targets, reduction="sum").backward()

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,11 +26,14 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from harness import measure
 from harness.measure import (
     MIB,
+    CudaQueue,
     DeviceBusyError,
+    HostQueue,
     LiveTensors,
     MemoryPeak,
-    Stopwatch,
+    StepMeter,
     device_peaks,
+    device_queue,
     environment,
     measure_peak_memory,
     peak_rss_bytes,
@@ -478,91 +482,108 @@ def test_peak_has_the_names_of_the_registry() -> None:
 # --- clocks -----------------------------------------------------------------------------------------------------------
 
 
-class FakeDevice:
-    """A device with work in flight and a clock that both record what happens; each reading is set by the test."""
+def test_the_host_waits_for_the_device_before_every_reading_of_its_clock() -> None:
+    events: list[str] = []
+    readings = iter([1.0, 3.5])
 
-    def __init__(self, *readings: float) -> None:
-        self.events: list[str] = []
-        self._readings = iter(readings)
+    def clock() -> float:
+        events.append("clock")
+        return next(readings)
+
+    queue = HostQueue(lambda: events.append("synchronize"), clock=clock)
+    assert queue.seconds(queue.mark(), queue.mark()) == 2.5
+    assert events == ["synchronize", "clock"] * 2
+
+
+def test_time_between_steps_is_in_none() -> None:
+    readings = iter([10.0, 11.0, 50.0, 53.0])
+    meter: StepMeter[str] = StepMeter(HostQueue(lambda: None, clock=lambda: next(readings)))
+    meter.begin()
+    meter.end(torch.tensor([1.5]), "first")
+    meter.begin()
+    meter.end(torch.tensor([2.5]), "second")
+    assert [(step.seconds, step.values, step.note) for step in meter.finished()] == [
+        (1.0, [1.5], "first"),
+        (3.0, [2.5], "second"),
+    ]
+    assert list(meter.finished(behind=False)) == []
+
+
+class FakeEvents:
+    """Stands in for `torch.cuda`: events that say in which order they were recorded and waited for."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.num = 0
+
+    def current_stream(self, device: torch.device) -> str:
+        return f"stream of {device}"
+
+    def Event(self, *, enable_timing: bool) -> FakeEvent:
+        assert enable_timing
+        self.num += 1
+        return FakeEvent(self, self.num)
+
+
+class FakeEvent:
+    def __init__(self, cuda: FakeEvents, number: int) -> None:
+        self.cuda, self.number = cuda, number
+
+    def record(self, stream: str) -> None:
+        self.cuda.calls.append(f"record {self.number} on {stream}")
 
     def synchronize(self) -> None:
-        self.events.append("synchronize")
+        self.cuda.calls.append(f"wait for {self.number}")
 
-    def clock(self) -> float:
-        self.events.append("clock")
-        return next(self._readings)
-
-    def stopwatch(self) -> Stopwatch:
-        return Stopwatch("cuda", synchronize=self.synchronize, clock=self.clock)
+    def elapsed_time(self, other: FakeEvent) -> float:
+        return 250.0 * (other.number - self.number)
 
 
-def test_stopwatch_synchronises_before_every_reading() -> None:
-    device = FakeDevice(0, 1, 2, 3, 4)
-    stopwatch = device.stopwatch()
-    assert device.events == []
-    stopwatch.start()
-    stopwatch.lap()
-    with stopwatch.paused():
-        pass
-    stopwatch.stop()
-    assert device.events == ["synchronize", "clock"] * 5
+def test_on_cuda_a_step_is_read_when_the_next_one_is_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeEvents()
+    queue = CudaQueue(torch.device("cuda:1"), cuda=cuda)
+    monkeypatch.setattr(queue, "fetch", lambda values: values)  # no pinned memory without a CUDA device
+    meter: StepMeter[int] = StepMeter(queue)
+
+    def step(number: int) -> list[tuple[float, list[float], int]]:
+        meter.begin()
+        meter.end(torch.tensor([float(number)]), number)
+        return [(done.seconds, done.values, done.note) for done in meter.finished()]
+
+    assert step(1) == []
+    assert cuda.calls == ["record 1 on stream of cuda:1", "record 2 on stream of cuda:1"]
+    assert step(2) == [(0.25, [1.0], 1)]
+    assert cuda.calls[2:] == [
+        "record 3 on stream of cuda:1",
+        "record 4 on stream of cuda:1",
+        "wait for 2",
+    ]
+    assert [done.note for done in meter.finished(behind=False)] == [2]
+    assert cuda.calls[-1] == "wait for 4"
 
 
-def test_stopwatch_accumulates_laps_without_pauses() -> None:
-    device = FakeDevice(10, 11, 12, 20, 21, 24, 26, 30, 31)
-    stopwatch = device.stopwatch()
-    stopwatch.start()  # 10
-    assert stopwatch.lap() == 1  # 11
-    with stopwatch.paused():  # 12: one second of the second lap
-        assert not stopwatch.is_running
-    assert stopwatch.lap() == 1 + 1  # starts at 20, lap at 21
-    assert stopwatch.lap() == 3  # 24
-    stopwatch.stop()  # 26: two seconds of an open lap
-    stopwatch.start()  # 30
-    stopwatch.stop()  # 31
-    assert stopwatch.lap_seconds == [1, 2, 3]
-    assert stopwatch.median_lap_seconds == 2
-    assert stopwatch.seconds == 1 + 2 + 3 + 2 + 1
+@pytest.mark.gpu
+def test_cuda_times_what_was_computed_and_fetches_what_it_gave() -> None:
+    device = torch.device("cuda")
+    meter: StepMeter[None] = StepMeter(device_queue(device))
+    matrix = torch.randn(4096, 4096, device=device)
+    started = time.perf_counter()
+    for number in range(3):
+        meter.begin()
+        for _ in range(50):
+            matrix @ matrix
+        meter.end(torch.tensor([float(number)], device=device), None)
+    steps = list(meter.finished(behind=False))
+    assert [step.values for step in steps] == [[0.0], [1.0], [2.0]]
+    assert 0 < sum(step.seconds for step in steps) <= time.perf_counter() - started
 
 
-def test_stopwatch_stands_still_in_a_pause_that_fails() -> None:
-    stopwatch = FakeDevice(0, 1, 50, 52).stopwatch()
-    stopwatch.start()
-    with pytest.raises(KeyError), stopwatch.paused():
-        raise KeyError
-    stopwatch.stop()
-    assert stopwatch.seconds == 1 + 2
-
-
-def test_pausing_a_stopped_stopwatch_does_not_start_it() -> None:
-    stopwatch = FakeDevice().stopwatch()
-    with stopwatch.paused():
-        pass
-    assert not stopwatch.is_running
-    assert stopwatch.seconds == 0
-    assert stopwatch.median_lap_seconds is None
-
-
-def test_stopwatch_misuse_is_refused_by_name() -> None:
-    stopwatch = Stopwatch("cpu")
-    with pytest.raises(RuntimeError, match=r"Stopwatch\.stop: not running; call start\(\) first"):
-        stopwatch.stop()
-    with pytest.raises(RuntimeError, match=r"Stopwatch\.lap: not running"):
-        stopwatch.lap()
-    stopwatch.start()
-    with pytest.raises(RuntimeError, match=r"Stopwatch\.start: already running; call stop\(\) first"):
-        stopwatch.start()
-    assert stopwatch.lap() >= 0
-    with pytest.raises(ValueError, match=r"device='meta'.*cpu, cuda or mps.*synchronize="):
-        Stopwatch("meta")
-
-
-def test_stopwatch_of_cuda_waits_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    waited_for: list[torch.device] = []
-    monkeypatch.setattr(torch.cuda, "synchronize", waited_for.append)
-    Stopwatch("cuda:1").start()
-    Stopwatch("cpu").start()
-    assert waited_for == [torch.device("cuda:1")]
+def test_misuse_of_a_meter_is_refused_by_name() -> None:
+    meter: StepMeter[None] = StepMeter(device_queue(torch.device("cpu")))
+    with pytest.raises(RuntimeError, match=r"StepMeter\.end: no step is open; call begin\(\) first"):
+        meter.end(torch.zeros(1), None)
+    with pytest.raises(ValueError, match=r"device='meta'.*cpu, cuda or mps"):
+        device_queue(torch.device("meta"))
 
 
 # --- allocator and process peaks --------------------------------------------------------------------------------------

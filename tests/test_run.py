@@ -106,6 +106,20 @@ def test_a_run_leaves_what_the_contract_says(rows: Path, tmp_path: Path, method:
     assert [row["step"] for row in curve if "val_accuracy" in row] == [4, 6]
 
 
+def test_label_smoothing_is_not_in_the_training_loss(rows: Path, tmp_path: Path) -> None:
+    """The first step of the curve is of the untrained model on the same batch, whatever is minimised."""
+    settings = {"tracking": {"log_every": 1}}
+
+    def curve(**trainer: float) -> list[float]:
+        result = run(config(rows, tmp_path, **settings, trainer=trainer))
+        lines = (tmp_path / result.run_id / "metrics.jsonl").read_text().splitlines()
+        return [row["train_nll"] for row in map(json.loads, lines) if "train_nll" in row]
+
+    plain, smoothed = curve(), curve(label_smoothing=0.3)
+    assert smoothed[0] == plain[0]
+    assert smoothed[1:] != plain[1:]
+
+
 def test_counts_of_the_three_methods(rows: Path, tmp_path: Path) -> None:
     counts = {method: run(config(rows, tmp_path, method)).metrics for method in ("lora", "full", "head_only")}
     head = 64 * 3 + 3

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +15,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from harness import trainer as trainer_module
 from harness.config import Schedule, TrainerConfig
 from harness.data import Batch
-from harness.evaluate import Evaluation
+from harness.evaluate import Evaluation, SummedLoss
+from harness.measure import HostQueue
 from harness.trainer import (
     Position,
     PreemptedError,
@@ -97,10 +102,10 @@ class Objective:
         self.objectives = list(objectives or [])
         self.poison_at, self.num_losses = poison_at, 0
 
-    def summed_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def summed_loss(self, model: nn.Module, batch: Batch) -> SummedLoss:
         self.num_losses += 1
         loss = functional.cross_entropy(model(batch.inputs["input_ids"]), batch.labels, reduction="sum")
-        return loss * math.nan if self.num_losses == self.poison_at else loss
+        return SummedLoss(loss * math.nan if self.num_losses == self.poison_at else loss)
 
     def evaluate(self, model: nn.Module) -> Evaluation:
         value = self.objectives.pop(0) if self.objectives else 0.0
@@ -354,3 +359,156 @@ def test_a_run_that_goes_on_from_a_checkpoint_equals_an_undisturbed_one_bitwise(
     outcome.restore_best(resumed)
     expected.restore_best(whole)
     assert all(torch.equal(value, parameters(whole)[name]) for name, value in parameters(resumed).items())
+
+
+# ---------------------------------------------------------------- the clock, and what is read from the device
+
+
+def test_collation_is_not_in_the_time_of_a_step() -> None:
+    class SlowRows(Rows):
+        def epoch(self, epoch: int, *, start: int = 0) -> Iterator[list[Batch]]:
+            for step in super().epoch(epoch, start=start):
+                time.sleep(0.05)
+                yield step
+
+    outcome, _ = run(BagOfWords(), SlowRows(size=8), recipe())
+    assert outcome.measured["step_seconds_median"] < 0.05
+    assert outcome.measured["train_seconds"] < 6 * 0.05
+
+
+def test_no_number_is_read_from_the_device_within_a_step() -> None:
+    """`item()` of a tensor on CUDA waits until everything before it is computed."""
+
+    class Reads(TorchDispatchMode):
+        num = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.num += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    with Reads() as reads:
+        run(BagOfWords(), Rows(size=2), recipe())
+    assert reads.num == 0
+
+
+class SlowDevice(HostQueue):
+    """Stands in for CUDA: a copy to the host holds NaN until a mark behind it was waited for, and that is counted."""
+
+    lag = 1
+
+    def __init__(self) -> None:
+        super().__init__(lambda: None)
+        self.num_marks, self.num_waits = 0, 0
+        self.under_way: list[tuple[int, Tensor, Tensor]] = []
+
+    def mark(self) -> Any:
+        self.num_marks += 1
+        return self.num_marks
+
+    def fetch(self, values: Tensor) -> Tensor:
+        self.under_way.append((self.num_marks, torch.full_like(values, math.nan), values.clone()))
+        return self.under_way[-1][1]
+
+    def seconds(self, began: Any, ended: Any) -> float:
+        self.num_waits += 1
+        for mark, copy, values in self.under_way:
+            if mark < ended:
+                copy.copy_(values)
+        return 1.0
+
+
+@pytest.fixture
+def slow_device(monkeypatch: pytest.MonkeyPatch) -> SlowDevice:
+    device = SlowDevice()
+    monkeypatch.setattr(trainer_module, "device_queue", lambda _: device)
+    return device
+
+
+class Ordered(Record):
+    """Remembers what it was told in which order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[tuple[str, int]] = []
+
+    def stepped(self, step: int, values: dict[str, float]) -> None:
+        super().stepped(step, values)
+        self.told.append(("step", step))
+
+    def wants_checkpoint(self, step: int) -> bool:
+        self.told.append(("asked", step))
+        return super().wants_checkpoint(step)
+
+    def keep_checkpoint(self, tensors: dict[str, Tensor], position: Position) -> None:
+        super().keep_checkpoint(tensors, position)
+        assert len(position.lap_seconds) == position.step
+        self.told.append(("kept", position.step))
+
+    def evaluated(self, step: int, scores: dict[str, float]) -> None:
+        super().evaluated(step, scores)
+        self.told.append(("evaluated", step))
+
+
+def test_losses_are_read_a_step_late_and_before_everything_that_builds_on_them(slow_device: SlowDevice) -> None:
+    record = Ordered()
+    record.checkpoint_at = 4
+    outcome, _ = run(BagOfWords(), Rows(size=4), recipe(max_steps=6, eval_every=3), record=record)
+    assert [entry for entry in record.told if entry[0] != "asked" or entry[1] in (1, 2)] == [
+        ("asked", 1),
+        ("step", 1),
+        ("asked", 2),
+        ("step", 2),
+        ("step", 3),
+        ("evaluated", 3),
+        ("step", 4),
+        ("kept", 4),
+        ("step", 5),
+        ("step", 6),
+        ("evaluated", 6),
+    ]
+    assert slow_device.num_waits == 6
+    assert outcome.measured["train_seconds"] == 6
+
+
+def test_a_step_late_is_the_same_training(slow_device: SlowDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    late = BagOfWords(dropout=0.5)
+    torch.manual_seed(3)
+    outcome, record = run(late, Rows(size=4), recipe(eval_every=4))
+    monkeypatch.undo()
+    at_once = BagOfWords(dropout=0.5)
+    torch.manual_seed(3)
+    expected, reference = run(at_once, Rows(size=4), recipe(eval_every=4))
+    assert record.losses == reference.losses
+    assert outcome.measured["train_nll"] == expected.measured["train_nll"]
+    assert all(torch.equal(value, parameters(at_once)[name]) for name, value in parameters(late).items())
+
+
+def test_divergence_seen_a_step_late_has_the_number_of_its_step(slow_device: SlowDevice) -> None:
+    record = Ordered()
+    with pytest.raises(TrainingDivergedError, match="the loss was nan at step 3") as caught:
+        run(BagOfWords(), Rows(size=8), recipe(), Objective(poison_at=5), record)
+    assert caught.value.step == 3
+    assert record.told == [("asked", 1), ("step", 1), ("asked", 2), ("step", 2), ("asked", 3)]
+
+
+@pytest.mark.parametrize("evaluates", [True, False])
+def test_nothing_is_kept_or_scored_after_a_divergence(slow_device: SlowDevice, evaluates: bool) -> None:
+    record = Ordered()
+    record.checkpoint_at = 0 if evaluates else 3
+    config = recipe(eval_every=3 if evaluates else 0)
+    with pytest.raises(TrainingDivergedError, match="the loss was nan at step 3"):
+        run(BagOfWords(), Rows(size=8), config, Objective(poison_at=5), record)
+    assert record.kept is None and record.evaluated_at == []
+
+
+# ---------------------------------------------------------------- the training loss of a result
+
+
+def test_the_training_loss_is_the_mean_over_the_targets_of_the_last_ten_steps() -> None:
+    """Sixteen examples in batches of five: every fourth step has one example, and counts for one."""
+    outcome, record = run(BagOfWords(), Rows(size=5, batch_size=5), recipe(max_steps=14, batch_size=5))
+    sizes = [5, 5, 5, 1] * 3 + [5, 5]
+    weighted = sum(loss * size for loss, size in zip(record.losses[-10:], sizes[-10:], strict=True))
+    assert outcome.measured["train_nll"] == pytest.approx(weighted / sum(sizes[-10:]), rel=1e-12)
+    short, record = run(BagOfWords(), Rows(size=8), recipe(max_steps=2))
+    assert short.measured["train_nll"] == pytest.approx(sum(record.losses) / 2, rel=1e-12)
