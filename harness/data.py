@@ -180,7 +180,12 @@ class TrainingBatches:
         self.steps_per_epoch = -(-len(split) // batch_size)
 
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[list[Batch]]:
-        """The micro-batches of each step of one epoch (counted from 0) but its first `start` steps."""
+        """The micro-batches of each step of one epoch (counted from 0) but its first `start` steps.
+
+        Raises `ValueError` when that leaves none: a loop over epochs would not end.
+        """
+        if start >= self.steps_per_epoch:
+            raise ValueError(f"epoch {epoch} has {self.steps_per_epoch} steps and cannot begin after step {start}")
         order = length_bucketed_batches(self._split.lengths, batch_size=self._batch_size, seed=self._seed, epoch=epoch)
         for indices in order[start:]:
             yield self._micro_batches(indices)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -18,13 +19,20 @@ from harness.folder import CHECKPOINT_FILE
 from harness.tracking import NullProgress, Progress, Tracker, open_progress
 from harness.trainer import Position, PreemptedError
 
+logger = logging.getLogger("harness")
 
-def _read(path: Path) -> tuple[dict[str, Tensor], Position, dict[str, Any]] | None:
-    """Tensors, position and the whole state of a checkpoint, if there is one that can be read."""
+
+def _read(path: Path, made_from: Mapping[str, Any]) -> tuple[dict[str, Tensor], Position, dict[str, Any]] | None:
+    """Tensors, position and the whole state of a checkpoint, if there is one of this run that can be read."""
     found = read_checkpoint(path)
     if found is None:
         return None
     tensors, state = found
+    then = state.get("made_from", {})
+    differing = [name for name, value in made_from.items() if then.get(name) != value]
+    if differing:
+        logger.warning("%s was made from other %s: the run starts over", path, ", ".join(differing))
+        return None
     position = dict(state["position"])
     if position["best"] is not None:
         position["best"] = Evaluation(**position["best"])
@@ -34,14 +42,15 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Position, dict[str, Any]] | No
 class FollowingJournal:
     """The journal of a process beside the main one: it goes on from the same checkpoint, and tells nobody anything."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, *, made_from: Mapping[str, Any]) -> None:
         self._path = run_dir / CHECKPOINT_FILE
+        self._made_from = made_from
         self.measured: dict[str, float] = {}
         self.first_step_at: float | None = None
 
     def last_checkpoint(self) -> tuple[dict[str, Tensor], Position] | None:
         """Reads the checkpoint of the main process."""
-        found = _read(self._path)
+        found = _read(self._path, self._made_from)
         return None if found is None else found[:2]
 
     def started(self, num_steps: int, measured: dict[str, float]) -> None:
@@ -65,11 +74,15 @@ class RunJournal:
     """The trainer's journal of one run.
 
     Curves get the mean loss since the last record, every `tracking.log_every` steps; scores come at once. A checkpoint
-    holds the curve so far, so that a run that goes on leaves the same curve as an undisturbed one.
+    holds the curve so far, so that a run that goes on leaves the same curve as an undisturbed one, and `made_from`,
+    what the run is made from: a checkpoint that was made from anything else is not used.
     """
 
-    def __init__(self, config: RunConfig, run_dir: Path, tracker: Tracker, claim: Claim) -> None:
+    def __init__(
+        self, config: RunConfig, run_dir: Path, tracker: Tracker, claim: Claim, *, made_from: Mapping[str, Any]
+    ) -> None:
         self._config = config
+        self._made_from = dict(made_from)
         self._path = run_dir / CHECKPOINT_FILE
         self._tracker = tracker
         self._claim = claim
@@ -88,7 +101,7 @@ class RunJournal:
 
     def last_checkpoint(self) -> tuple[dict[str, Tensor], Position] | None:
         """Reads the checkpoint and hands its curve to the trackers again."""
-        found = _read(self._path)
+        found = _read(self._path, self._made_from)
         if found is None:
             return None
         tensors, position, state = found
@@ -140,7 +153,12 @@ class RunJournal:
     def keep_checkpoint(self, tensors: dict[str, Tensor], position: Position) -> None:
         """Replaces the checkpoint file. Raises `PreemptedError` when the run was asked to stop."""
         self._claim.check()
-        state: dict[str, Any] = {"position": asdict(position), "losses": self._losses, "rows": self._rows}
+        state: dict[str, Any] = {
+            "made_from": self._made_from,
+            "position": asdict(position),
+            "losses": self._losses,
+            "rows": self._rows,
+        }
         write_checkpoint(self._path, tensors, state)
         if self._stop_wanted:
             raise PreemptedError(f"stopped after step {position.step}; its checkpoint is {self._path}.")

@@ -168,7 +168,7 @@ def _follow(prepared: PreparedRun, folder: Path, started: float) -> RunResult:
     # The main process is told to stop as well and ends training for all.
     with _stop_signals_call(lambda: None):
         prepared.accelerator.wait_for_everyone()
-        return _train_and_evaluate(prepared, folder, FollowingJournal(folder), started)
+        return _train_and_evaluate(prepared, folder, FollowingJournal(folder, made_from=_made_from(prepared)), started)
 
 
 def _run_claimed(prepared: PreparedRun, folder: Path, claim: Claim, started: float) -> RunResult:
@@ -187,7 +187,7 @@ def _run_claimed(prepared: PreparedRun, folder: Path, claim: Claim, started: flo
         sweep=config.sweep,
         run_config=to_dict(config),
     )
-    journal = RunJournal(config, folder, tracker, claim)
+    journal = RunJournal(config, folder, tracker, claim, made_from=_made_from(prepared))
     prepared.accelerator.wait_for_everyone()  # whatever an earlier attempt left is cleared
     try:
         with _stop_signals_call(journal.ask_to_stop):
@@ -201,6 +201,15 @@ def _run_claimed(prepared: PreparedRun, folder: Path, claim: Claim, started: flo
         tracker.close()
     logger.info("%s: %s %s", result.run_id, result.status, result.error or _headline(config, result))
     return result
+
+
+def _made_from(prepared: PreparedRun) -> dict[str, Any]:
+    """What a checkpoint must have been made from to be of use to this run, each under its name in a message."""
+    return {
+        "settings or content (run id)": run_id(prepared.config),
+        "data": prepared.data.fingerprint,
+        "numbers of training examples": len(prepared.data.train),
+    }
 
 
 def prepare(config: RunConfig) -> PreparedRun:

@@ -297,6 +297,37 @@ def test_a_damaged_checkpoint_is_refused_with_a_word_and_the_run_starts_over(
     assert "the run starts over" in caplog.text
 
 
+def test_a_checkpoint_of_other_data_is_refused_with_a_word_and_the_run_starts_over(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With fewer rows than before, a loop that continued would ask for a step that its epoch does not have."""
+    trainer = {"max_steps": 12, "eval_every": 0, "checkpoint_every": 5}
+    fewer = tmp_path / "fewer.csv"
+    fewer.write_text("".join(rows.read_text().splitlines(keepends=True)[:31]))
+    wanted = config(fewer, tmp_path / "runs", trainer=trainer)
+    undisturbed = run(wanted)
+
+    keep = run_module.RunJournal.keep_checkpoint
+
+    def killed_after(self: Any, *state: Any) -> None:
+        keep(self, *state)
+        raise PreemptedError("killed")
+
+    monkeypatch.setattr(run_module.RunJournal, "keep_checkpoint", killed_after)
+    more = config(rows, tmp_path / "runs", trainer=trainer)
+    with pytest.raises(PreemptedError):
+        run(more)
+    monkeypatch.undo()
+    checkpoint, folder = "checkpoint.safetensors", tmp_path / "runs" / run_id(wanted)
+    (tmp_path / "runs" / run_id(more) / checkpoint).rename(folder / checkpoint)
+    again = run(config(fewer, tmp_path / "runs", trainer=trainer, rerun="never"))
+    assert again == undisturbed
+    (folder / "result.json").unlink()
+    again = run(wanted)
+    assert "was made from other settings or content (run id), data, numbers of training examples" in caplog.text
+    assert exact(again.metrics) == exact(undisturbed.metrics)
+
+
 def test_gradient_checkpointing_and_micro_batches_train_alike(rows: Path, tmp_path: Path) -> None:
     plain = run(config(rows, tmp_path / "a"))
     for trainer in ({"gradient_checkpointing": True}, {"micro_batch_size": 2}):
