@@ -217,7 +217,8 @@ class LanguageObjective:
 def generate(model: nn.Module, prompts: Sequence[Prompt], config: GenerationConfig, tokenizer: Any) -> list[str]:
     """The text that the model writes after each prompt, by greedy or beam search, special tokens left out.
 
-    A prompt that leaves no room for `max_new_tokens` in the model's context loses its beginning.
+    A prompt that leaves no room for `max_new_tokens` in the model's context loses its beginning, but for the token with
+    which every text begins.
     """
     bare = getattr(model, "module", model)
     device = next(bare.parameters()).device
@@ -231,7 +232,10 @@ def generate(model: nn.Module, prompts: Sequence[Prompt], config: GenerationConf
             chosen = order[start : start + config.batch_size]
             rows = [prompts[index].token_ids for index in chosen]
             if room is not None:
-                rows = [ids[-max(1, room - config.max_new_tokens) :] for ids in rows]
+                rows = [
+                    _last_tokens(ids, max(1, room - config.max_new_tokens), start=tokenizer.bos_token_id)
+                    for ids in rows
+                ]
             width = max(map(len, rows))
             # On the left, so that every text goes on where its row ends.
             token_ids = [[tokenizer.pad_token_id] * (width - len(ids)) + ids for ids in rows]
@@ -256,8 +260,16 @@ def generate(model: nn.Module, prompts: Sequence[Prompt], config: GenerationConf
             for index, ids in zip(chosen, written[:, width:].tolist(), strict=True):
                 if tokenizer.eos_token_id in ids:
                     ids = ids[: ids.index(tokenizer.eos_token_id)]
-                texts[index] = _text_before(prompts[index].stop, ids, tokenizer)
+                text = _text_before(prompts[index].stop, ids, tokenizer)
+                texts[index] = text.removeprefix(prompts[index].lead)
     return texts
+
+
+def _last_tokens(ids: list[int], num: int, *, start: int | None) -> list[int]:
+    """At most `num` tokens: the first one where it is the start token, and the last ones."""
+    if len(ids) <= num or ids[0] != start:
+        return ids[-num:]
+    return [ids[0], *ids[len(ids) - num + 1 :]]
 
 
 def _text_before(stop: str, token_ids: list[int], tokenizer: Any) -> str:

@@ -7,6 +7,10 @@ it; everything else is context. What becomes an example:
     completion   <start> p p p t t t <end>      t and <end>
     chat         the chat template              the assistant's turns and what ends them
 
+A prompt and its target have the tokens of the joined text wherever the prompt then has the tokens that it has alone:
+generation must begin as training did. Where a tokenizer joins a space with the word after it, spaces at the end of a
+prompt are therefore tokenised with the target.
+
 `cut` gives each document blocks of its own; `packed` fills blocks with pieces of several documents, which do not see
 each other: positions start over at each piece, and attention stays inside. A block that goes on with a document begins
 with the last token of the block before, as context, so that every token of a document is a target exactly once.
@@ -15,13 +19,14 @@ with the last token of the block before, as context, so that every token of a do
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import logging
 import re
 import string
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +52,7 @@ NO_TARGET = -100
 
 # What `dataset.chat_template=chatml` stands for.
 CHATML = (
+    "{{ bos_token | default('', true) }}"
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -58,13 +64,15 @@ class Prompt:
 
     `token_ids` are the tokens before the target, as in training but never cut; `references` all targets that the split
     has for them, also those of rows that are too long;
-    `stop` is what a chat template writes after an answer.
+    `stop` is what a chat template writes after an answer; `lead` are the spaces that ended the prompt and are
+    tokenised with the target, so that a generated text begins with them and no reference does.
     """
 
     text: str
     token_ids: list[int]
     references: list[str]
     stop: str = ""
+    lead: str = ""
 
 
 @dataclass
@@ -368,7 +376,10 @@ def _groups(table: pd.DataFrame, config: DatasetConfig) -> np.ndarray:
     if config.task is Task.completion:
         keys = [_prompt_text(row, config) for row in table.to_dict("records")]
     else:
-        keys = [json.dumps(list(messages[: _last_answer(messages)])) for messages in table[config.messages_column]]
+        keys = [
+            json.dumps([[message["role"], message["content"]] for message in messages[: _last_answer(messages)]])
+            for messages in table[config.messages_column]
+        ]
     return pd.factorize(pd.Series(keys))[0]
 
 
@@ -418,9 +429,9 @@ def _encode(table: pd.DataFrame, split: str, config: DatasetConfig, tokenizer: A
                 texts = texts.map(_letters_only)
             return _encode_documents(texts.tolist(), config, tokenizer)
         case Task.completion:
-            examples = _completions(table, tokenizer, config)
+            examples = _completions(table, split, config, tokenizer, notes)
         case _:
-            examples = _conversations(table, tokenizer, config)
+            examples = _conversations(table, split, config, tokenizer, notes)
     return _fitted(examples, table.index, split, config, tokenizer, notes)
 
 
@@ -466,25 +477,46 @@ def _encode_documents(texts: list[str], config: DatasetConfig, tokenizer: Any) -
 
 @dataclass(frozen=True)
 class _Example:
-    prompt: str
+    """A prompt with its target, or a conversation. The first `num_start` tokens stay however much is cut."""
+
+    prompt: Prompt
     target: str
-    stop: str
-    prompt_ids: list[int]
     token_ids: list[int]
     is_target: list[bool]
+    num_start: int = 0
 
 
-def _completions(table: pd.DataFrame, tokenizer: Any, config: DatasetConfig) -> Iterator[_Example]:
+def _completions(
+    table: pd.DataFrame, split: str, config: DatasetConfig, tokenizer: Any, notes: list[str]
+) -> Iterator[_Example]:
     prompts = [_prompt_text(row, config) for row in table.to_dict("records")]
     targets = table[config.target_column].tolist()
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    # Prompt and target apart, so that a prompt has the same tokens in training and before generation.
-    encoded = zip(prompts, targets, _token_ids(prompts, tokenizer), _token_ids(targets, tokenizer), strict=True)
-    for prompt, target, prompt_ids, target_ids in encoded:
+    kept = [prompt.rstrip(" ") for prompt in prompts] if _joins_spaces(tokenizer) else prompts
+    leads = [prompt[len(text) :] for prompt, text in zip(prompts, kept, strict=True)]
+    num_moved = sum(lead != "" for lead in leads)
+    if num_moved:
+        notes.append(
+            f"dataset={config.name}, {split}: {num_moved} of {len(prompts)} prompts end in a space, which this "
+            "tokenizer joins with the word after it; it is tokenised with the target."
+        )
+    ends = [lead + target for lead, target in zip(leads, targets, strict=True)]
+    joined = _token_ids([text + end for text, end in zip(kept, ends, strict=True)], tokenizer)
+    encoded = zip(_token_ids(kept, tokenizer), _token_ids(ends, tokenizer), joined, strict=True)
+    for row, (prompt_ids, target_ids, joined_ids) in enumerate(encoded):
+        if joined_ids[: len(prompt_ids)] == prompt_ids:
+            target_ids = joined_ids[len(prompt_ids) :]
         # The first token has nothing before it from which it could be predicted.
         context = [*start, *prompt_ids] or [_start_token(tokenizer)]
         ids = [*context, *target_ids, tokenizer.eos_token_id]
-        yield _Example(prompt, target, "", context, ids, [False] * len(context) + [True] * (len(ids) - len(context)))
+        is_target = [False] * len(context) + [True] * (len(ids) - len(context))
+        prompt = Prompt(prompts[row], context, [], lead=leads[row])
+        yield _Example(prompt, targets[row], ids, is_target, num_start=len(start))
+
+
+def _joins_spaces(tokenizer: Any) -> bool:
+    """Whether a space and the word after it can be one token; GPT-2 and SentencePiece have a sign for that space."""
+    return any(len(token) > 1 and token[0] in "Ġ▁ " for token in tokenizer.get_vocab())
 
 
 def _chat_template(config: DatasetConfig, tokenizer: Any) -> str:
@@ -506,10 +538,35 @@ def _chat_template(config: DatasetConfig, tokenizer: Any) -> str:
         ) from error
 
 
-def _conversations(table: pd.DataFrame, tokenizer: Any, config: DatasetConfig) -> Iterator[_Example]:
-    template = _chat_template(config, tokenizer)
+@dataclass(frozen=True)
+class _Answer:
+    """Where a turn of the assistant stands in a rendered conversation.
 
-    def render(messages: list[dict[str, str]], *, ask: bool = False) -> str:
+    `start`: after the template's generation prompt. `stop`: where the answer ends and what the template writes after it
+    begins. `end`: where that ends. `is_rewritten`: the template writes something else than the row's content, spaces at
+    its ends aside.
+    """
+
+    start: int
+    stop: int
+    end: int
+    is_rewritten: bool
+
+
+_Render = Callable[[list[dict[str, str]], bool], str]
+
+
+def _conversations(
+    table: pd.DataFrame, split: str, config: DatasetConfig, tokenizer: Any, notes: list[str]
+) -> Iterator[_Example]:
+    template = _chat_template(config, tokenizer)
+    if not getattr(tokenizer, "is_fast", True):
+        raise DataError(
+            f"dataset={config.name}: task=chat needs a fast tokenizer, which says where each token stands in the text; "
+            f"{type(tokenizer).__name__} does not. Give the model a tokenizer.json."
+        )
+
+    def render(messages: list[dict[str, str]], ask: bool) -> str:
         try:
             return str(
                 tokenizer.apply_chat_template(
@@ -518,38 +575,107 @@ def _conversations(table: pd.DataFrame, tokenizer: Any, config: DatasetConfig) -
             )
         except Exception as error:  # a template can raise whatever it likes
             raise DataError(
-                f"dataset={config.name}: the chat template does not take a conversation of the roles "
+                f"the chat template does not take a conversation of the roles "
                 f"{', '.join(message['role'] for message in messages) or 'none'} ({type(error).__name__}: {error}); "
-                "mend the rows, or set dataset.chat_template=chatml."
+                "fix the rows, or set dataset.chat_template=chatml."
             ) from error
 
+    rewritten: list[int] = []
     for row, value in enumerate(table[config.messages_column]):
         messages = [{"role": message["role"], "content": message["content"]} for message in value]
-        text = render(messages)
-        spans: list[tuple[int, int]] = []
-        last_prompt, last_answer, stop = "", "", ""
-        for index, message in enumerate(messages):
-            if not _is_answer(message):
-                continue
-            before, after = render(messages[:index], ask=True), render(messages[: index + 1])
-            if not text.startswith(after) or not after.startswith(before):
-                raise DataError(
-                    f"dataset={config.name}, row {row}: this chat template writes an earlier turn differently once "
-                    "more turns follow, so the assistant's part cannot be told; set dataset.chat_template=chatml, or "
-                    "keep one assistant turn in each row."
-                )
-            spans.append((len(before), len(after)))
-            written = after[len(before) :]
-            stop = written.rpartition(message["content"].strip())[2].strip()
-            # As the template writes it: some trim an answer, some put an empty thought before it.
-            last_prompt, last_answer = before, written.rstrip().removesuffix(stop)
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        # A token belongs to where it begins; one that reaches over the edge was partly given away.
-        is_target = [any(start <= first < end for start, end in spans) for first, _ in encoded["offset_mapping"]]
-        ids = list(encoded["input_ids"])
-        num_context = sum(first < spans[-1][0] for first, _ in encoded["offset_mapping"])
+        try:
+            text = render(messages, False)
+            answers = _answers(messages, text, render)
+        except DataError as error:
+            raise DataError(f"dataset={config.name}, {split}: {place(table.index, row)}: {error}") from error
+        if any(answer.is_rewritten for answer in answers):
+            rewritten.append(row)
+        ids, starts = _tokens_with_starts(text, [answer.start for answer in answers], tokenizer)
+        # A token belongs to where it begins.
+        is_target = [any(answer.start <= first < answer.end for answer in answers) for first in starts]
+        last = answers[-1]
+        num_context = sum(first < last.start for first in starts)
+        prompt = Prompt(text[: last.start], ids[:num_context], [], stop=text[last.stop : last.end].strip())
         # The first token has nothing before it from which it could be predicted.
-        yield _Example(last_prompt, last_answer, stop, ids[:num_context], ids, [False, *is_target[1:]])
+        yield _Example(prompt, text[last.start : last.stop], ids, [False, *is_target[1:]])
+    if rewritten:
+        notes.append(
+            f"dataset={config.name}, {split}: in {counted_rows(table.index[rewritten])} the chat template writes an "
+            "answer in another form than the row holds; what it writes is the target."
+        )
+
+
+def _answers(messages: list[dict[str, str]], text: str, render: _Render) -> list[_Answer]:
+    """The assistant's turns in `text`, the rendered conversation. Raises `DataError` where they cannot be located.
+
+    Nothing is searched for in what people wrote: the conversation is rendered again with a number of our own in place
+    of one answer, and what the template then writes after that number is what it writes after the answer.
+    """
+    answers: list[_Answer] = []
+    marker = _absent_number(text)
+    for index, message in enumerate(messages):
+        if not _is_answer(message):
+            continue
+        before = render(messages[:index], True)
+        marked = [*messages[:index], {"role": message["role"], "content": marker}]
+        head, found, after = render([*marked, *messages[index + 1 :]], False).partition(marker)
+        stop = len(text) - len(after)
+        if not found or marker in after:
+            raise DataError(
+                f"the chat template does not write the content of turn {index + 1} as one piece, so that what is to be "
+                "learned cannot be located; set dataset.chat_template=chatml."
+            )
+        first = max(len(before), answers[-1].end if answers else 0)
+        if not text.startswith(before) or not text.endswith(after) or stop < first:
+            raise DataError(
+                f"the chat template writes what stands around turn {index + 1} differently once the answer or more "
+                "turns follow, so that the assistant's part cannot be located; set dataset.chat_template=chatml, or "
+                "keep one assistant turn in each row."
+            )
+        ending = after
+        if index + 1 < len(messages):
+            # What follows begins with what ends the answer, and goes on with the next turn.
+            ending = _common_start(after, render(marked, False).rpartition(marker)[2])
+        shown = text[len(head) if text.startswith(head) else len(before) : stop]
+        content = message["content"]
+        is_rewritten = shown not in (content, content.strip(), content.lstrip(), content.rstrip())
+        answers.append(_Answer(len(before), stop, stop + len(ending), is_rewritten))
+    return answers
+
+
+def _common_start(one: str, other: str) -> str:
+    length = next((at for at, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), len(other))
+    return one[:length]
+
+
+def _absent_number(text: str) -> str:
+    """A number that the text does not hold; digits, because a template may change the case of letters."""
+    number = 7308154926
+    while str(number) in text:
+        number += 1
+    return str(number)
+
+
+def _tokens_with_starts(text: str, cuts: list[int], tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens of a text and where each begins; a token that would reach over a cut is made two.
+
+    Otherwise a prompt would end with the beginning of its answer, which generation does not know.
+    """
+    ids, offsets = _tokens_with_offsets(text, tokenizer)
+    crossed = [cut for cut in cuts if any(first < cut < last for first, last in offsets)]
+    if crossed:
+        bounds = [0, *crossed, len(text)]
+        ids, offsets = [], []
+        for begin, end in itertools.pairwise(bounds):
+            more, places = _tokens_with_offsets(text[begin:end], tokenizer)
+            ids += more
+            offsets += [(begin + first, begin + last) for first, last in places]
+    return ids, [first for first, _ in offsets]
+
+
+def _tokens_with_offsets(text: str, tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return list(encoded["input_ids"]), list(encoded["offset_mapping"])
 
 
 def _fitted(
@@ -559,8 +685,7 @@ def _fitted(
     blocks, counts, size = _Blocks(), Counter[str](), config.max_length
     for row, example in enumerate(examples):
         ids, mask = example.token_ids, example.is_target
-        prompt = Prompt(example.prompt, example.prompt_ids, [], example.stop)
-        blocks.prompts.setdefault(example.prompt, prompt).references.append(example.target)
+        blocks.prompts.setdefault(example.prompt.text, example.prompt).references.append(example.target)
         if len(ids) > size:
             if config.too_long is TooLong.error:
                 raise DataError(
@@ -570,7 +695,7 @@ def _fitted(
             if config.too_long is TooLong.drop:
                 counts["dropped"] += 1
                 continue
-            ids, mask = _truncated(ids, mask, size, config.task)
+            ids, mask = _truncated(example, size, config.task)
             if any(mask):
                 counts["truncated"] += 1
         if not any(mask):
@@ -586,18 +711,19 @@ def _fitted(
     return blocks
 
 
-def _truncated(ids: list[int], mask: list[bool], size: int, task: Task) -> tuple[list[int], list[bool]]:
+def _truncated(example: _Example, size: int, task: Task) -> tuple[list[int], list[bool]]:
+    ids, mask = example.token_ids, example.is_target
     if task is Task.chat:
         return ids[:size], mask[:size]
-    num_context = mask.index(True)
-    # At least one token of context stays, and of the rest as much as there is room for, the target first.
-    num_kept = min(num_context, max(1, size - (len(ids) - num_context)))
-    first = num_context - num_kept
-    return ids[first : first + size], mask[first : first + size]
+    start, num_context = example.num_start, mask.index(True)
+    # The target first, then of the context as much as there is room for: at least one token, with the start token.
+    room = max(1, size - (len(ids) - num_context))
+    first = num_context - min(num_context - start, room - start)
+    return [*ids[:start], *ids[first:]][:size], [*mask[:start], *mask[first:]][:size]
 
 
 def _target_bytes(example: _Example, ids: list[int], mask: list[bool], config: DatasetConfig, tokenizer: Any) -> int:
     if config.task is Task.completion and len(ids) == len(example.token_ids):
-        return len(example.target.encode())
+        return len((example.prompt.lead + example.target).encode())
     targets = [token for token, wanted in zip(ids, mask, strict=True) if wanted]
     return len(tokenizer.decode(targets, skip_special_tokens=True).encode())

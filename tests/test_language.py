@@ -397,3 +397,18 @@ def test_a_prompt_without_room_loses_its_beginning(knowing: Any) -> None:
     prompt = Prompt("", [*ids("z" * 200), TOKENIZER.bos_token_id, *ids("a")], [""])
     (text,) = generate(knowing, [prompt], GenerationConfig(max_new_tokens=126), TOKENIZER)
     assert text.startswith("long")
+
+
+def test_a_prompt_without_room_keeps_the_start_token_and_a_text_loses_the_spaces_of_the_prompt(
+    knowing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def generate_more(rows: torch.Tensor, **_: Any) -> torch.Tensor:
+        asked.append(rows[0].tolist())
+        return torch.cat([rows, torch.tensor([ids("  me")])], dim=1)
+
+    monkeypatch.setattr(knowing, "generate", generate_more)
+    prompt = Prompt("", [TOKENIZER.bos_token_id, *ids("z" * 200 + "a")], [""], lead=" ")
+    assert generate(knowing, [prompt], GenerationConfig(max_new_tokens=125), TOKENIZER) == [" me"]
+    assert asked == [[TOKENIZER.bos_token_id, *ids("za")]]

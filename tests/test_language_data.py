@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import tokenizers
+import transformers
 
 from harness import models
 from harness.config import Blocks, DatasetConfig, ModelConfig, Task, TinyModel, TooLong
-from harness.language_data import NO_TARGET, LanguageData, TokenSplit, load_language_data
+from harness.language_data import CHATML, NO_TARGET, LanguageData, TokenSplit, load_language_data
 from harness.sources import DataError
 
 TOKENIZER = models.load_tokenizer(ModelConfig(name="tiny_gpt2", tiny=TinyModel.gpt2))
@@ -32,13 +34,21 @@ def text_of(ids: Any) -> str:
     return TOKENIZER.decode([int(token) for token in ids], skip_special_tokens=True)
 
 
-def load(tmp_path: Path, rows: dict[str, list[dict[str, Any]]], **settings: Any) -> LanguageData:
+def write(tmp_path: Path, rows: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
+    """Rows of each split in a file; the settings that name the files."""
     files = {}
     for split, table in rows.items():
         path = tmp_path / f"{split}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in table), encoding="utf-8")
         files[f"{split}_file"] = str(path)
-    return load_language_data(DatasetConfig(name="rows", best_metric="nll", **files, **settings), TOKENIZER)
+    return files
+
+
+def load(
+    tmp_path: Path, rows: dict[str, list[dict[str, Any]]], *, tokenizer: Any = TOKENIZER, **settings: Any
+) -> LanguageData:
+    files = write(tmp_path, rows)
+    return load_language_data(DatasetConfig(name="rows", best_metric="nll", **files, **settings), tokenizer)
 
 
 def documents(tmp_path: Path, texts: list[str], **settings: Any) -> TokenSplit:
@@ -256,6 +266,84 @@ def test_dropping_and_refusing_what_is_too_long(tmp_path: Path) -> None:
         completions(tmp_path, LONG[:1], too_long=TooLong.drop)
 
 
+def test_a_cut_prompt_keeps_the_start_token(tmp_path: Path) -> None:
+    split = completions(tmp_path, [*LONG, {"q": "p" * 40, "a": "t" * 50}]).train
+    rows = [split.batch([row]).inputs["input_ids"][0].tolist() for row in range(3)]
+    assert [row[0] for row in rows] == [START] * 3
+    assert TOKENIZER.decode(rows[0][1:]) == "p" * 20 + " -> target" + TOKENIZER.eos_token
+    assert TOKENIZER.decode(rows[2][1:]) == "t" * 31
+
+
+def joining_tokenizer(kind: str) -> Any:
+    """A tokenizer that joins a space with the word after it: of GPT-2's kind, or of Llama 2's."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=None))
+    if kind == "byte_level":
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = tokenizers.decoders.ByteLevel()
+        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    else:
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
+        backend.decoder = tokenizers.decoders.Metaspace(prepend_scheme="first")
+        alphabet = list(map(chr, range(33, 127)))
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(["Question: how many cats Answer: 42 cats and 7 dogs"] * 5, trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
+@pytest.mark.parametrize("space", [" ", "  ", ""])
+def test_a_space_at_the_end_of_a_prompt_is_no_token_of_its_own(tmp_path: Path, kind: str, space: str) -> None:
+    tokenizer = joining_tokenizer(kind)
+    rows = [{"q": "how many", "a": "42 cats"}, {"q": "how many", "a": "7 dogs"}]
+    settings = {"prompt_template": "Question: {q} Answer:" + space, "target_column": "a", "task": Task.completion}
+    data = load(tmp_path, dict.fromkeys(("train", "val", "test"), rows), tokenizer=tokenizer, **settings)
+    text = f"Question: how many Answer:{space}42 cats"
+    batch = data.train.batch([0])
+    ids, labels = batch.inputs["input_ids"][0].tolist(), batch.labels[0]
+    assert ids == [
+        tokenizer.bos_token_id,
+        *tokenizer(text, add_special_tokens=False)["input_ids"],
+        tokenizer.eos_token_id,
+    ]
+    (prompt,) = data.test.prompts()
+    assert prompt.token_ids == ids[: len(prompt.token_ids)]
+    assert (labels != NO_TARGET).tolist() == [False] * len(prompt.token_ids) + [True] * (
+        len(ids) - len(prompt.token_ids)
+    )
+    assert tokenizer.decode(prompt.token_ids, skip_special_tokens=True) == "Question: how many Answer:"
+    assert (prompt.text, prompt.lead) == ("Question: how many Answer:" + space, space)
+    assert prompt.references == ["42 cats", "7 dogs"]
+    assert data.train.num_bytes == len(f"{space}42 cats{space}7 dogs")
+    assert len(data.notes) == (3 if space else 0)
+    assert not space or "train: 2 of 2 prompts end in a space, which this tokenizer joins" in data.notes[0]
+
+
+def test_an_answer_that_joins_with_the_template_is_not_given_away(tmp_path: Path) -> None:
+    """`: 42` has one token over the edge, with which a prompt must not end."""
+    tokenizer = joining_tokenizer("metaspace")
+    path = tmp_path / "template.jinja"
+    path.write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    rows = {
+        name: [{"messages": [turn("user", "cats"), turn("assistant", "dogs")]}] for name in ("train", "val", "test")
+    }
+    data = load(tmp_path, rows, tokenizer=tokenizer, task=Task.chat, chat_template=str(path))
+    (prompt,) = data.test.prompts()
+    ids = data.train.batch([0]).inputs["input_ids"][0].tolist()
+    assert prompt.token_ids == ids[: len(prompt.token_ids)]
+    assert (
+        "dogs" not in tokenizer.decode(prompt.token_ids)
+        and tokenizer.decode(ids[len(prompt.token_ids) :]) == "dogs</s>"
+    )
+    assert prompt.references == ["dogs"]
+
+
 def test_an_empty_target_is_left_out_and_an_empty_prompt_is_not(tmp_path: Path) -> None:
     data = completions(tmp_path, [{"q": "", "a": "1"}, {"q": "x", "a": " "}])
     assert len(data.train) == 1
@@ -297,7 +385,7 @@ def test_the_loss_is_on_the_assistants_turns_and_what_ends_them(tmp_path: Path) 
 def test_the_last_answer_is_what_is_generated(tmp_path: Path) -> None:
     (prompt,) = chats(tmp_path, [CHAT]).test.prompts()
     assert prompt.text.endswith("<|im_start|>user\n2?<|im_end|>\n<|im_start|>assistant\n")
-    assert text_of(prompt.token_ids) == prompt.text
+    assert TOKENIZER.decode(prompt.token_ids) == prompt.text
     assert (prompt.references, prompt.stop) == (["two"], "<|im_end|>")
 
 
@@ -337,7 +425,7 @@ def test_a_template_of_ones_own_and_one_that_rewrites_earlier_turns(tmp_path: Pa
     split = chats(tmp_path, [CHAT], chat_template=str(path)).train
     assert text_of(targets(split, 0)) == "a:yo;a:two;"
     path.write_text("{% for m in messages %}{{ m['content'] }}{{ loop.length }};{% endfor %}")
-    with pytest.raises(DataError, match="writes an earlier turn differently once more turns follow"):
+    with pytest.raises(DataError, match=r"train.jsonl line 1: .* around turn 3 differently once the answer or more"):
         chats(tmp_path, [CHAT], chat_template=str(path))
 
 
@@ -355,7 +443,7 @@ def test_a_cut_conversation_is_asked_for_its_last_answer_with_all_that_comes_bef
     data = chats(tmp_path, [long], max_length=80)
     (prompt,) = data.test.prompts()
     assert prompt.references == ["second"]
-    assert text_of(prompt.token_ids) == prompt.text
+    assert TOKENIZER.decode(prompt.token_ids) == prompt.text
     assert prompt.text.endswith("u<|im_end|>\n<|im_start|>assistant\n")
 
 
@@ -372,6 +460,83 @@ def test_a_reference_is_the_answer_as_the_template_writes_it(tmp_path: Path) -> 
         tmp_path, [[turn("user", "hi"), turn("assistant", "42\n")]], chat_template=str(path)
     ).test.prompts()
     assert (prompt.stop, prompt.references) == ("<end>", ["a:42"])
+
+
+@pytest.mark.parametrize("answer", ["d", ">", "im_end", "end|>", "use <|im_end|> to end", "assistant", "7308154926"])
+def test_an_answer_is_located_by_where_the_template_writes_it(tmp_path: Path, answer: str) -> None:
+    """It is not searched for: a short one also occurs in what the template writes around it."""
+    data = chats(tmp_path, [[turn("user", answer), turn("assistant", answer), *CHAT[3:]], CHAT[1:3]])
+    assert text_of(targets(data.train, 0)) == f"{answer}<|im_end|>\ntwo<|im_end|>\n"
+    data = chats(tmp_path, [[turn("user", answer), turn("assistant", answer)]])
+    (prompt,) = data.test.prompts()
+    assert (prompt.stop, prompt.references) == ("<|im_end|>", [answer])
+    assert data.notes == []
+
+
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% set whole = m.content if '</think>' in m.content else '</think>' + m.content %}"
+    "{% set thought, _, said = whole.partition('</think>') %}"
+    "{% if loop.last %}<think>{{ thought.split('<think>')[-1] }}</think>{% endif %}{{ said.lstrip() }}"
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_template_that_rewrites_answers_gives_what_it_writes(tmp_path: Path) -> None:
+    """As Qwen 3: thoughts of earlier turns are left out, and the last turn has a thought even where it is empty."""
+    path = tmp_path / "template.jinja"
+    path.write_text(THINKING)
+    thought = [turn("user", "a?"), turn("assistant", "<think>hm</think> A"), turn("user", "b?"), turn("assistant", "B")]
+    data = chats(tmp_path, [thought, thought[:2], thought[2:]], chat_template=str(path))
+    assert [text_of(targets(data.train, row)) for row in range(3)] == [
+        "A<|im_end|>\n<think></think>B<|im_end|>\n",
+        "<think>hm</think>A<|im_end|>\n",
+        "<think></think>B<|im_end|>\n",
+    ]
+    assert [prompt.references for prompt in data.test.prompts()] == [
+        ["<think></think>B"],
+        ["<think>hm</think>A"],
+        ["<think></think>B"],
+    ]
+    assert (
+        "train: in 2 rows (train.jsonl line 1, 2) the chat template writes an answer in another form" in data.notes[0]
+    )
+    path.write_text("{% for m in messages %}{{ m.role[0] }}:{{ m.content | upper }};{% endfor %}")
+    data = chats(tmp_path, [CHAT], chat_template=str(path))
+    assert text_of(targets(data.train, 0)) == "a:YO;a:TWO;"
+    assert "in 1 rows (train.jsonl line 1) the chat template writes an answer in another form" in data.notes[0]
+
+
+def test_a_template_that_writes_no_answer_or_asks_otherwise_is_refused_with_the_row(tmp_path: Path) -> None:
+    path = tmp_path / "template.jinja"
+    for template in ("{% for m in messages %}{{ m.content }}{{ m.content }};{% endfor %}", "{{ messages | length }}"):
+        path.write_text(template)
+        with pytest.raises(
+            DataError, match=r"train.jsonl line 1: .* does not write the content of turn 3 as one piece"
+        ):
+            chats(tmp_path, [CHAT], chat_template=str(path))
+    path.write_text(CHATML.replace("assistant\n", "assistant\n<think>"))
+    with pytest.raises(DataError, match=r"train.jsonl line 1: .* around turn 3 differently once the answer"):
+        chats(tmp_path, [CHAT], chat_template=str(path))
+
+
+def test_a_conversation_begins_with_the_start_token_once(tmp_path: Path) -> None:
+    """`chatml` writes it where the tokenizer has one; a template of one's own that writes it gets no second one."""
+    path = tmp_path / "template.jinja"
+    path.write_text("{{ bos_token }}{% for m in messages %}{{ m.content }};{% endfor %}")
+    for template in ("chatml", str(path)):
+        data = chats(tmp_path, [CHAT], chat_template=template)
+        ids = data.train.batch([0]).inputs["input_ids"][0].tolist()
+        assert ids[0] == START and ids.count(START) == 1
+        (prompt,) = data.test.prompts()
+        assert prompt.token_ids == ids[: len(prompt.token_ids)]
+    tokenizer = models.load_tokenizer(ModelConfig(name="tiny_gpt2", tiny=TinyModel.gpt2))
+    tokenizer.bos_token = None
+    rows = write(tmp_path, {name: [{"messages": CHAT}] for name in ("train", "val", "test")})
+    config = DatasetConfig(name="rows", task=Task.chat, chat_template="chatml", max_length=256, **rows)
+    ids = load_language_data(config, tokenizer).train.batch([0]).inputs["input_ids"][0]
+    assert tokenizer.decode(ids).startswith("<|im_start|>system\nS")
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('no such role') }}", "{% for %}"])
