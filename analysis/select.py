@@ -360,6 +360,7 @@ _WITHOUT_EFFECT = {
     "environment.hostname",  # a name; what the machine is made of is compared
     "environment.data_notes",  # follow from the data and the tokenizer, which are compared
     "environment.model_notes",  # follow from the base model, likewise
+    "environment.label_names",  # follow from the data
     "environment.started_at",
     "environment.first_step_at",
     "environment.ended_at",

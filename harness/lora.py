@@ -331,6 +331,7 @@ def save_adapter(
     head_modules: Sequence[str],
     dropout: float = 0.0,
     base_model: str | None = None,
+    revision: str | None = None,
     task_type: str = "SEQ_CLS",
 ) -> int:
     """Writes adapter and head in PEFT's file format and returns the bytes of the tensor file.
@@ -358,6 +359,7 @@ def save_adapter(
         "peft_type": "LORA",
         "task_type": task_type,
         "base_model_name_or_path": base_model,
+        "revision": revision,
         "r": rank.rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "use_rslora": rank.alpha_policy is AlphaPolicy.rslora,

@@ -8,11 +8,12 @@ those to be pretrained here. `num_labels` None means a language model, a number 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib.util
 import pickle
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BitsAndBytesConfig,
+    GenerationConfig,
     GPT2Config,
     LlamaConfig,
     PreTrainedConfig,
@@ -35,7 +37,10 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+)
 from transformers.utils import logging as transformers_logging
 
 from harness.assets import asset_dir, cache_dir
@@ -119,12 +124,17 @@ class BaseModel:
 
     `head` names the modules that are drawn from the seed and trained with every method: the task head, and what stands
     between base and head where the checkpoint lacks it (`Architecture.optional`). `notes` says what else of the
-    checkpoint was not used, one sentence each.
+    checkpoint was not used, one sentence each. `own_settings` are the values of the base's configuration in whose place
+    training has its own: `save_model` puts them back. Under `name` and `revision` other tools find the base, on the hub
+    or in an absolute folder; None for a model that was drawn at random.
     """
 
     model: PreTrainedModel
     head: tuple[str, ...]
     notes: list[str]
+    own_settings: dict[str, Any]
+    name: str | None
+    revision: str | None
 
 
 def load_model(config: ModelConfig, *, num_labels: int | None, pad_token_id: int, seed: int) -> BaseModel:
@@ -136,16 +146,17 @@ def load_model(config: ModelConfig, *, num_labels: int | None, pad_token_id: int
     Raises:
         ModelError: a source that cannot be read, or a checkpoint that lacks a tensor of the base model.
     """
-    model_config = load_model_config(config, num_labels=num_labels, pad_token_id=pad_token_id)
+    model_config = _read_config(config)
+    own_settings = _own_settings(model_config, num_labels)
+    _configure(model_config, config, num_labels=num_labels, pad_token_id=pad_token_id)
     dtype = getattr(torch, config.dtype)
     torch.manual_seed(seed)
     with _explained(config), _quiet():
         if _is_tiny(config) or _is_scratch(config):
             model = _auto_class(num_labels).from_config(model_config, dtype=dtype, attn_implementation=config.attention)
-            loaded = BaseModel(model, _head(model_config, num_labels), [])
+            head, notes = _head(model_config, num_labels), list[str]()
         else:
-            loaded = _load_weights(config, model_config, dtype, num_labels, seed)
-    model = loaded.model
+            model, head, notes = _load_weights(config, model_config, dtype, num_labels, seed)
     if num_labels is None:
         # Where padding is the end-of-text token, that token is read and learned like any other.
         model.get_input_embeddings().padding_idx = None
@@ -159,7 +170,15 @@ def load_model(config: ModelConfig, *, num_labels: int | None, pad_token_id: int
             f"model.dropout={config.dropout}: {type(model).__name__} keeps dropout {sorted(odd)} under a name that "
             f"harness/models.py does not know; add it to _DROPOUT_FIELDS."
         )
-    return loaded
+    return BaseModel(model, head, notes, own_settings, *_resolvable_name(config))
+
+
+def _resolvable_name(config: ModelConfig) -> tuple[str | None, str | None]:
+    if _is_tiny(config) or _is_scratch(config):
+        return None, None
+    if _is_hub(config):
+        return config.hub_id, config.revision or "main"
+    return str(Path(*_source(config)).resolve()), None
 
 
 def _auto_class(num_labels: int | None) -> Any:
@@ -174,7 +193,8 @@ def _head(model_config: PreTrainedConfig, num_labels: int | None) -> tuple[str, 
 
 def _load_weights(
     config: ModelConfig, model_config: PreTrainedConfig, dtype: torch.dtype, num_labels: int | None, seed: int
-) -> BaseModel:
+) -> tuple[PreTrainedModel, tuple[str, ...], list[str]]:
+    """The model, its head and notes, as `BaseModel` has them."""
     head = _head(model_config, num_labels)
     try:
         model, report = _auto_class(num_labels).from_pretrained(
@@ -208,7 +228,7 @@ def _load_weights(
     found = {name for name in model.state_dict() if _is_inside(name, fresh)} - set(report["missing_keys"])
     if fresh:
         _redraw(model, fresh, seed)
-    return BaseModel(model, fresh, _loading_notes(config, report, optional, found))
+    return model, fresh, _loading_notes(config, report, optional, found)
 
 
 def _is_inside(name: str, modules: Iterable[str]) -> bool:
@@ -390,24 +410,76 @@ def build_skeleton(config: ModelConfig, *, num_labels: int | None) -> PreTrained
         return _auto_class(num_labels).from_config(model_config, attn_implementation=config.attention)
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> int:
-    """Writes model and tokenizer so that `model.path=directory` loads them; returns the bytes of the tensor files."""
-    with _quiet():
-        model.save_pretrained(directory, state_dict={name: whole(value) for name, value in model.state_dict().items()})
-        tokenizer.save_pretrained(directory)
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    *,
+    own_settings: Mapping[str, Any] | None = None,
+    label_names: Sequence[str] = (),
+) -> int:
+    """Writes model and tokenizer so that `model.path=directory` loads them; returns the bytes of the tensor files.
+
+    What is written is a model like the base: with the `own_settings` of the base instead of what training needed, and
+    with the names of the classes.
+    """
+    trained = model.config
+    generation = model.generation_config if model.can_generate() else None
+    config = copy.deepcopy(trained)
+    for name, value in (own_settings or {}).items():
+        setattr(config, name, value)
+        if generation is not None and generation._from_model_config and hasattr(generation, name):
+            generation = copy.deepcopy(generation)
+            setattr(generation, name, value)
+    if label_names:
+        config.id2label = dict(enumerate(label_names))
+        config.label2id = {name: index for index, name in enumerate(label_names)}
+    if type(model) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.values():
+        config.problem_type = "regression" if config.num_labels == 1 else "single_label_classification"
+    try:
+        model.config = config
+        if generation is not None:
+            # Of the base's own, transformers refuses to write what it did not refuse to read.
+            model.generation_config = GenerationConfig()
+        with _quiet():
+            state = {name: whole(value) for name, value in model.state_dict().items()}
+            model.save_pretrained(directory, state_dict=state)
+            tokenizer.save_pretrained(directory)
+        if generation is not None:
+            generation.to_json_file(directory / "generation_config.json")
+    finally:
+        model.config = trained
+        if generation is not None:
+            model.generation_config = generation
     return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
 def load_model_config(config: ModelConfig, *, num_labels: int | None, pad_token_id: int) -> PreTrainedConfig:
     """The base model's configuration as transformers has it, with our dropout and head. Raises `ModelError`."""
+    model_config = _read_config(config)
+    _configure(model_config, config, num_labels=num_labels, pad_token_id=pad_token_id)
+    return model_config
+
+
+def _read_config(config: ModelConfig) -> PreTrainedConfig:
     with _explained(config):
         if _is_tiny(config):
-            model_config = _tiny_config(config.tiny)
-        elif _is_scratch(config):
+            return _tiny_config(config.tiny)
+        if _is_scratch(config):
             assert config.scratch is not None
-            model_config = _scratch_config(config.scratch)
-        else:
-            model_config = AutoConfig.from_pretrained(*_source(config), **_revision(config))
+            return _scratch_config(config.scratch)
+        return AutoConfig.from_pretrained(*_source(config), **_revision(config))
+
+
+def _own_settings(model_config: PreTrainedConfig, num_labels: int | None) -> dict[str, Any]:
+    # A classifier reads its answer before the padding: without our pad token it would not give the same logits.
+    names = (*_DROPOUT_FIELDS, "use_cache", *(("pad_token_id",) if num_labels is None else ()))
+    return {name: getattr(model_config, name) for name in names if hasattr(model_config, name)}
+
+
+def _configure(
+    model_config: PreTrainedConfig, config: ModelConfig, *, num_labels: int | None, pad_token_id: int
+) -> None:
     for name in _DROPOUT_FIELDS:
         if hasattr(model_config, name):
             setattr(model_config, name, config.dropout)
@@ -423,7 +495,6 @@ def load_model_config(config: ModelConfig, *, num_labels: int | None, pad_token_
         model_config.num_labels = num_labels
     model_config.pad_token_id = pad_token_id
     model_config.use_cache = False  # a cache of keys and values is for generation
-    return model_config
 
 
 def _is_tiny(config: ModelConfig) -> bool:

@@ -67,7 +67,7 @@ from harness.measure import (
 )
 from harness.models import ModelError
 from harness.placement import PlacementError, head_modules, select_modules
-from harness.results import RESULT_FILE, RunResult, Status, write_atomically, write_result
+from harness.results import RESULT_FILE, RunResult, Status, write_atomically, write_json_atomically, write_result
 from harness.scores import score_texts, write_texts
 from harness.sources import DataError
 from harness.tracking import open_tracker
@@ -76,6 +76,7 @@ from harness.trainer import PreemptedError, TrainingDivergedError, TrainingOutco
 logger = logging.getLogger("harness")
 
 GENERATIONS_DIR = "generations"
+LABELS_FILE = "labels.json"
 WEIGHTS_DIRS = {Method.lora: "adapter", Method.full: "model", Method.head_only: "head"}
 
 
@@ -105,6 +106,7 @@ class PreparedRun:
     head: tuple[str, ...]
     target_modules: list[str]
     environment: dict[str, object]
+    base: models.BaseModel
 
 
 @dataclass(frozen=True)
@@ -261,7 +263,10 @@ def prepare(config: RunConfig) -> PreparedRun:
         recorded["data_notes"] = notes
     if loaded.notes:
         recorded["model_notes"] = loaded.notes
-    return PreparedRun(config, accelerator, data, also, model, tokenizer, loaded.head, target_modules, recorded)
+    if _label_names(data):
+        recorded["label_names"] = _label_names(data)
+    head = loaded.head
+    return PreparedRun(config, accelerator, data, also, model, tokenizer, head, target_modules, recorded, loaded)
 
 
 def _base_model(config: RunConfig) -> ModelConfig:
@@ -525,21 +530,37 @@ def _save(prepared: PreparedRun, folder: Path) -> int:
 
 
 def _save_weights(prepared: PreparedRun, directory: Path) -> int:
-    config = prepared.config
-    if config.method.name is Method.lora:
-        assert config.rank is not None
-        return lora.save_adapter(
-            prepared.model,
-            directory,
-            rank=config.rank,
-            head_modules=prepared.head,
-            dropout=config.method.adapter_dropout,
-            base_model=config.model.path or config.model.hub_id or config.model.asset or config.model.run,
-            task_type="CAUSAL_LM" if config.dataset.task.is_language else "SEQ_CLS",
-        )
+    config, label_names = prepared.config, _label_names(prepared.data)
     if config.method.name is Method.full:
-        return models.save_model(prepared.model, prepared.tokenizer, directory)
-    return lora.save_tensors(lora.head_state(prepared.model, prepared.head), directory / "head.safetensors")
+        return models.save_model(
+            prepared.model,
+            prepared.tokenizer,
+            directory,
+            own_settings=prepared.base.own_settings,
+            label_names=label_names,
+        )
+    if label_names:
+        # As a transformers config has them: neither PEFT's config nor a tensor file has a place for names of classes.
+        names = {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
+        write_json_atomically(directory / LABELS_FILE, names)
+    if config.method.name is Method.head_only:
+        return lora.save_tensors(lora.head_state(prepared.model, prepared.head), directory / "head.safetensors")
+    assert config.rank is not None
+    return lora.save_adapter(
+        prepared.model,
+        directory,
+        rank=config.rank,
+        head_modules=prepared.head,
+        dropout=config.method.adapter_dropout,
+        base_model=prepared.base.name,
+        revision=prepared.base.revision,
+        task_type="CAUSAL_LM" if config.dataset.task.is_language else "SEQ_CLS",
+    )
+
+
+def _label_names(data: TextData | LanguageData) -> list[str]:
+    """The classes in the order of the logits; none for regression and language models."""
+    return data.label_names if isinstance(data, TextData) else []
 
 
 def _accelerator(config: RunConfig) -> Accelerator:

@@ -587,3 +587,22 @@ def test_a_vocabulary_that_the_text_cannot_fill_is_refused(scratch: ModelConfig)
     scratch.scratch.file = "nothing.txt"
     with pytest.raises(ModelError, match=r"model.scratch.file=nothing.txt: no such file"):
         load_tokenizer(scratch)
+
+
+# ---------------------------------------------------------------- where other tools find it
+
+
+def test_a_model_is_named_so_that_other_tools_find_it(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def name_of(config: ModelConfig) -> tuple[str | None, str | None]:
+        loaded = load_model(config, num_labels=3, pad_token_id=0, seed=0)
+        return loaded.name, loaded.revision
+
+    monkeypatch.chdir(saved.parent)
+    assert name_of(ModelConfig(name="x", path=saved.name)) == (str(saved), None)
+    monkeypatch.setattr(models, "_verified_asset_dir", lambda name, _: {"minilm": saved}[name])
+    assert name_of(ModelConfig(name="minilm", asset="minilm")) == (str(saved), None)
+    assert name_of(TINY[TinyModel.bert]) == (None, None)  # random, and nowhere to be found
+    monkeypatch.setattr(models, "_source", lambda config: (str(saved),))
+    monkeypatch.setattr(models, "_revision", lambda config: {})
+    assert name_of(HUB) == ("google-bert/bert-base-uncased", "8" * 40)
+    assert name_of(replace(HUB, revision=None)) == ("google-bert/bert-base-uncased", "main")

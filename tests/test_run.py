@@ -16,6 +16,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
 
 from harness import lora, models
 from harness import run as run_module
@@ -406,6 +407,10 @@ def test_a_fresh_pooler_is_trained_saved_and_counted_with_the_head(
     saved = load_file(adapter / "adapter_model.safetensors")
     assert {name.removeprefix("base_model.model.") for name in saved if "lora_" not in name} == head
     assert set(load_file(tmp_path / results["head_only"].run_id / "head" / "head.safetensors")) == head
+    for folder in (adapter, tmp_path / results["head_only"].run_id / "head"):
+        labels = json.loads((folder / "labels.json").read_text())
+        assert labels["id2label"] == {"0": "fruit", "1": "metal", "2": "sea"}
+        assert labels["label2id"] == {"fruit": 0, "metal": 1, "sea": 2}
 
     prepared = run_module.prepare(config(rows, tmp_path, **model))
     batch = prepared.data.test.batch(range(6))
@@ -432,3 +437,37 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused_before_training(
     with pytest.raises(models.ModelError, match=r"gives ids up to 260, and the model embeds 0 to 259: 'apple' is 260"):
         run(wanted)
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").glob("*/*"))
+
+
+def test_what_a_run_saves_says_what_it_is(rows: Path, tmp_path: Path, without_pooler: Path) -> None:
+    """Plain transformers and peft load it, with the names of the classes and the base's own settings."""
+    base = tmp_path / "base"
+    shutil.copytree(without_pooler, base)
+    settings = json.loads((base / "config.json").read_text())
+    own = {"use_cache": True, "hidden_dropout_prob": 0.25, "attention_probs_dropout_prob": 0.125, "problem_type": "x"}
+    (base / "config.json").write_text(json.dumps(settings | own | {"id2label": {"0": "a", "1": "b", "2": "c"}}))
+    model = {"model": {"name": "own", "tiny": None, "path": str(base)}}
+    results = {method: run(config(rows, tmp_path, method, **model)) for method in ("lora", "full")}
+    names = sorted(WORDS)
+    id2label, label2id = dict(enumerate(names)), {name: index for index, name in enumerate(names)}
+    assert all(result.environment["label_names"] == names for result in results.values())
+
+    saved = tmp_path / results["full"].run_id / "model"
+    prepared = run_module.prepare(config(rows, tmp_path, "full", **model))
+    batch = prepared.data.test.batch(range(len(prepared.data.test)))
+    full = AutoModelForSequenceClassification.from_pretrained(saved).eval()
+    assert (full.config.id2label, full.config.label2id) == (id2label, label2id)
+    written = json.loads((saved / "config.json").read_text())
+    assert {name: written[name] for name in own} == own | {"problem_type": "single_label_classification"}
+    assert written["dtype"] == "float32"
+    with torch.no_grad():
+        correct = (full(**batch.inputs).logits.argmax(-1) == batch.labels).float().mean()
+    assert correct.item() == pytest.approx(results["full"].metrics["test_accuracy"])
+
+    adapter = tmp_path / results["lora"].run_id / "adapter"
+    described = peft.PeftConfig.from_pretrained(str(adapter))
+    assert (described.base_model_name_or_path, described.revision) == (str(base), None)
+    theirs = peft.AutoPeftModelForSequenceClassification.from_pretrained(str(adapter), num_labels=3).eval()
+    with torch.no_grad():
+        correct = (theirs(**batch.inputs).logits.argmax(-1) == batch.labels).float().mean()
+    assert correct.item() == pytest.approx(results["lora"].metrics["test_accuracy"])

@@ -424,3 +424,41 @@ def test_what_cannot_be_quantised_is_refused(data: Path, tmp_path: Path) -> None
         config(data, tmp_path, model={"quantization": "nf4"})
     with pytest.raises(ConfigError, match=r"model.quantization=nf4: quantised weights are frozen; use method=lora"):
         config(data, tmp_path, "full", model={**based_on("x"), "quantization": "nf4"})
+
+
+def test_what_a_run_saves_is_a_model_like_its_base(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = config(data, tmp_path).model
+    base = tmp_path / "base"
+    models.save_model(
+        models.load_model(tiny, num_labels=None, pad_token_id=0, seed=5).model, models.load_tokenizer(tiny), base
+    )
+    own = {"use_cache": True, "pad_token_id": None, "attention_dropout": 0.25}
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(settings | own))
+    # What transformers reads and refuses to write: a temperature without sampling.
+    generation = {"do_sample": False, "temperature": 0.6, "eos_token_id": [3, 5]}
+    (base / "generation_config.json").write_text(json.dumps(generation))
+    monkeypatch.chdir(tmp_path)
+    model = {"model": {"name": "own", "tiny": None, "path": "base"}}
+
+    full = run(config(data, tmp_path, "full", **model))
+    assert full.status is Status.FINISHED, full.error
+    saved = tmp_path / full.run_id / "model"
+    written = json.loads((saved / "config.json").read_text())
+    assert {name: written.get(name) for name in own} == own
+    assert generation.items() <= json.loads((saved / "generation_config.json").read_text()).items()
+    (saved / "generation_config.json").unlink()
+    again = run(config(data, tmp_path, "full", model={"name": "again", "tiny": None, "path": str(saved)}))
+    derived = json.loads((tmp_path / again.run_id / "model" / "generation_config.json").read_text())
+    assert derived.get("use_cache", True) is True and derived.get("pad_token_id") is None
+
+    result = run(config(data, tmp_path, **model))
+    adapter = str(tmp_path / result.run_id / "adapter")
+    assert json.loads((Path(adapter) / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    monkeypatch.chdir("/")
+    # With a cache, transformers does not see that a block is packed.
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(adapter, use_cache=False).eval()
+    split = prepare(config(data, tmp_path, model={"name": "own", "tiny": None, "path": str(base)})).data
+    objective = LanguageObjective(val=split.val, eval_batch_size=8, chunk_tokens=0)  # type: ignore[arg-type]
+    scores = objective.evaluate_split(theirs.base_model.model, split.test).scores  # type: ignore[arg-type]
+    assert scores["nll"] == pytest.approx(result.metrics["test_nll"], rel=1e-6)
