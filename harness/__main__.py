@@ -78,7 +78,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("interrupted; finished runs are kept, the same command does the rest", file=sys.stderr)
         return 130
-    except (HydraException, AssertionError, ValueError) as error:
+    except Exception as error:  # Hydra lets whatever an override makes it do come through
         if not isinstance(error, HydraException) and (started or not came_from_composing(error)):
             raise
         overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]

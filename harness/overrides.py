@@ -152,15 +152,23 @@ def explain_refusal(error: Exception, overrides: Sequence[str], *, compose: Call
         return f"{group}={option}: no such option. There are: {', '.join(options or error.options)}."
     if isinstance(error, OverrideParseException):
         return _explain_unreadable(error)
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-        return explain_omegaconf(cause)
     override = _first_refused(overrides, compose)
     named = f"{override}: " if override is not None else ""
+    if override is not None and re.match(r"\+*evaluate_also\.\w+[.=]", override):
+        return (
+            f"{named}an additional dataset is a file of conf/evaluate_also/, chosen by name (evaluate_also=wikitext2); "
+            "add a file for your own. Its settings can then be changed here."
+        )
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        explained = explain_omegaconf(cause)
+        is_named = override is None or cause.full_key in override
+        return explained if is_named else f"{named}{explained}"
     if isinstance(error, HydraException):
         lines = [line.strip() for line in str(error).partition("Config search path:")[0].splitlines()]
         text = "\n".join(line for line in lines if line and not line.startswith("See https://"))
-        return text if override is not None and override.partition("=")[0].lstrip("+~") in text else f"{named}{text}"
+        key = (override or "").partition("=")[0].lstrip("+~")
+        return text if key and key in text else f"{named}{text}"
     return (
         f"{named}cannot be applied ({error}). A setting in a group needs the group itself, as in rank=r8 "
         "rank.alpha=32; a group takes the name of an option, not null: leave it out instead."

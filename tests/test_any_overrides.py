@@ -16,6 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple, get_args, get_type_hints
 
@@ -28,15 +29,23 @@ from harness.__main__ import main
 from harness.overrides import CONF_DIR
 from harness.results import RunResult, Status
 
-NUM_COMBINATIONS = int(os.environ.get("FUZZ_OVERRIDES", "60"))
+NUM_COMBINATIONS = int(os.environ.get("FUZZ_OVERRIDES", "40"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 
 
 class Setting(NamedTuple):
-    """A leaf of the schema: its dotted name and the names of the values that an enum allows."""
+    """A leaf of the schema: its dotted name, and values of its type."""
 
     name: str
-    allowed: tuple[str, ...]
+    plausible: tuple[str, ...]
+
+
+PLAUSIBLE: dict[type, tuple[str, ...]] = {
+    bool: ("true", "false"),
+    int: ("1", "2", "4", "16"),
+    float: ("0.1", "0.5", "1", "1e-3"),
+    str: ("text", "label", "rows.csv", "q"),
+}
 
 
 def settings_of(node: type, prefix: str = "") -> Iterator[Setting]:
@@ -47,11 +56,13 @@ def settings_of(node: type, prefix: str = "") -> Iterator[Setting]:
         if nested and item.name != "evaluate_also":
             yield from settings_of(nested[0], f"{prefix}{item.name}.")
         else:
-            members = [str(member) for kind in kinds if issubclass(kind, schema.StrEnum) for member in kind]
-            yield Setting(f"{prefix}{item.name}", tuple(members))
+            members = [str(member) for kind in kinds if issubclass(kind, StrEnum) for member in kind]
+            typed = [value for kind in kinds for value in PLAUSIBLE.get(kind, ())]
+            yield Setting(f"{prefix}{item.name}", tuple(members or typed or ("all", "[q]", "[0,1]")))
 
 
 SETTINGS = list(settings_of(schema.RunConfig))
+ADDITIONAL = [Setting(f"evaluate_also.more.{name}", values) for name, values in settings_of(schema.DatasetConfig)]
 GROUPS = {
     group.name: sorted(path.relative_to(group).with_suffix("").as_posix() for path in group.rglob("*.yaml"))
     for group in CONF_DIR.iterdir()
@@ -95,23 +106,24 @@ METHODS = {
 
 
 def draw_overrides(chance: random.Random, train_file: Path) -> list[str]:
-    """A base that is fine, and one to four overrides that may not be."""
+    """A base that is fine, and one to three overrides that may not be, of a run or of a sweep."""
     task = chance.choice(list(BASES))
     method = chance.choice(
         [name for name in METHODS if name != "head_only" or task in ("classification", "regression")]
     )
     overrides = [*BASES[task], *METHODS[method], f"dataset.train_file={train_file}", "trainer=debug", "tracking=off"]
-    for _ in range(chance.randint(1, 4)):
+    for _ in range(chance.choice([1, 1, 2, 3])):
         kind = chance.random()
-        if kind < 0.1:
+        if kind < 0.05:
             overrides.append(chance.choice(BROKEN))
-        elif kind < 0.3:
+        elif kind < 0.2:
             group, options = chance.choice(sorted(GROUPS.items()))
             overrides.append(f"{group}={chance.choice([*options, 'nonsense', 'null'])}")
         else:
-            setting = chance.choice(SETTINGS)
-            overrides.append(f"{setting.name}={chance.choice([*ODD_VALUES, *setting.allowed * 8])}")
-    return overrides
+            setting = chance.choice(SETTINGS if kind < 0.95 else ADDITIONAL)
+            value = chance.choice(setting.plausible if chance.random() < 0.6 else ODD_VALUES)
+            overrides.append(f"{'+' if 'more' in setting.name else ''}{setting.name}={value}")
+    return ["-m", *overrides, "hydra.sweeper.dry_run=true"] if chance.random() < 0.25 else overrides
 
 
 def names_a_setting(message: str, overrides: list[str]) -> bool:

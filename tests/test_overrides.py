@@ -143,6 +143,8 @@ def test_an_escaped_interpolation_is_literal_alone_and_in_a_sweep(
         ("seed=[1", "'seed=[1': Hydra cannot read the value. A text with characters such as = , ( ) [ ] { } or an "),
         ("seed", "'seed': not an override; write setting=value, such as rank=r8 or trainer.batch_size=8."),
         ("model.scratch.width=8", "model.scratch.width=8: cannot be applied ("),
+        ("evaluate_also=[-1]", "evaluate_also=[-1]: cannot be applied ("),
+        ("+evaluate_also.more.name=x", "+evaluate_also.more.name=x: an additional dataset is a file of "),
         ("rank.alpha=3", "rank.alpha=3: cannot be applied ("),
         ("dataset.nothing=3", "dataset.nothing: no such setting. Known here: "),
     ],

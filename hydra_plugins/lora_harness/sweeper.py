@@ -28,7 +28,6 @@ from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -132,7 +131,7 @@ class GridSweeper(Sweeper):
             except ConfigError as error:
                 for problem in error.problems:
                     problems.setdefault(problem, []).append(overrides)
-            except (HydraException, OmegaConfBaseException, AssertionError, ValueError) as error:
+            except Exception as error:  # Hydra lets whatever an override makes it do come through
                 if not isinstance(error, HydraException) and not came_from_composing(error):
                     raise
                 explained = explain_refusal(error, overrides, compose=self._compose_part)
