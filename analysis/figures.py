@@ -16,7 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import matplotlib
 import matplotlib.figure
 import numpy as np
 import pandas as pd
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import SubFigure
@@ -33,7 +34,8 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocat
 from matplotlib.transforms import ScaledTranslation
 
 from analysis.labels import GREY, INK, SMALL, TEXT, label_end, label_point, place_point_labels, spread_end_labels
-from analysis.select import FORGETTING, LEARNED, best_cells, is_better, metric, num_status, ranked_by
+from analysis.rows import format_value
+from analysis.select import FORGETTING, LEARNED, best_cells, is_better, metric, num_status, ranked_by, records
 from harness.results import Direction, Status, write_atomically
 
 COLUMN_INCHES = 3.4
@@ -267,7 +269,7 @@ class _Notes:
 def _panels(cells: pd.DataFrame, curves: Curves) -> list[_Panel]:
     best = best_cells(cells)
     groups: defaultdict[tuple[Any, ...], list[_Row]] = defaultdict(list)
-    for row in best.to_dict("records"):
+    for row in records(best):
         groups[row["model"], row["dataset"], row["best_metric"]].append(row)
     one_method = best.loc[best["rank"].notna(), "method"].nunique() == 1
     index: dict[str, int] = {}
@@ -279,7 +281,7 @@ def _panels(cells: pd.DataFrame, curves: Curves) -> list[_Panel]:
                 index.setdefault(cell.family, len(index))
         tried = [
             _Cell(row, chosen[row["condition_id"]].label, chosen[row["condition_id"]].family)
-            for row in cells.to_dict("records")
+            for row in records(cells)
             if row["condition_id"] in chosen
         ]
         name = f"{_clean(model)}, {_clean(dataset)}"
@@ -316,9 +318,16 @@ def _departures(row: _Row) -> tuple[str, ...]:
 
 
 def _clean(value: Any, length: int = 20) -> str:
-    """A name from a config on one line, printable, and shortened in its middle."""
-    text = "".join(letter if letter.isprintable() else " " for letter in str(value)).strip() or "?"
+    """A name from a config on one line, shortened in its middle; what the font has no glyph for as its code point."""
+    text = "".join(letter if _has_glyph(letter) else f"U+{ord(letter):04X}" for letter in str(value)).strip() or "?"
     return text if len(text) <= length else f"{text[: length // 2]}…{text[-(length // 2 - 1) :]}"
+
+
+@lru_cache(maxsize=4096)
+def _has_glyph(letter: str) -> bool:
+    """Whether the font that every figure is set in, the one that comes with matplotlib, has a letter."""
+    font = font_manager.get_font(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")))
+    return letter.isprintable() and font.get_char_index(ord(letter)) != 0
 
 
 # ---------------------------------------------------------------- a figure
@@ -422,7 +431,7 @@ def _is_far(cell: _Cell, cells: Sequence[_Cell], name: str) -> bool:
 
 
 def _far_text(cell: _Cell, name: str, notes: _Notes) -> str:
-    return f"beyond the axis: {notes.where}{cell.label} at {cell.shown(name):{metric(name).format}}"
+    return f"beyond the axis: {notes.where}{cell.label} at {format_value(name, cell.row[name])}"
 
 
 def _draw_references(axes: Axes, panel: _Panel, cells: Sequence[_Cell], notes: _Notes) -> None:
@@ -646,7 +655,7 @@ def _draw_heat_map(place: SubFigure, panel: _Panel, notes: _Notes) -> None:
             look["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 1}
         else:
             dark = np.dot(mesh.to_rgba(np.asarray(value))[:3], (0.2126, 0.7152, 0.0722)) < 0.45
-            look["color"], text = "white" if dark else "black", f"{value:{metric(panel.test).format}}"
+            look["color"], text = "white" if dark else "black", format_value(panel.test, value)
         axes.text(column + 0.5, row + 0.5, textwrap.fill(text, 9), **look)
     axes.set_yticks(np.arange(len(ranks)) + 0.5, [f"{rank:g}" for rank in ranks])
     long = max(map(len, families)) > 8
@@ -915,7 +924,7 @@ def _draw_memory(place: SubFigure, panel: _Panel, notes: _Notes) -> None:
         axes.barh(range(len(cells)), widths, 0.7, starts, label=metric(name).label, **look)
         starts += widths
     for number, total in enumerate(starts):
-        text = f"{total:{metric('peak_memory_bytes').format}} MiB"
+        text = f"{format_value('peak_memory_bytes', total * metric('peak_memory_bytes').display_divisor)} MiB"
         axes.annotate(text, (total, number), (2, 0), textcoords="offset points", **TEXT)
     axes.set_yticks(range(len(cells)), [cell.label for cell in cells])
     axes.invert_yaxis()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pandas as pd
@@ -372,9 +373,10 @@ def _placement_key(row: Cell) -> tuple[str, str, str, int]:
 
 
 def _stretches(rows: Sequence[Cell]) -> list[tuple[int, int]]:
+    """Start and end of each run of rows with one placement; no rows have none."""
     keys = [_placement_key(row) for row in rows]
     starts = [index for index in range(len(keys)) if index == 0 or keys[index] != keys[index - 1]]
-    return list(zip(starts, [*starts[1:], len(keys)], strict=True))
+    return list(pairwise([*starts, len(keys)]))
 
 
 # ---------------------------------------------------------------- tasks x methods

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from harness.launches import SWEEPS_DIR, Launch, LaunchError, SweepLaunches, launched_sweeps, read_launches
-from harness.results import METRICS, RESULT_FILE, ResultError, RunResult, read_result
+from harness.results import METRICS, RESULT_FILE, ResultError, RunResult, Status, read_result
 
 CURVE_FILE = "metrics.jsonl"
 
@@ -215,7 +215,8 @@ def _listing(problems: Sequence[str]) -> str:
 
 
 def _read_rows(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[str]]:
-    rows, problems = [], []
+    rows: list[dict[str, Any]] = []
+    problems: list[str] = []
     for path in paths:
         try:
             result = read_result(path)
@@ -232,7 +233,20 @@ def _read_rows(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[str]]:
             problems.append(f"{path}: {found}")
         else:
             rows.append(row)
-    return rows, problems
+    return _once_per_seed(rows, problems), problems
+
+
+def _once_per_seed(rows: Sequence[dict[str, Any]], problems: list[str]) -> list[dict[str, Any]]:
+    """The rows without second ones of a cell and seed, of which the finished one is kept, or the first; adds those."""
+    kept: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: row["status"] != Status.FINISHED):
+        first = kept.setdefault((row["cell_id"], row["config.seed"]), row)
+        if first is not row:
+            problems.append(
+                f"{row['run_id']}: has cell and seed of {first['run_id']}, which is counted; a seed counts once"
+            )
+    chosen = {row["run_id"] for row in kept.values()}
+    return [row for row in rows if row["run_id"] in chosen]
 
 
 def _row(result: RunResult) -> dict[str, Any]:

@@ -26,9 +26,19 @@ import numpy as np
 import pandas as pd
 from plotly.offline import get_plotlyjs
 
-from analysis.rows import format_spread
-from analysis.select import FORGETTING, LEARNED, best_cells, generation_scores, metric, num_status, score, show_value
-from harness.results import METRICS, Direction, Metric, Status
+from analysis.rows import format_spread, format_value
+from analysis.select import (
+    FORGETTING,
+    LEARNED,
+    best_cells,
+    generation_scores,
+    metric,
+    num_status,
+    records,
+    score,
+    show_value,
+)
+from harness.results import METRICS, Direction, Status
 
 # Beyond these the page would be slow to open. `runs.csv` and the run folders hold everything.
 MAX_DETAILED_RUNS = 2_000
@@ -272,8 +282,8 @@ def _paper_figure(name: str, title: str, png: bytes) -> str:
 
 
 def _cells_data(cells: pd.DataFrame, best: pd.DataFrame) -> dict[str, Any]:
-    tasks, chosen, records = _tasks(cells), set(best["cell_id"]), cells.to_dict("records")
-    series = list(dict.fromkeys(map(_series, records)))
+    tasks, chosen, rows = _tasks(cells), set(best["cell_id"]), records(cells)
+    series = list(dict.fromkeys(map(_series, rows)))
     generated = generation_scores(cells)
     return {
         "tasks": [_task(table.iloc[0]) for table in tasks.values()],
@@ -291,7 +301,7 @@ def _cells_data(cells: pd.DataFrame, best: pd.DataFrame) -> dict[str, Any]:
                 "series": series.index(_series(cell)),
                 "best": cell["cell_id"] in chosen,
             }
-            for cell in records
+            for cell in rows
         ],
     }
 
@@ -415,13 +425,9 @@ def _displayed(name: str, value: Any) -> float | None:
     return None if number is None else number / metric(name).display_divisor
 
 
-def _formatted(meaning: Metric, number: float) -> str:
-    return format(number / meaning.display_divisor, meaning.format)
-
-
 def _with_unit(name: str, value: Any) -> str | None:
     number, meaning = _number(value), metric(name)
-    return None if number is None else f"{_formatted(meaning, number)} {meaning.display_unit}".rstrip()
+    return None if number is None else f"{format_value(name, number)} {meaning.display_unit}".rstrip()
 
 
 def _axis(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from analysis.select import (
     is_score,
     metric,
     num_status,
+    records,
 )
 from harness.results import Direction, Status
 
@@ -45,7 +47,7 @@ ARROWS = {Direction.HIGHER: " ↑", Direction.LOWER: " ↓", Direction.NEUTRAL: 
 
 def as_rows(table: pd.DataFrame) -> list[Cell]:
     """The cells of a table, each a dict."""
-    return table.to_dict("records")
+    return records(table)
 
 
 def title(name: str) -> str:
@@ -55,15 +57,18 @@ def title(name: str) -> str:
 
 
 def format_value(name: str, value: float) -> str:
-    """A value of a metric in its display unit, without the unit."""
-    about = metric(name)
-    return f"{value / about.display_divisor:{about.format}}"
+    """A value of a metric, in its stored unit, as text in its display unit, without the unit."""
+    return _as_digits(value / metric(name).display_divisor, metric(name).format)
 
 
 def format_spread(name: str, value: float) -> str:
-    """A deviation of a metric in its display unit: without the sign that a difference always has."""
-    about = metric(name)
-    return f"{value / about.display_divisor:{about.format.removeprefix('+')}}"
+    """A deviation of a metric as text in its display unit: without the sign that a difference always has."""
+    return _as_digits(value / metric(name).display_divisor, metric(name).format.removeprefix("+"))
+
+
+def _as_digits(shown: float, how: str) -> str:
+    # Nothing measures so much; of what is there all the same nobody reads a hundred digits.
+    return f"{shown:{how if abs(shown) < 1e15 else '.4g'}}"
 
 
 def show_metric(cell: Cell, name: str) -> str:
@@ -348,7 +353,8 @@ def ratio_to(row: Cell, reference: Cell | None, name: str) -> float | None:
     """A row's metric over that of a reference, where both have it."""
     if reference is None or not row.get(f"{name}_n", 0) or not reference.get(f"{name}_n", 0) or not reference[name]:
         return None
-    return float(row[name] / reference[name])
+    ratio = float(row[name]) / float(reference[name])
+    return ratio if math.isfinite(ratio) else None
 
 
 def num_finished_column(rows: Sequence[Cell]) -> Column:
