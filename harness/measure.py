@@ -114,7 +114,8 @@ class LiveTensors(TorchDispatchMode):
             step()
         live.peak.total_bytes
 
-    Counted from the start: parameters, buffers, gradients and optimizer state that exist on entry, touched or not.
+    Counted from the start: parameters, buffers, gradients and optimizer state that exist on entry, touched or not; the
+    scales of quantised weights are weights.
     Counted from the first touch until the storage dies: everything else on the devices of the model, inputs included.
     So a tensor that was alive before and is touched late (the labels) is missed by an earlier peak of the first step,
     and is in the count from the second step on. Copies on other devices (a batch on the host) are not counted.
@@ -132,7 +133,7 @@ class LiveTensors(TorchDispatchMode):
         self.peak = MemoryPeak(0, 0, 0, 0)
         # Collected once: going through the modules at every new peak would take longer than the step itself.
         self._parameters = list(model.parameters())
-        self._buffers = list(model.buffers())
+        self._buffers = [*model.buffers(), *_quantisation_tensors(model)]
         self._optimizer = optimizer
         self._devices = _devices_of(model)
         # id(storage) -> (weak reference, bytes). PyTorch keeps the Python object of a storage as long as the storage
@@ -203,6 +204,20 @@ class LiveTensors(TorchDispatchMode):
         self.peak = MemoryPeak(
             weights_bytes, gradients_bytes, optimizer_bytes, activations_bytes=self._live_bytes - sum(owned_bytes)
         )
+
+
+def _quantisation_tensors(model: nn.Module) -> list[torch.Tensor]:
+    """By what bitsandbytes reads quantised weights: scales and tables, which are neither parameters nor buffers."""
+    found = []
+    for module in model.modules():
+        # Of int8, the scales move from the weight to the module's state at the first forward.
+        for holder in (*module.parameters(recurse=False), getattr(module, "state", None)):
+            found += [getattr(holder, name, None) for name in ("CB", "SCB")]
+            state = getattr(holder, "quant_state", None)
+            while state is not None:  # scales may be quantised themselves
+                found += [state.absmax, state.code, state.offset]
+                state = state.state2
+    return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
 
 
 def _devices_of(model: nn.Module) -> set[torch.device]:

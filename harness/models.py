@@ -410,6 +410,14 @@ def build_skeleton(config: ModelConfig, *, num_labels: int | None) -> PreTrained
         return _auto_class(num_labels).from_config(model_config, attn_implementation=config.attention)
 
 
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Makes the blocks keep their inputs alone and compute the rest again in the backward pass."""
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    # transformers makes the embeddings' output require a gradient, which the reentrant kind needs. Here it would only
+    # send the backward pass through every block, also through those below the lowest one that is trained.
+    model.disable_input_require_grads()
+
+
 def save_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -253,7 +253,7 @@ def prepare(config: RunConfig) -> PreparedRun:
     _require_packing(model.config.model_type, config)
     target_modules = _adapt(model, config, loaded.head)
     if config.trainer.gradient_checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        models.checkpoint_activations(model)
     recorded = environment(accelerator.device, num_threads=config.num_threads)
     recorded["data_fingerprint"] = data.fingerprint
     if accelerator.num_processes > 1:

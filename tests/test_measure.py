@@ -156,6 +156,39 @@ def test_views_of_weights_count_once_wherever_they_are_kept() -> None:
     assert live.peak == MemoryPeak(weights_bytes=400, gradients_bytes=0, optimizer_bytes=0, activations_bytes=0)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "nf4 with quantised scales", "int8"])
+def test_what_quantised_weights_are_read_by_counts_as_weights_from_the_start(kind: str) -> None:
+    bnb = pytest.importorskip("bitsandbytes").nn
+    out_features, in_features = 64, 128
+
+    def layer() -> nn.Module:
+        if kind == "int8":
+            return bnb.Linear8bitLt(in_features, out_features, bias=False, has_fp16_weights=False)
+        nested = kind != "nf4"
+        return bnb.Linear4bit(in_features, out_features, bias=False, quant_type="nf4", compress_statistics=nested)
+
+    model = nn.Sequential(layer())
+    model.load_state_dict({"0.weight": torch.randn(out_features, in_features)})
+    model.requires_grad_(False).to("cpu")  # it quantises on the way
+    entries = out_features * in_features
+    by_hand = {
+        # A byte an entry, a float32 scale a row.
+        "int8": entries + 4 * out_features,
+        # Half a byte an entry, a float32 scale to 64 of them, a table of 16 values.
+        "nf4": entries // 2 + 4 * entries // 64 + 4 * 16,
+        # The scales as bytes, with an offset, a scale to 256 of them and a table of 256 values of their own.
+        "nf4 with quantised scales": entries // 2 + entries // 64 + 4 * 16 + 4 * (1 + 1 + 256),
+    }
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+    with LiveTensors(model, optimizer) as live:
+        at_the_start = live.peak
+        assert (at_the_start.weights_bytes, at_the_start.activations_bytes) == (by_hand[kind], 0)
+        model(torch.randn(2, in_features))
+    assert live.peak.weights_bytes == by_hand[kind]
+    with LiveTensors(model, optimizer) as live:  # where int8 keeps them after the first forward
+        assert live.peak == at_the_start
+
+
 def test_copies_on_other_devices_do_not_count() -> None:
     model = nn.Linear(3, 2, device="meta")
     on_host = torch.zeros(4, 3)

@@ -16,18 +16,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, RobertaConfig
 
-from harness import models
-from harness.config import Dtype, ModelConfig, Quantization, ScratchConfig, TinyModel
+from harness import lora, models
+from harness.config import Dtype, Method, ModelConfig, Quantization, RankConfig, ScratchConfig, TinyModel
+from harness.measure import LiveTensors
 from harness.models import (
     ModelError,
     build_skeleton,
     check_vocabulary,
+    checkpoint_activations,
     load_model,
     load_tokenizer,
     max_tokens,
     save_model,
 )
-from harness.placement import head_modules
+from harness.placement import ARCHITECTURES, head_modules, select_modules
 
 TINY = {tiny: ModelConfig(name=f"tiny_{tiny}", tiny=tiny) for tiny in TinyModel}
 HUB = ModelConfig(name="bert_base", hub_id="google-bert/bert-base-uncased", revision="8" * 40)
@@ -587,6 +589,53 @@ def test_a_vocabulary_that_the_text_cannot_fill_is_refused(scratch: ModelConfig)
     scratch.scratch.file = "nothing.txt"
     with pytest.raises(ModelError, match=r"model.scratch.file=nothing.txt: no such file"):
         load_tokenizer(scratch)
+
+
+# ---------------------------------------------------------------- activation checkpointing
+
+
+@pytest.mark.parametrize("method", [Method.lora, Method.head_only])
+@pytest.mark.parametrize("tiny", TinyModel)
+def test_checkpointing_sends_no_gradient_below_the_lowest_trained_block(tiny: TinyModel, method: Method) -> None:
+    """Transformers makes the embeddings' output require one, for the reentrant kind of checkpointing."""
+    gradients, peaks, needed = [], [], []
+    for checkpoint in (
+        lambda _: None,
+        checkpoint_activations,
+        lambda model: model.activation_checkpointing_enable({"use_reentrant": False}),  # as it was
+    ):
+        model = load(TINY[tiny])
+        names = [name for name, _ in model.named_modules()]
+        if method is Method.lora:
+            last = select_modules(names, model_type=str(tiny), projections=["o"], blocks="last_1")
+            lora.apply_lora(model, last, rank=RankConfig(4, alpha=8), generator=torch.Generator().manual_seed(0))
+            for _, layer in lora.lora_layers(model):  # so that A has a gradient, too
+                nn.init.ones_(layer.lora_B)
+        lora.set_trainable(model, method, head_modules(str(tiny)))
+        checkpoint(model)
+        path = re.escape(ARCHITECTURES[str(tiny)].block).replace(re.escape("{}"), r"(\d+)")
+        seen: list[bool] = []
+        for name, module in model.named_modules():
+            if re.fullmatch(path, name):
+                module.register_forward_hook(lambda *call, seen=seen: seen.append(_needs_gradient(call[2])))
+        optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.0)
+        inputs = {name: value.repeat(8, 4) for name, value in inputs_of(["a longer text"]).items()}
+        with LiveTensors(model, optimizer) as live:
+            model.train()(**inputs).logits.square().sum().backward()
+        needed.append(seen)
+        gradients.append({name: value.grad for name, value in model.named_parameters() if value.requires_grad})
+        peaks.append(live.peak.total_bytes)
+    assert gradients[0]
+    for name, value in gradients[0].items():
+        assert value.abs().max() > 0
+        assert torch.allclose(value, gradients[1][name], rtol=1e-5, atol=1e-6), name
+    assert needed[0] == needed[1] == [False, method is Method.lora]
+    assert needed[2] == [True, True]
+    assert peaks[1] <= peaks[2]
+
+
+def _needs_gradient(output: Tensor | tuple[Tensor, ...]) -> bool:
+    return (output if isinstance(output, Tensor) else output[0]).requires_grad
 
 
 # ---------------------------------------------------------------- where other tools find it
