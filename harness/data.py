@@ -29,6 +29,7 @@ from torch import Tensor
 
 from harness.assets import cache_dir
 from harness.config import DatasetConfig, Task
+from harness.preparation import once
 from harness.readers import counted_rows
 from harness.sources import DataError, Rows, Source, column_problems, digest, open_source
 
@@ -242,7 +243,7 @@ def load_data(config: DatasetConfig, tokenizer: Tokenizer) -> TextData:
     key = digest(source.fingerprint, tokenizer_text(tokenizer), _tokenising_settings(config, tokenizer))[:16]
     folder = cache_dir() / "tokenised" / f"{config.name}-{key}"
     if not (folder / _DESCRIPTION).is_file():
-        _tokenise(source, config, tokenizer, folder)
+        once(lambda: _tokenise(source, config, tokenizer, folder))
     rows = {path.name: datasets.load_from_disk(str(path)) for path in sorted(folder.iterdir()) if path.is_dir()}
     described = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
     splits = _split(rows, config)

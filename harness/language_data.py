@@ -38,6 +38,7 @@ import torch
 from harness.assets import cache_dir
 from harness.config import Blocks, DatasetConfig, Task, TooLong
 from harness.data import Batch, Tokenizer, tokenizer_text
+from harness.preparation import once
 from harness.readers import counted_rows, place
 from harness.results import write_atomically
 from harness.sources import DataError, Source, column_problems, digest, open_source
@@ -176,7 +177,7 @@ def load_language_data(config: DatasetConfig, tokenizer: Tokenizer) -> LanguageD
     key = digest(source.fingerprint, tokenizer_text(tokenizer), _settings(config, tokenizer))[:16]
     path = cache_dir() / "blocks" / f"{config.name}-{key}.npz"
     if not path.is_file():
-        _build(source, config, tokenizer, path)
+        once(lambda: _build(source, config, tokenizer, path))
     with np.load(path) as file:
         arrays = dict(file)
     described = json.loads(arrays.pop("described").tobytes())

@@ -7,7 +7,8 @@ Four kinds of memory appear in a result, and each name says which one it is:
   kernel, allocator rounding and fragmentation are not in it.
 * `cuda_peak_allocated_bytes`, `cuda_peak_reserved_bytes` (`device_peaks`): what the CUDA caching allocator handed out
   and what it holds.
-* `peak_rss_bytes`: the high-water mark of the process, Python and libraries included.
+* `peak_rss_bytes`: the high-water mark of the process, Python and libraries included; what is prepared once for all
+  runs happens in another (`harness.preparation`).
 """
 
 from __future__ import annotations

@@ -48,6 +48,7 @@ from harness.config import ModelConfig, Quantization, ScratchConfig, TinyModel
 from harness.measure import is_out_of_memory
 from harness.parallel import whole
 from harness.placement import ARCHITECTURES, head_modules
+from harness.preparation import once
 from harness.results import write_atomically
 from harness.sources import digest, file_digest, read_column
 
@@ -685,8 +686,12 @@ def _learned_bpe(name: str, scratch: ScratchConfig) -> Path:
         raise ModelError(f"model.scratch.file={scratch.file}: no such file in {folder}.")
     key = digest(file_digest(source), scratch.column, str(scratch.vocab_size))[:16]
     path = cache_dir() / "tokenizers" / f"{name}-{key}.json"
-    if path.is_file():
-        return path
+    if not path.is_file():
+        once(lambda: _learn_bpe(source, scratch, path))
+    return path
+
+
+def _learn_bpe(source: Path, scratch: ScratchConfig, path: Path) -> None:
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
@@ -704,4 +709,3 @@ def _learned_bpe(name: str, scratch: ScratchConfig) -> Path:
             f"{backend.get_vocab_size()} tokens; set that or fewer."
         )
     write_atomically(path, backend.to_str().encode())
-    return path

@@ -96,6 +96,9 @@ METRICS: dict[str, Metric] = {
     "peak_rss_bytes": _memory("peak RSS"),
     "train_seconds": Metric("s", Direction.LOWER, "training time", ",.1f", "s"),
     "step_seconds_median": Metric("s", Direction.LOWER, "step time", ",.1f", "ms", 1e-3),
+    # The whole run but what the first run of a sweep does for all: fetching, learning a vocabulary, tokenising. That is
+    # apart, and not in `peak_rss_bytes` either (harness/preparation.py).
+    "preparation_seconds": Metric("s", Direction.NEUTRAL, "preparation time", ",.1f", "s"),
     "wall_seconds": Metric("s", Direction.LOWER, "wall time", ",.1f", "s"),
     "train_tokens_per_second": Metric("tokens/s", Direction.HIGHER, "throughput", ",.0f", "tokens/s"),
     "padding_overhead": Metric("1", Direction.LOWER, "padding overhead", ".3f"),

@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -67,6 +67,7 @@ from harness.measure import (
 )
 from harness.models import ModelError
 from harness.placement import PlacementError, head_modules, select_modules
+from harness.preparation import Preparation, PreparationError, preparation_of_a_run
 from harness.results import RESULT_FILE, RunResult, Status, write_atomically, write_json_atomically, write_result
 from harness.scores import score_texts, write_texts
 from harness.sources import DataError
@@ -90,6 +91,7 @@ USER_ERRORS = (
     AssetError,
     DeviceBusyError,
     OutputError,
+    PreparationError,
 )
 
 
@@ -107,6 +109,7 @@ class PreparedRun:
     target_modules: list[str]
     environment: dict[str, object]
     base: models.BaseModel
+    preparation: Preparation = field(default_factory=Preparation)
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,9 @@ def run(config: RunConfig) -> RunResult:
         logger.info("%s: %s already; rerun=all makes it again", kept.run_id, kept.status)
         return kept
     require_writable(config.runs_dir)
-    prepared = prepare(config)
+    with preparation_of_a_run() as preparation:
+        prepared = prepare(config)
+    prepared.preparation = preparation
     if not prepared.accelerator.is_main_process:
         return _follow(prepared, folder, started)
     # Only now, when nothing is left to go wrong before training, does the run leave a trace.
@@ -351,8 +356,11 @@ def _train_and_evaluate(
         error = f"{type(problem).__name__}: {problem}"
         logger.error("%s", traceback.format_exc())
     metrics = journal.measured | metrics
-    metrics["peak_rss_bytes"] = peak_rss_bytes()
-    metrics["wall_seconds"] = time.perf_counter() - started
+    preparation = prepared.preparation
+    if not preparation.is_in_peak_rss:
+        metrics["peak_rss_bytes"] = peak_rss_bytes()
+    metrics["preparation_seconds"] = preparation.seconds
+    metrics["wall_seconds"] = time.perf_counter() - started - preparation.seconds
     times = {"started_at": started_at, "first_step_at": journal.first_step_at, "ended_at": time.time()}
     recorded = {name: value for name, value in times.items() if value is not None}
     return RunResult(

@@ -38,6 +38,7 @@ LAYERS = {
     "harness.measure": 1,
     "harness.overrides": 1,
     "harness.parallel": 1,
+    "harness.preparation": 0,
     "harness.prefetch": 1,
     "harness.readers": 1,
     "harness.scores": 1,

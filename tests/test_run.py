@@ -33,6 +33,7 @@ from harness.trainer import PreemptedError
 NOT_EXACT = {
     "train_seconds",
     "step_seconds_median",
+    "preparation_seconds",
     "wall_seconds",
     "train_tokens_per_second",
     "peak_rss_bytes",

@@ -368,7 +368,14 @@ def test_a_run_stops_and_goes_on_bitwise(data: Path, tmp_path: Path, monkeypatch
         with pytest.raises(trainer.PreemptedError):
             run(wanted)
     result = run(wanted)
-    times = {"train_seconds", "step_seconds_median", "wall_seconds", "train_tokens_per_second", "peak_rss_bytes"}
+    times = {
+        "train_seconds",
+        "step_seconds_median",
+        "preparation_seconds",
+        "wall_seconds",
+        "train_tokens_per_second",
+        "peak_rss_bytes",
+    }
     assert {k: v for k, v in result.metrics.items() if k not in times} == {
         k: v for k, v in undisturbed.metrics.items() if k not in times
     }
