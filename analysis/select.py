@@ -389,6 +389,7 @@ _SCOPES = {
     "config.target_layers": "config.target_layers.name",
     _ALSO: "config.dataset.name",
     "environment.data_fingerprint": "config.dataset.name",
+    "environment.positive_label": "config.dataset.name",
     "environment.generation_signatures.": "config.dataset.name",
 }
 

@@ -106,6 +106,13 @@ class TooLong(StrEnum):
     error = "error"
 
 
+class BadRows(StrEnum):
+    """What becomes of rows without text or without a label: an error that names them, or left out and counted."""
+
+    error = "error"
+    drop = "drop"
+
+
 class Quantization(StrEnum):
     """How the frozen weights of the base model are held (bitsandbytes)."""
 
@@ -220,6 +227,10 @@ class DatasetConfig:
     larger ones; `num_eval_examples` likewise limits validation and test rows (of prompts with a target: prompts, each
     with all its references).
 
+    `bad_rows` says what becomes of rows whose text is empty or whose label is missing; null is `error` where a label is
+    predicted and `drop` for language models, whose corpora have empty lines. `positive_label` names the class of which
+    `f1` is the score where there are two; null takes the second one, in the order of the data or of the alphabet.
+
     Language models: `causal_lm` reads one text column; `completion` fills `prompt_template`, in which `{name}` stands
     for a column, and predicts `target_column`; `chat` reads lists of `{"role", "content"}` in `messages_column` through
     `chat_template` (`chatml`, a file of a Jinja template, or null for the tokenizer's own). In files of lines (.txt) a
@@ -261,6 +272,8 @@ class DatasetConfig:
     messages_column: str = field(default="messages", metadata=ADDED_LATER)
     chat_template: str | None = field(default=None, metadata=ADDED_LATER)
     too_long: TooLong = field(default=TooLong.truncate, metadata=ADDED_LATER)
+    bad_rows: BadRows | None = field(default=None, metadata=ADDED_LATER)
+    positive_label: str | None = field(default=None, metadata=ADDED_LATER)
     generation: GenerationConfig = field(default_factory=GenerationConfig, metadata=ADDED_LATER)
 
 
@@ -559,6 +572,11 @@ def _dataset_problems(dataset: DatasetConfig) -> list[str]:
         problems.append(
             "dataset.prompt_template: task=completion needs the text before the target, with columns in braces: "
             "'{question} Answer: '."
+        )
+    if dataset.positive_label is not None and "f1" not in (*dataset.metrics, dataset.best_metric):
+        problems.append(
+            f"dataset.positive_label={dataset.positive_label!r}: names the class of the metric f1, which is not among "
+            f"dataset.metrics=[{','.join(dataset.metrics)}]; add it there, or set it to null."
         )
     if dataset.letters_only and dataset.task is not Task.causal_lm:
         problems.append(f"dataset.letters_only=true: for raw text, and not for task={dataset.task}.")

@@ -7,6 +7,7 @@ folder; subsets, the validation split and the order of examples are drawn from t
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import math
@@ -28,18 +29,33 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from harness.assets import cache_dir
-from harness.config import DatasetConfig, Task
+from harness.config import BadRows, DatasetConfig, Task
 from harness.preparation import once
-from harness.readers import counted_rows
+from harness.readers import place
+from harness.row_checks import (
+    equal_rows_notes,
+    label_faults,
+    label_text,
+    look_alike_labels,
+    number,
+    number_faults,
+    text_faults,
+    without_faults,
+)
 from harness.sources import DataError, Rows, Source, column_problems, digest, open_source
 
 logger = logging.getLogger(__name__)
 
 # Part of the cache key: raise it when the rows made from the same files change.
-_FORMAT = 2
+_FORMAT = 3
 
 # What a folder of tokenised rows says of them; written last.
 _DESCRIPTION = "described.json"
+
+# Columns of tokenised rows that no batch holds: what stands for a row's text, and whether it was cut.
+_TEXT_DIGEST, _IS_CUT = "text_digest", "is_cut"
+
+_SPLITS = ("train", "val", "test")
 
 _WINDOW_BATCHES = 50
 
@@ -123,7 +139,7 @@ class Split:
         width = int(lengths.max())
         inputs = {}
         for name in self._rows.column_names:
-            if name in ("label", "length"):
+            if name in ("label", "length", _TEXT_DIGEST, _IS_CUT):
                 continue
             fill = self._pad_token_id if name == "input_ids" else 0
             padded = np.full((len(lengths), width), fill, dtype=np.int64)
@@ -225,6 +241,8 @@ class TextData:
     label_names: list[str]
     fingerprint: str
     notes: list[str]
+    positive_class: int | None = None
+    """Of two classes, the one of which F1 is the score; None for any other number."""
 
     @property
     def num_labels(self) -> int:
@@ -244,21 +262,55 @@ def load_data(config: DatasetConfig, tokenizer: Tokenizer) -> TextData:
     folder = cache_dir() / "tokenised" / f"{config.name}-{key}"
     if not (folder / _DESCRIPTION).is_file():
         once(lambda: _tokenise(source, config, tokenizer, folder))
-    rows = {path.name: datasets.load_from_disk(str(path)) for path in sorted(folder.iterdir()) if path.is_dir()}
+    rows = {name: datasets.load_from_disk(str(folder / name)) for name in _SPLITS if (folder / name).is_dir()}
     described = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
     splits = _split(rows, config)
 
     def split(name: str) -> Split:
         return Split(splits[name], pad_token_id=tokenizer.pad_token_id, task=config.task)
 
+    label_names = described["label_names"]
     return TextData(
         split("train"),
         split("val"),
         split("test"),
-        described["label_names"],
+        label_names,
         source.fingerprint,
-        described["notes"],
+        [*described["notes"], *_split_notes(splits, config)],
+        _positive_class(label_names, config),
     )
+
+
+def _positive_class(label_names: list[str], config: DatasetConfig) -> int | None:
+    named = config.positive_label
+    if named is None:
+        return 1 if len(label_names) == 2 else None
+    if len(label_names) != 2:
+        raise DataError(
+            f"dataset.positive_label={named!r}: {config.name} has {len(label_names)} classes, over which f1 is the "
+            "mean; set it to null."
+        )
+    if named not in label_names:
+        raise DataError(
+            f"dataset.positive_label={named!r}: the classes of {config.name} are {', '.join(map(repr, label_names))}."
+        )
+    return label_names.index(named)
+
+
+def _split_notes(splits: dict[str, datasets.Dataset], config: DatasetConfig) -> list[str]:
+    """Which texts are cut, and which stand in two splits."""
+    splits = {name: splits[name] for name in _SPLITS}
+    cut = {name: int(_column(rows, _IS_CUT).sum()) for name, rows in splits.items()}
+    notes = [
+        f"dataset={config.name}, {name}: {cut[name]} of {len(rows)} texts are longer than "
+        f"dataset.max_length={config.max_length} tokens and are cut there."
+        for name, rows in splits.items()
+        if cut[name]
+    ]
+    keys = {
+        name: (_column(rows, _TEXT_DIGEST).tolist(), _column(rows, "label").tolist()) for name, rows in splits.items()
+    }
+    return [*notes, *equal_rows_notes(config.name, keys, what="text")]
 
 
 def _split(rows: dict[str, datasets.Dataset], config: DatasetConfig) -> dict[str, datasets.Dataset]:
@@ -326,14 +378,15 @@ def tokenizer_text(tokenizer: Any) -> str:
 def _tokenising_settings(config: DatasetConfig, tokenizer: Tokenizer) -> str:
     # The inputs too: BERT and DistilBERT cut texts alike, and only one of them takes token types.
     inputs = tokenizer.model_input_names
-    return json.dumps([_FORMAT, config.task, config.text_columns, config.label_column, config.max_length, inputs])
+    chosen = [config.task, config.text_columns, config.label_column, config.max_length, config.bad_rows]
+    return json.dumps([_FORMAT, *chosen, inputs])
 
 
 def _tokenise(source: Source, config: DatasetConfig, tokenizer: Tokenizer, folder: Path) -> None:
     started = time.perf_counter()
     rows = source.read()
-    tables, label_names = rows.tables, _check_rows(rows, config, source)
-    described = {"label_names": label_names, "notes": rows.notes}
+    tables, label_names, notes = _checked_rows(rows, config, source)
+    described = {"label_names": label_names, "notes": notes}
     columns = {name: _tokenised_columns(table, config, tokenizer, label_names) for name, table in tables.items()}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -381,22 +434,44 @@ def _tokenised_columns(
     # Rebuilt from the lengths when a batch is padded.
     columns.pop("attention_mask", None)
     columns["length"] = [len(ids) for ids in encoded["input_ids"]]
+    columns[_IS_CUT] = _are_cut(encoded, texts, config, tokenizer)
+    columns[_TEXT_DIGEST] = [_text_digest(row) for row in zip(*texts, strict=True)]
     if config.task is Task.regression:
-        columns["label"] = [float(label) for label in table[config.label_column]]
+        columns["label"] = [number(label) for label in table[config.label_column]]
     else:
         index = {name: position for position, name in enumerate(label_names)}
-        columns["label"] = [index[str(label)] for label in table[config.label_column]]
+        columns["label"] = [index[label] for label in table[config.label_column]]
     return columns
 
 
-def _check_rows(rows: Rows, config: DatasetConfig, source: Source) -> list[str]:
-    """Checks every row of every split and returns the names of the classes; raises one `DataError` for all problems.
+def _text_digest(texts: Sequence[str]) -> int:
+    """A number of 63 bits that stands for the texts of a row."""
+    hashed = hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest()
+    return int.from_bytes(hashed, "big") >> 1
+
+
+def _are_cut(encoded: Any, texts: list[list[str]], config: DatasetConfig, tokenizer: Tokenizer) -> list[bool]:
+    if getattr(encoded, "encodings", None):
+        return [bool(encoding.overflowing) for encoding in encoded.encodings]
+    # A tokenizer without the fast backend does not say what it cut.
+    full = [at for at, ids in enumerate(encoded["input_ids"]) if len(ids) == config.max_length]
+    whole = tokenizer(*([column[at] for at in full] for column in texts))["input_ids"] if full else []
+    cut = {at for at, ids in zip(full, whole, strict=True) if len(ids) > config.max_length}
+    return [at in cut for at in range(len(encoded["input_ids"]))]
+
+
+def _checked_rows(
+    rows: Rows, config: DatasetConfig, source: Source
+) -> tuple[dict[str, pd.DataFrame], list[str], list[str]]:
+    """The usable rows of each split with labels as names, the names of the classes, and what was left out.
 
     The classes are in the order that the source gives them; where it gives none, they are the sorted labels of train.
+    Raises one `DataError` for all problems of all rows.
     """
     problems: list[str] = []
-    tables = rows.tables
-    for name, table in tables.items():
+    notes = list(rows.notes)
+    tables = {}
+    for name, table in rows.tables.items():
         where = f"dataset={config.name}, {name} rows of {source.description}"
         if table.empty:
             problems.append(f"{where}: no rows.")
@@ -410,64 +485,63 @@ def _check_rows(rows: Rows, config: DatasetConfig, source: Source) -> list[str]:
         if absent:
             problems += absent
             continue
-        for column in config.text_columns:
-            not_text = [value for value in table[column] if not isinstance(value, str)]
-            empty = table.index[[isinstance(value, str) and not value.strip() for value in table[column]]]
-            if not_text:
-                shown = ", ".join(repr(value) for value in not_text[:3])
-                problems.append(f"{where}: column {column} has {len(not_text)} values that are not text: {shown}.")
-            if len(empty):
-                problems.append(f"{where}: column {column} is empty in {counted_rows(empty)}.")
-        if config.task is Task.classification:
-            labels = table[config.label_column]
-            missing = table.index[labels.isna() | (labels.astype(str).str.strip() == "")]
-            if len(missing):
-                problems.append(f"{where}: column {config.label_column} has no label in {counted_rows(missing)}.")
+        check_labels = number_faults if config.task is Task.regression else label_faults
+        checked = [
+            *(text_faults(table, column, where=where) for column in config.text_columns),
+            check_labels(table, config.label_column, where=where),
+        ]
+        for _, found in checked:
+            problems += found
+        faults = {what: where_found for found, _ in checked for what, where_found in found.items()}
+        drop = config.bad_rows is BadRows.drop
+        tables[name], found = without_faults(table, faults, where=where, drop=drop, notes=notes)
+        problems += found
     if problems:
         raise DataError("\n".join(problems))
     if config.task is Task.regression:
-        problems = _number_problems(tables, config)
-        names: list[str] = []
-    else:
-        names = rows.label_names or _sorted_labels(tables["train"][config.label_column])
-        problems = _label_problems(tables, config, names)
+        return tables, [], notes
+    tables = {
+        name: table.assign(**{config.label_column: pd.Series(map(label_text, table[config.label_column]), table.index)})
+        for name, table in tables.items()
+    }
+    names = rows.label_names or _sorted_labels(tables["train"][config.label_column])
+    problems = _label_problems(tables, config, names, notes)
     if problems:
         raise DataError("\n".join(problems))
-    return names
+    return tables, names, notes
 
 
-def _label_problems(tables: dict[str, pd.DataFrame], config: DatasetConfig, names: list[str]) -> list[str]:
+def _label_problems(
+    tables: dict[str, pd.DataFrame], config: DatasetConfig, names: list[str], notes: list[str]
+) -> list[str]:
+    column = config.label_column
+    alike, in_case = look_alike_labels({split: table[column] for split, table in tables.items()})
+    notes += [f"dataset={config.name}: labels differ in case alone: {', '.join(group)}." for group in in_case]
+    if alike:
+        return [
+            f"dataset={config.name}: labels in column {column} look alike and would be classes of their own: "
+            f"{', '.join(group)}. Write them alike in the file."
+            for group in alike
+        ]
     problems = []
     if len(names) < 2:
         problems.append(
-            f"dataset={config.name}: column {config.label_column} has {len(names)} class(es) in train "
-            f"({', '.join(names)}); at least 2 are needed."
+            f"dataset={config.name}: column {column} has {len(names)} class(es) in train ({', '.join(names)}); at "
+            "least 2 are needed."
         )
     for split, table in tables.items():
-        unknown = Counter(str(label) for label in table[config.label_column] if str(label) not in set(names))
-        if unknown:
-            shown = ", ".join(f"{label!r} ({count})" for label, count in unknown.most_common(5))
-            problems.append(
-                f"dataset={config.name}: {sum(unknown.values())} {split} rows have labels that are not among the "
-                f"{len(names)} of train: {shown}."
+        is_unknown = ~table[column].isin(names).to_numpy()
+        if is_unknown.any():
+            shown = ", ".join(
+                f"{label!r} ({count})" for label, count in Counter(table[column][is_unknown]).most_common(5)
             )
-    return problems
-
-
-def _number_problems(tables: dict[str, pd.DataFrame], config: DatasetConfig) -> list[str]:
-    problems = []
-    for split, table in tables.items():
-        numbers = pd.to_numeric(table[config.label_column], errors="coerce")
-        bad = table[config.label_column][~np.isfinite(numbers.to_numpy(dtype=float))]
-        if len(bad):
-            shown = ", ".join(repr(value) for value in bad.tolist()[:5])
             problems.append(
-                f"dataset={config.name}: task=regression, but {len(bad)} {split} rows have no number in column "
-                f"{config.label_column}: {shown}."
+                f"dataset={config.name}: {is_unknown.sum()} {split} rows have labels that are not among the "
+                f"{len(names)} of train: {shown}; the first is {place(table.index, int(is_unknown.argmax()))}."
             )
     return problems
 
 
 def _sorted_labels(column: pd.Series) -> list[str]:
-    names = sorted({str(value) for value in column})
+    names = sorted(set(column))
     return sorted(names, key=int) if all(re.fullmatch(r"-?\d+", name) for name in names) else names

@@ -62,12 +62,22 @@ class Objective(Protocol):
 
 
 class SequenceObjective:
-    """One label per text: classification by cross-entropy, or regression by squared error."""
+    """One label per text: classification by cross-entropy, or regression by squared error.
+
+    `positive_class` is the index of the class of which `f1` is the score, where there are two.
+    """
 
     def __init__(
-        self, config: DatasetConfig, *, val: Split, eval_batch_size: int, label_smoothing: float = 0.0
+        self,
+        config: DatasetConfig,
+        *,
+        val: Split,
+        eval_batch_size: int,
+        label_smoothing: float = 0.0,
+        positive_class: int | None = None,
     ) -> None:
         self._config = config
+        self._positive_class = positive_class
         self._label_smoothing = label_smoothing
         self._val = val
         self._eval_batch_size = eval_batch_size
@@ -84,7 +94,7 @@ class SequenceObjective:
     def evaluate_split(self, model: nn.Module, split: Split) -> Evaluation:
         """Scores on any split."""
         logits, labels = predict(model, split.batches(self._eval_batch_size))
-        scores = score(logits, labels, config=self._config)
+        scores = score(logits, labels, config=self._config, positive_class=self._positive_class)
         best = self._config.best_metric
         sign = 1.0 if METRICS[f"val_{best}"].direction is Direction.HIGHER else -1.0
         return Evaluation(scores, sign * scores[best] if best in scores else -math.inf)
@@ -133,13 +143,15 @@ def predict(model: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]
     return torch.cat(logits), torch.cat(labels)
 
 
-def score(logits: Tensor, labels: Tensor, *, config: DatasetConfig) -> dict[str, float]:
+def score(
+    logits: Tensor, labels: Tensor, *, config: DatasetConfig, positive_class: int | None = None
+) -> dict[str, float]:
     """The configured metrics and the best one, plus always the loss in its reporting unit.
 
     Classification: `nll` in nats per example, and `majority_share`, the largest share of predictions that fell on
-    one class (1.0: the model has collapsed). Regression: `mse`. `f1` is that of class 1 for two classes, else the
-    macro average. What does not exist is left out: a correlation without variance, and everything where a logit is
-    not a finite number.
+    one class (1.0: the model has collapsed). Regression: `mse`. `f1` is that of `positive_class` for two classes
+    (None: of class 1), else the macro average. What does not exist is left out: a correlation without variance, and
+    everything where a logit is not a finite number.
     """
     if not torch.isfinite(logits).all():
         return {}
@@ -158,7 +170,8 @@ def score(logits: Tensor, labels: Tensor, *, config: DatasetConfig) -> dict[str,
             case "accuracy":
                 scores[name] = float(accuracy_score(truth, predicted))
             case "f1":
-                scores[name] = float(f1_score(truth, predicted, average=average, zero_division=0.0))
+                positive = 1 if positive_class is None else positive_class
+                scores[name] = float(f1_score(truth, predicted, average=average, pos_label=positive, zero_division=0.0))
             case "mcc":
                 scores[name] = float(matthews_corrcoef(truth, predicted))
     return scores

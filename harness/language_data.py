@@ -36,17 +36,18 @@ import pandas as pd
 import torch
 
 from harness.assets import cache_dir
-from harness.config import Blocks, DatasetConfig, Task, TooLong
+from harness.config import BadRows, Blocks, DatasetConfig, Task, TooLong
 from harness.data import Batch, Tokenizer, tokenizer_text
 from harness.preparation import once
 from harness.readers import counted_rows, place
 from harness.results import write_atomically
+from harness.row_checks import Faults, equal_rows_notes, is_broken, text_faults, without_faults
 from harness.sources import DataError, Source, column_problems, digest, open_source
 
 logger = logging.getLogger(__name__)
 
 # Part of the cache key: raise it when the blocks made from the same files change.
-_FORMAT = 3
+_FORMAT = 4
 
 NO_TARGET = -100
 """Label of a token that is not to be predicted."""
@@ -167,8 +168,8 @@ class LanguageData:
 def load_language_data(config: DatasetConfig, tokenizer: Tokenizer) -> LanguageData:
     """Reads, checks, splits and tokenises (once) a dataset for a language model.
 
-    Empty texts and conversations without an assistant's turn are left out, and what is longer than `max_length` is
-    treated as `too_long` says; both are counted in `notes`.
+    Empty texts and conversations without an assistant's turn are left out unless `bad_rows` is `error`, and what is
+    longer than `max_length` is treated as `too_long` says; both are counted in `notes`.
 
     Raises:
         DataError: files or columns that do not exist, values that are not text, or nothing left to learn from.
@@ -200,7 +201,7 @@ def _settings(config: DatasetConfig, tokenizer: Any) -> str:
     chosen = [config.task, config.text_columns, config.max_length, config.blocks, config.attend_across_documents]
     chosen += [config.prompt_template, config.target_column, config.messages_column, config.too_long]
     chosen += [config.val_fraction, config.test_fraction, config.split_seed, config.subset_seed]
-    chosen += [config.letters_only, config.num_train_examples, config.num_eval_examples]
+    chosen += [config.letters_only, config.num_train_examples, config.num_eval_examples, config.bad_rows]
     return json.dumps([_FORMAT, chosen, ends, template])
 
 
@@ -232,6 +233,8 @@ def _build(source: Source, config: DatasetConfig, tokenizer: Any, path: Path) ->
         }
         if name == "test":
             prompts = [asdict(prompt) for prompt in blocks.prompts.values()]
+    keys = {name: _texts_and_targets(table, config) for name, table in splits.items()}
+    notes += equal_rows_notes(config.name, keys, what="text" if config.task is Task.causal_lm else "prompt")
     described = json.dumps({"notes": notes, "prompts": prompts}).encode()
     arrays["described"] = np.frombuffer(described, dtype=np.uint8)
     _save(arrays, path)
@@ -292,39 +295,61 @@ def _usable_rows(
     absent = column_problems(table, columns, where=where, setting=setting)
     if absent:
         raise DataError("\n".join(absent))
-    if config.task is Task.chat:
-        return _usable_conversations(table, where, config, notes)
+    check = _conversation_faults if config.task is Task.chat else _column_faults
+    faults, problems = check(table, where, config, notes)
+    drop = config.bad_rows is not BadRows.error
+    table, found = without_faults(table, faults, where=where, drop=drop, notes=notes)
+    if problems or found:
+        raise DataError("\n".join([*problems, *found]))
+    return table
+
+
+def _column_faults(
+    table: pd.DataFrame, where: str, config: DatasetConfig, notes: list[str]
+) -> tuple[Faults, list[str]]:
+    faults: Faults = {}
+    problems: list[str] = []
+    columns = _columns(config)
     for column in columns:
-        not_text = [value for value in table[column] if not isinstance(value, str)]
-        if not_text:
-            shown = ", ".join(repr(value) for value in not_text[:3])
-            raise DataError(f"{where}: column {column} has {len(not_text)} values that are not text: {shown}.")
-    # Of a prompt with its target, the target must say something; of raw text, the text.
-    empty = table[columns[-1]].str.strip() == ""
-    return _without(table, empty, f"{where}: column {columns[-1]} is empty", notes)
+        # Of a prompt with its target, the target must say something; of raw text, the text.
+        found, wrong = text_faults(table, column, where=where, may_be_empty=column != columns[-1])
+        faults |= found
+        problems += wrong
+    return faults, problems
 
 
-def _without(table: pd.DataFrame, left_out: pd.Series, reason: str, notes: list[str]) -> pd.DataFrame:
-    if not left_out.any():
-        return table
-    if left_out.all():
-        raise DataError(f"{reason} in all {len(table)} rows.")
-    notes.append(f"{reason} in {counted_rows(table.index[left_out])}; they are left out.")
-    return table[~left_out]
-
-
-def _usable_conversations(table: pd.DataFrame, where: str, config: DatasetConfig, notes: list[str]) -> pd.DataFrame:
+def _conversation_faults(
+    table: pd.DataFrame, where: str, config: DatasetConfig, notes: list[str]
+) -> tuple[Faults, list[str]]:
     column = config.messages_column
     wrong = [index for index, messages in enumerate(table[column]) if not _is_conversation(messages)]
     if wrong:
-        raise DataError(
+        return {}, [
             f'{where}: column {column} must hold lists of {{"role": ..., "content": ...}}, and does not in '
             f"{counted_rows(table.index[wrong])}: {table[column].iloc[wrong[0]]!r:.80}."
-        )
-    silent = pd.Series(
-        [not any(_is_answer(message) for message in messages) for messages in table[column]], index=table.index
+        ]
+    unread = Counter(
+        key
+        for messages in table[column]
+        for message in messages
+        for key, value in message.items()
+        if key not in ("role", "content") and value is not None
     )
-    return _without(table, silent, f"{where}: no turn of the assistant", notes)
+    if unread:
+        shown = ", ".join(f"{key} ({count} messages)" for key, count in sorted(unread.items()))
+        notes.append(f"{where}: of a message, role and content are read; not read: {shown}.")
+    other_columns = [str(name) for name in table.columns if name != column]
+    if other_columns:
+        notes.append(f"{where}: of a row, column {column} is read; not read: {', '.join(other_columns)}.")
+    return {
+        "no turn of the assistant": [
+            not any(_is_answer(message) for message in messages) for messages in table[column]
+        ],
+        "half of a surrogate pair, which is no character,": [
+            any(is_broken(message["role"]) or is_broken(message["content"]) for message in messages)
+            for messages in table[column]
+        ],
+    }, []
 
 
 def _is_conversation(messages: Any) -> bool:
@@ -374,14 +399,26 @@ def _groups(table: pd.DataFrame, config: DatasetConfig) -> np.ndarray:
     """A number for each row, the same for rows of one prompt: its references belong together."""
     if config.task is Task.causal_lm:
         return np.arange(len(table))
-    if config.task is Task.completion:
-        keys = [_prompt_text(row, config) for row in table.to_dict("records")]
-    else:
-        keys = [
-            json.dumps([[message["role"], message["content"]] for message in messages[: _last_answer(messages)]])
-            for messages in table[config.messages_column]
-        ]
-    return pd.factorize(pd.Series(keys))[0]
+    return pd.factorize(pd.Series(_texts_and_targets(table, config)[0]))[0]
+
+
+def _texts_and_targets(table: pd.DataFrame, config: DatasetConfig) -> tuple[list[str], list[str]]:
+    """Of each row the text that makes it the same as another one, and what is predicted after it."""
+    match config.task:
+        case Task.causal_lm:
+            texts = table[config.text_columns[0]].tolist()
+            return texts, [""] * len(texts)
+        case Task.completion:
+            prompts = [_prompt_text(row, config) for row in table.to_dict("records")]
+            return prompts, table[config.target_column].tolist()
+        case _:
+            turns = [
+                [[message["role"], message["content"]] for message in messages]
+                for messages in table[config.messages_column]
+            ]
+            last = [_last_answer(messages) for messages in table[config.messages_column]]
+            prompts = [json.dumps(row[:end]) for row, end in zip(turns, last, strict=True)]
+            return prompts, [row[end][1] for row, end in zip(turns, last, strict=True)]
 
 
 def _last_answer(messages: Sequence[dict[str, str]]) -> int:

@@ -266,6 +266,8 @@ def prepare(config: RunConfig) -> PreparedRun:
     notes = [note for found in (data, *also.values()) for note in found.notes]
     if notes:
         recorded["data_notes"] = notes
+    if isinstance(data, TextData) and data.positive_class is not None and "f1" in config.dataset.metrics:
+        recorded["positive_label"] = data.label_names[data.positive_class]
     if loaded.notes:
         recorded["model_notes"] = loaded.notes
     if _label_names(data):
@@ -444,6 +446,7 @@ def _objective(prepared: PreparedRun) -> _Objective:
     return SequenceObjective(
         config.dataset,
         val=prepared.data.val,
+        positive_class=prepared.data.positive_class,
         eval_batch_size=config.trainer.eval_batch_size,
         label_smoothing=config.trainer.label_smoothing,
     )

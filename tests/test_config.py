@@ -146,6 +146,13 @@ PROBLEMS: list[tuple[Values, list[str]]] = [
     ),
     ({"dataset.val_fraction": 0.0}, ["dataset.val_fraction=0.0: allowed is 0 < val_fraction < 1."]),
     ({"dataset.test_fraction": 1.0}, ["dataset.test_fraction=1.0: allowed is 0 < test_fraction < 1."]),
+    (
+        {"dataset.positive_label": "good"},
+        [
+            "dataset.positive_label='good': names the class of the metric f1, which is not among "
+            "dataset.metrics=[accuracy]; add it there, or set it to null."
+        ],
+    ),
     ({"dataset.num_train_examples": 1}, ["dataset.num_train_examples=1: at least 2, or null for all rows."]),
     ({"dataset.max_length": 3}, ["dataset.max_length=3: at least 4 tokens."]),
     # method

@@ -24,7 +24,7 @@ import torch
 
 from harness import models, sources
 from harness.assets import AssetError, asset_dir
-from harness.config import DatasetConfig, ModelConfig, Task, TinyModel
+from harness.config import BadRows, DatasetConfig, ModelConfig, Task, TinyModel
 from harness.data import Batch, Split, TrainingBatches, length_bucketed_batches, load_data
 from harness.sources import DataError
 
@@ -680,10 +680,10 @@ def refused(config: DatasetConfig, tmp_path: Path) -> str:
         (
             "rows.csv",
             "text,label\n" + "fine,a\n,b\n" * 7 + "  ,a\n",
-            "train rows of rows.csv: column text is empty in 8 rows (rows.csv line 3, 5, 7, 9, 11, ...).",
+            "train rows of rows.csv: column text is empty in 8 rows (rows.csv line 3, 5, 7, 9, 11, ...); fix them",
         ),
         ("rows.csv", "text,label\nfine,a\nalso fine\n", "1 rows do not have the 2 columns text, label: line 3 has 1;"),
-        ("rows.csv", "text,label\nfine,a\nalso fine,\n", "column label has no label in 1 rows (rows.csv line 3)."),
+        ("rows.csv", "text,label\nfine,a\nalso fine,\n", "column label has no label in 1 rows (rows.csv line 3);"),
         ("rows.csv", "text,label\nfine,a\nx,b,c\n", "rows.csv: not readable as .csv (.*line 3 has 3"),
         ("rows.csv", "text,label\n1,fine,a\n2,x,b\n", "line 2 has 3, line 3 has 3;"),
         ("rows.csv", "text,klass\nfine,a\n", "no column label; it has text, klass. Set dataset.text_columns"),
@@ -709,13 +709,13 @@ def refused(config: DatasetConfig, tmp_path: Path) -> str:
         ),
         (
             "rows.jsonl",
-            '{"text": "fine", "label": 1}\n{"text": 5, "label": 0}\n{"label": 0}\n',
-            "train rows of rows.jsonl: column text has 2 values that are not text: 5, nan.",
+            '{"text": "fine", "label": 1}\n{"text": 5, "label": 0}\n',
+            "train rows of rows.jsonl: column text has 1 values that are not text: 5 (the first at rows.jsonl line 2).",
         ),
         (
             "rows.jsonl",
             '{"text": "fine", "label": 1}\n{"text": "x"}\n{"text": "y", "label": null}\n{"text": "z", "label": 0}',
-            "column label has no label in 2 rows (rows.jsonl line 2, 3).",
+            "column label has no label in 2 rows (rows.jsonl line 2, 3);",
         ),
         ("rows.parquet", "no parquet", "rows.parquet: not readable as .parquet (.*Parquet"),
         ("rows.tab", "", "rows.tab: not readable as .tab (three header lines are needed"),
@@ -752,9 +752,10 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("text,more,label\n,x,a\nfine,,b\n")
     (tmp_path / "test.csv").write_text("text,label\nfine,a\n")
     config = local(tmp_path / "train.csv", test_file=str(tmp_path / "test.csv"), text_columns=["text", "more"])
+    fix = "; fix them, or leave them out with dataset.bad_rows=drop."
     assert refused(config, tmp_path).splitlines() == [
-        "dataset=local, train rows of train.csv, test.csv: column text is empty in 1 rows (train.csv line 2).",
-        "dataset=local, train rows of train.csv, test.csv: column more is empty in 1 rows (train.csv line 3).",
+        "dataset=local, train rows of train.csv, test.csv: column text is empty in 1 rows (train.csv line 2)" + fix,
+        "dataset=local, train rows of train.csv, test.csv: column more is empty in 1 rows (train.csv line 3)" + fix,
         "dataset=local, test rows of train.csv, test.csv: no column more; it has text, label. Set "
         "dataset.text_columns (one or two) and dataset.label_column.",
     ]
@@ -766,7 +767,8 @@ def test_labels_that_train_has_not_are_counted_and_shown(tmp_path: Path) -> None
     other.to_csv(tmp_path / "test.csv", index=False)
     config = DatasetConfig(name="local", path=str(tmp_path), train_file="train.csv", test_file="test.csv")
     assert refused(config, tmp_path) == (
-        "dataset=local: 80 test rows have labels that are not among the 3 of train: 'new' (60), 'odd' (20)."
+        "dataset=local: 80 test rows have labels that are not among the 3 of train: 'new' (60), 'odd' (20); the first "
+        "is test.csv line 122."
     )
 
 
@@ -775,9 +777,12 @@ def test_a_regression_wants_numbers(tmp_path: Path) -> None:
     scores[3], scores[5], scores[8], scores[9] = "high", "", "nan", "inf"
     ROWS.assign(label=scores).to_csv(tmp_path / "rows.csv", index=False)
     config = local(tmp_path / "rows.csv", task=Task.regression, metrics=["pearson"], best_metric="pearson")
-    assert refused(config, tmp_path) == (
-        "dataset=local: task=regression, but 4 train rows have no number in column label: 'high', '', 'nan', 'inf'."
-    )
+    assert refused(config, tmp_path).splitlines() == [
+        "dataset=local, train rows of rows.csv: task=regression, but column label is no number in 3 rows (rows.csv "
+        "line 5, 10, 11): 'high', 'nan', 'inf'.",
+        "dataset=local, train rows of rows.csv: column label has no number in 1 rows (rows.csv line 7); fix them, or "
+        "leave them out with dataset.bad_rows=drop.",
+    ]
 
 
 def test_a_file_that_is_not_there_is_refused_with_what_is(csv: Path, tmp_path: Path) -> None:
@@ -853,6 +858,201 @@ def test_too_few_rows_for_a_regression_are_refused(tmp_path: Path, tokenizer: Co
     config = local(tmp_path / "rows.csv", task=Task.regression, metrics=[], best_metric="mse")
     with pytest.raises(DataError, match=r"1 rows are too few to carve a test split of 1 off; give more rows"):
         load_data(config, tokenizer)
+
+
+# ---------------------------------------------------------------- nothing dropped in silence
+
+
+def json_rows(tmp_path: Path, rows: list[dict[str, Any]], **settings: Any) -> DatasetConfig:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return local(path, val_file=str(path), test_file=str(path), **settings)
+
+
+BROKEN: list[dict[str, Any]] = [
+    {"text": "fine", "label": "a"},
+    {"text": " ", "label": "a"},
+    {"text": None, "label": "b"},
+    {"label": "b"},
+    {"text": "x", "label": ""},
+    {"text": "half \ud800", "label": "a"},
+    {"text": "y", "label": "b"},
+    {"text": "z", "label": "half \udfff"},
+    {"text": "whole \U0001f600", "label": "b"},
+]
+
+
+def test_bad_rows_are_refused_or_left_out_and_counted(tmp_path: Path, tokenizer: CountedTokenizer) -> None:
+    where = "dataset=local, train rows of rows.jsonl, rows.jsonl, rows.jsonl: "
+    said = [
+        where + "column text is empty in 3 rows (rows.jsonl line 2, 3, 4)",
+        where + "column text holds half of a surrogate pair, which is no character, in 1 rows (rows.jsonl line 6)",
+        where + "column label has no label in 1 rows (rows.jsonl line 5)",
+        where + "column label holds half of a surrogate pair, which is no character, in 1 rows (rows.jsonl line 8)",
+    ]
+    lines = refused(json_rows(tmp_path, BROKEN), tmp_path).splitlines()
+    assert lines[:4] == [f"{line}; fix them, or leave them out with dataset.bad_rows=drop." for line in said]
+    for _ in range(2):  # the second time from the cache
+        loaded = load_data(json_rows(tmp_path, BROKEN, bad_rows=BadRows.drop), tokenizer)
+        assert texts(loaded.train, tokenizer) == ["fine", "y", "whole \U0001f600"]
+        assert [note for note in loaded.notes if note.startswith(where)] == [
+            f"{line}; they are left out." for line in said
+        ]
+    with pytest.raises(DataError, match="column text is empty in all 2 rows"):
+        load_data(json_rows(tmp_path, BROKEN[1:3], bad_rows=BadRows.drop), tokenizer)
+
+
+def test_a_regression_leaves_out_what_has_no_number(tmp_path: Path, tokenizer: CountedTokenizer) -> None:
+    rows = [{"text": f"t{n}", "label": label} for n, label in enumerate([0.5, 2, None, "1e1", ""])]
+    settings: dict[str, Any] = {"task": Task.regression, "metrics": ["pearson"], "best_metric": "pearson"}
+    for label in ([1], {"a": 1}, True, "0x10", "1_0", 1e999):
+        message = refused(json_rows(tmp_path, [*rows[:2], {"text": "t", "label": label}], **settings), tmp_path)
+        assert "column label is no number in 1 rows (rows.jsonl line 3): " in message.splitlines()[0]
+    loaded = load_data(json_rows(tmp_path, rows, bad_rows=BadRows.drop, **settings), tokenizer)
+    assert loaded.train.labels.tolist() == [0.5, 2.0, 10.0]
+    assert "column label has no number in 2 rows (rows.jsonl line 3, 5); they are left out." in loaded.notes[0]
+
+
+def test_a_number_is_one_class_however_it_is_written(tmp_path: Path, tokenizer: CountedTokenizer) -> None:
+    labels = [1, 1.0, 0, 0.0, 2.5, "1"]
+    loaded = load_data(json_rows(tmp_path, [{"text": f"t{n}", "label": x} for n, x in enumerate(labels)]), tokenizer)
+    assert loaded.label_names == ["0", "1", "2.5"]
+    assert loaded.train.labels.tolist() == [1, 1, 0, 0, 2, 1]
+    path = tmp_path / "rows.parquet"
+    pd.DataFrame({"text": ["a", "b", "c"], "label": [1.0, 0.0, 1.0]}).to_parquet(path)
+    assert load_data(local(path, val_file=str(path), test_file=str(path)), tokenizer).label_names == ["0", "1"]
+    rows = [{"text": f"t{n}", "label": n % 2 == 0} for n in range(4)]
+    assert load_data(json_rows(tmp_path, rows), tokenizer).label_names == ["False", "True"]
+
+
+@pytest.mark.parametrize("label", [["a"], {"name": "a"}, [], 1e999], ids=str)
+def test_a_label_that_is_none_is_refused_with_its_row(tmp_path: Path, label: Any) -> None:
+    rows = [{"text": "t", "label": "a"}, {"text": "u", "label": label}, {"text": "v", "label": "b"}]
+    message = refused(json_rows(tmp_path, rows), tmp_path).splitlines()[0]
+    assert (
+        f"train rows of rows.jsonl, rows.jsonl, rows.jsonl: column label holds {label!r} in 1 rows (rows.jsonl"
+        in message
+    )
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("good", "good "),
+        ("good", "\tgood"),
+        ("good", "go\u200bod"),
+        ("good", "good\ufeff"),
+        ("very good", "very\u00a0good"),
+        ("very good", "very  good"),
+        ("\u00e9t\u00e9", "e\u0301te\u0301"),
+        ("1", "1.0"),
+        ("\u2764", "\u2764\ufe0f"),
+    ],
+    ids=ascii,
+)
+def test_labels_that_look_alike_are_refused(tmp_path: Path, one: str, other: str) -> None:
+    rows = [{"text": f"t{n}", "label": label} for n, label in enumerate([one, one, "bad", other])]
+    path, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows[:3]))
+    test.write_text("\n".join(json.dumps(row) for row in rows[2:]))
+    assert refused(local(path, val_file=str(path), test_file=str(test)), tmp_path) == (
+        "dataset=local: labels in column label look alike and would be classes of their own: "
+        f"{one!a} (4 rows, first train.jsonl line 1), {other!a} (1 rows, first test.jsonl line 2). Write them "
+        "alike in the file."
+    )
+
+
+def test_labels_that_differ_in_case_are_classes_and_said(tmp_path: Path, tokenizer: CountedTokenizer) -> None:
+    rows = [
+        {"text": f"t{n}", "label": label} for n, label in enumerate(["Good", "good", "bad", "007", "7", "\u00b2", "2"])
+    ]
+    loaded = load_data(json_rows(tmp_path, rows), tokenizer)
+    assert len(loaded.label_names) == 7
+    assert loaded.notes[0] == (
+        "dataset=local: labels differ in case alone: 'Good' (3 rows, first rows.jsonl line 1), 'good' (3 rows, first "
+        "rows.jsonl line 2)."
+    )
+
+
+def test_texts_that_people_write_are_left_as_they_are(tmp_path: Path, tokenizer: CountedTokenizer) -> None:
+    written = [
+        "nul \0 in it",
+        "zero\u200bwidth",
+        "\u202eright to left",
+        "e\u0301",
+        "\u00e9",
+        "👩\u200d👩\u200d👧 ❤️",
+        "a\u2028b",
+    ]
+    rows = [{"text": text, "label": str(n % 2)} for n, text in enumerate(written)]
+    loaded = load_data(json_rows(tmp_path, rows), tokenizer)
+    assert texts(loaded.train, tokenizer) == written
+    assert not any("left out" in note for note in loaded.notes)
+
+
+class SlowTokenizer(CountedTokenizer):
+    """One whose result does not say what was cut."""
+
+    def __call__(self, *given: Any, **options: Any) -> Any:
+        return dict(super().__call__(*given, **options))
+
+
+@pytest.mark.parametrize("kind", [CountedTokenizer, SlowTokenizer])
+@pytest.mark.parametrize("columns", [["text"], ["text", "more"]], ids=["one text", "two texts"])
+def test_texts_that_are_cut_are_counted_in_each_split(tmp_path: Path, kind: Any, columns: list[str]) -> None:
+    lengths = {"train": [3, 8, 9, 30], "val": [8, 8], "test": [50, 1]}
+    more = {"more": "m"} if len(columns) == 2 else {}
+    for name, numbers in lengths.items():
+        rows = [{"text": "x" * n, "label": str(at % 2), **more} for at, n in enumerate(numbers)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = DatasetConfig(
+        name="local",
+        path=str(tmp_path),
+        text_columns=columns,
+        max_length=8 + 2 * len(columns),
+        **{f"{name}_file": f"{name}.jsonl" for name in lengths},
+    )
+    notes = load_data(config, kind(byte_tokenizer())).notes
+    assert [note for note in notes if "longer" in note] == [
+        f"dataset=local, {name}: {count} of {total} texts are longer than dataset.max_length={config.max_length} "
+        "tokens and are cut there."
+        for name, count, total in (("train", 2, 4), ("test", 1, 2))
+    ]
+
+
+def test_equal_rows_of_two_splits_are_counted(tmp_path: Path, tokenizer: CountedTokenizer) -> None:
+    parts = {
+        "train": [("one", "a"), ("two", "b"), ("two", "a"), ("three", "b")],
+        "val": [("three", "b"), ("four", "a")],
+        "test": [("one", "a"), ("one", "b"), ("two", "a"), ("five", "b"), ("four", "a"), ("One", "a")],
+    }
+    for name, rows in parts.items():
+        pd.DataFrame(rows, columns=["text", "label"]).to_csv(tmp_path / f"{name}.csv", index=False)
+    config = DatasetConfig(name="local", path=str(tmp_path), **{f"{name}_file": f"{name}.csv" for name in parts})
+    assert load_data(config, tokenizer).notes == [
+        "dataset=local: 3 of 6 test rows have the text of a row of train, 1 of them with another label or target.",
+        "dataset=local: 1 of 2 val rows have the text of a row of train.",
+        "dataset=local: 1 of 6 test rows have the text of a row of val.",
+    ]
+    # Also where the splits are held out of one file.
+    pd.concat([ROWS, ROWS]).to_csv(tmp_path / "twice.csv", index=False)
+    loaded = load_data(local(tmp_path / "twice.csv"), tokenizer)
+    held_out = set(texts(loaded.test, tokenizer)) & set(texts(loaded.train, tokenizer))
+    assert len(held_out) > 20
+    assert re.match(r"dataset=local: \d\d of 40 test rows have the text of a row of train\.$", loaded.notes[0])
+
+
+def test_the_positive_class_can_be_named(csv: Path, tmp_path: Path, tokenizer: CountedTokenizer) -> None:
+    two = tmp_path / "two.csv"
+    ROWS.assign(label=["good", "bad"] * 100).to_csv(two, index=False)
+    found = {name: load_data(local(two, positive_label=name), tokenizer) for name in (None, "good", "bad")}
+    assert [data.positive_class for data in found.values()] == [1, 1, 0]
+    assert all(data.label_names == ["bad", "good"] for data in found.values())
+    assert load_data(local(csv), tokenizer).positive_class is None
+    with pytest.raises(DataError, match=r"dataset.positive_label='Good': the classes of local are 'bad', 'good'\."):
+        load_data(local(two, positive_label="Good"), tokenizer)
+    with pytest.raises(DataError, match=r"dataset.positive_label='a': local has 3 classes, over which f1 is the mean"):
+        load_data(local(csv, positive_label="a"), tokenizer)
 
 
 # ---------------------------------------------------------------- the hub
@@ -946,7 +1146,8 @@ def test_a_hub_dataset_without_a_pin_is_known_by_its_rows(
 def test_hidden_labels_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_hub(monkeypatch, train=glue_like(MRPC, [0, 1] * 50), test=glue_like(MRPC, [-1] * 7))
     assert refused(replace(PAIRS, test_split="test"), tmp_path) == (
-        "dataset=pairs: 7 test rows have labels that are not among the 2 of train: 'hidden (-1)' (7)."
+        "dataset=pairs: 7 test rows have labels that are not among the 2 of train: 'hidden (-1)' (7); the first "
+        "is test row index 0."
     )
 
 
@@ -962,6 +1163,14 @@ def test_split_names_reach_the_hub_as_they_are(tokenizer: CountedTokenizer, monk
     assert hub.asked[-1][2] == "validation_matched+validation_mismatched"
     assert loaded.label_names == names
     assert loaded.test.labels.tolist() == [2, 1, 0, 1, 2]
+
+
+def test_a_hub_row_without_a_label_is_a_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    some: list[Any] = [0, None, 1]
+    use_hub(monkeypatch, train=glue_like(MRPC, [0, 1] * 50), validation=glue_like(MRPC, some))
+    assert "validation row index 1); fix them" in refused(PAIRS, tmp_path)
+    loaded = load_data(replace(PAIRS, bad_rows=BadRows.drop), byte_tokenizer())
+    assert loaded.test.labels.tolist() == [0, 1]
 
 
 def test_a_hub_dataset_of_numbers_is_a_regression(tokenizer: CountedTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

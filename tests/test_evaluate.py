@@ -107,6 +107,13 @@ def test_f1_of_two_classes_is_that_of_class_one() -> None:
     assert score(logits_of([0, 1, 1, 1], 2), truth, config=classification("f1"))["f1"] == pytest.approx(0.5)
 
 
+def test_f1_of_the_class_that_is_named() -> None:
+    truth = torch.tensor([0, 0, 0, 1])
+    logits = logits_of([0, 0, 1, 1], 2)
+    named = [score(logits, truth, config=classification("f1"), positive_class=at)["f1"] for at in (None, 1, 0)]
+    assert named == pytest.approx([2 / 3, 2 / 3, 4 / 5])
+
+
 def test_f1_of_three_classes_is_their_mean() -> None:
     # Class 0: two of two right and none wrong, F1 1. Class 1: F1 2/3. Class 2: never right, F1 0.
     truth = torch.tensor([0, 0, 1, 2])

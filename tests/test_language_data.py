@@ -13,7 +13,7 @@ import tokenizers
 import transformers
 
 from harness import models
-from harness.config import Blocks, DatasetConfig, ModelConfig, Task, TinyModel, TooLong
+from harness.config import BadRows, Blocks, DatasetConfig, ModelConfig, Task, TinyModel, TooLong
 from harness.language_data import CHATML, NO_TARGET, LanguageData, TokenSplit, load_language_data
 from harness.sources import DataError
 
@@ -60,6 +60,11 @@ def documents(tmp_path: Path, texts: list[str], **settings: Any) -> TokenSplit:
 def targets(split: TokenSplit, index: int) -> list[int]:
     labels = split.batch([index]).labels[0]
     return labels[labels != NO_TARGET].tolist()
+
+
+def own_notes(data: LanguageData) -> list[str]:
+    """What is said of the rows of one split; most tests have the same rows in all of them."""
+    return [note for note in data.notes if "of a row of" not in note]
 
 
 # ---------------------------------------------------------------- raw text
@@ -133,7 +138,9 @@ def test_nothing_but_empty_documents_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_column_that_is_no_text_or_not_there(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"column text has 2 values that are not text: 3, 4\."):
+    with pytest.raises(
+        DataError, match=r"column text has 2 values that are not text: 3, 4 \(the first at train.jsonl line 1\)\."
+    ):
         documents(tmp_path, [3, 4])  # type: ignore[list-item]
     with pytest.raises(DataError, match=r"no column words; it has text. Set dataset.text_columns."):
         documents(tmp_path, ["abc"], text_columns=["words"])
@@ -318,7 +325,7 @@ def test_a_space_at_the_end_of_a_prompt_is_no_token_of_its_own(tmp_path: Path, k
     assert (prompt.text, prompt.lead) == ("Question: how many Answer:" + space, space)
     assert prompt.references == ["42 cats", "7 dogs"]
     assert data.train.num_bytes == len(f"{space}42 cats{space}7 dogs")
-    assert len(data.notes) == (3 if space else 0)
+    assert len(own_notes(data)) == (3 if space else 0)
     assert not space or "train: 2 of 2 prompts end in a space, which this tokenizer joins" in data.notes[0]
 
 
@@ -470,7 +477,7 @@ def test_an_answer_is_located_by_where_the_template_writes_it(tmp_path: Path, an
     data = chats(tmp_path, [[turn("user", answer), turn("assistant", answer)]])
     (prompt,) = data.test.prompts()
     assert (prompt.stop, prompt.references) == ("<|im_end|>", [answer])
-    assert data.notes == []
+    assert own_notes(data) == []
 
 
 THINKING = (
@@ -576,6 +583,62 @@ def test_the_same_bytes_under_another_ending_are_other_rows(tmp_path: Path) -> N
         data = load_language_data(DatasetConfig(name="x", task=Task.causal_lm, max_length=32, **files), TOKENIZER)
         texts.append(text_of(targets(data.train, 0)))
     assert texts == ['{"text": "t0"}', "t0"]
+
+
+# ---------------------------------------------------------------- nothing dropped in silence
+
+
+def test_what_is_not_read_of_a_conversation_is_counted(tmp_path: Path) -> None:
+    rows = [
+        {"id": 1, "messages": [{**turn("user", "a"), "name": "x"}, {**turn("assistant", "b"), "weight": 0}]},
+        {"id": 2, "messages": [{**turn("user", "c"), "name": "y"}, {**turn("assistant", "d"), "weight": None}]},
+    ]
+    data = load(tmp_path, {"train": rows, "val": rows, "test": rows}, task=Task.chat, chat_template="chatml")
+    where = "dataset=rows, train rows of train.jsonl, val.jsonl, test.jsonl: "
+    assert own_notes(data)[:2] == [
+        where + "of a message, role and content are read; not read: name (2 messages), weight (1 messages).",
+        where + "of a row, column messages is read; not read: id.",
+    ]
+
+
+def test_bad_rows_of_a_language_model(tmp_path: Path) -> None:
+    """Left out unless they are to be an error; half of a surrogate pair is no traceback of a tokenizer."""
+    rows = [
+        {"text": "fine"},
+        {"text": ""},
+        {"text": "half \ud800"},
+        {"text": None},
+        {"other": 1},
+        {"text": "\U0001f600"},
+    ]
+    data = load(tmp_path, {"train": rows, "val": rows, "test": rows}, task=Task.causal_lm, max_length=16)
+    assert [text_of(targets(data.train, row)) for row in range(2)] == ["fine", "\U0001f600"]
+    assert own_notes(data)[:2] == [
+        "dataset=rows, train rows of train.jsonl, val.jsonl, test.jsonl: column text is empty in 3 rows (train.jsonl "
+        "line 2, 4, 5); they are left out.",
+        "dataset=rows, train rows of train.jsonl, val.jsonl, test.jsonl: column text holds half of a surrogate pair, "
+        "which is no character, in 1 rows (train.jsonl line 3); they are left out.",
+    ]
+    with pytest.raises(DataError, match=r"empty in 3 rows \(train.jsonl line 2, 4, 5\); fix them.*\n.*surrogate pair"):
+        load(tmp_path, {"train": rows}, task=Task.causal_lm, max_length=16, bad_rows=BadRows.error)
+    broken = [[turn("user", "\udc00"), turn("assistant", "x")], [turn("user", "y")], CHAT]
+    data = chats(tmp_path, broken)
+    assert len(data.train) == 1
+    assert "half of a surrogate pair, which is no character, in 1 rows (train.jsonl line 1)" in own_notes(data)[1]
+    with pytest.raises(DataError, match=r"no turn of the assistant in 1 rows .train.jsonl line 2.; fix them"):
+        chats(tmp_path, broken, bad_rows=BadRows.error)
+    data = completions(tmp_path, [{"q": "\ud800", "a": "x"}, {"q": "y", "a": "\udfff"}, {"q": "", "a": "z"}])
+    assert len(data.train) == 1
+
+
+def test_equal_prompts_of_two_splits_are_counted(tmp_path: Path) -> None:
+    rows = [{"q": str(n), "a": "x"} for n in range(4)]
+    files = {"train": rows, "val": rows[3:], "test": [{"q": "0", "a": "y"}, {"q": "1", "a": "x"}, {"q": "9", "a": "z"}]}
+    data = load(tmp_path, files, task=Task.completion, prompt_template="{q}", target_column="a")
+    assert data.notes == [
+        "dataset=rows: 2 of 3 test rows have the prompt of a row of train, 1 of them with another label or target.",
+        "dataset=rows: 1 of 1 val rows have the prompt of a row of train.",
+    ]
 
 
 # ---------------------------------------------------------------- splits and cache

@@ -41,6 +41,7 @@ LAYERS = {
     "harness.preparation": 0,
     "harness.prefetch": 1,
     "harness.readers": 1,
+    "harness.row_checks": 1,
     "harness.scores": 1,
     "harness.sources": 1,
     "harness.tracking": 1,

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import random
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -106,6 +107,24 @@ def test_a_run_leaves_what_the_contract_says(rows: Path, tmp_path: Path, method:
     curve = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in curve if "train_nll" in row] == [2, 4, 6]
     assert [row["step"] for row in curve if "val_accuracy" in row] == [4, 6]
+
+
+def test_a_result_says_what_of_its_rows_was_cut_and_which_class_f1_is_of(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n" + "".join(f"text number {n % 50},{'good' if n % 2 else 'bad'}\n" for n in range(60)))
+    f1 = {"metrics": ["f1"], "best_metric": "f1", "max_length": 15}
+    results = [
+        run(config(path, tmp_path, "head_only", dataset={**f1, **named})) for named in ({}, {"positive_label": "bad"})
+    ]
+    assert [result.environment["positive_label"] for result in results] == ["good", "bad"]
+    assert results[0].run_id != results[1].run_id
+    assert results[0].metrics["test_nll"] == results[1].metrics["test_nll"]
+    assert results[0].metrics["test_f1"] != results[1].metrics["test_f1"]
+    notes = results[0].environment["data_notes"]
+    assert re.match(r"dataset=words, train: 3\d of 49 texts are longer than dataset.max_length=15 tokens", notes[0])
+    assert any(note.endswith("test rows have the text of a row of train.") for note in notes)
+    log = (tmp_path / results[0].run_id / "log.txt").read_text()
+    assert all(f"WARNING {note}" in log for note in notes)
 
 
 def test_label_smoothing_is_not_in_the_training_loss(rows: Path, tmp_path: Path) -> None:
