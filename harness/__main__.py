@@ -48,14 +48,14 @@ def main() -> int:
             exit_codes.append(2)
             return
         # Imported late: composing, --help and every error in the config come without waiting for torch.
-        from harness.claims import RunClaimedError
+        from harness.claims import ClaimLostError, RunClaimedError
         from harness.run import USER_ERRORS, PreemptedError, plan, run
 
         try:
             plan(config)  # a wrong placement is told before anything is downloaded or tokenised
             _record_single_run(config)
             result = run(config)
-        except (*USER_ERRORS, RunClaimedError) as error:
+        except (*USER_ERRORS, RunClaimedError, ClaimLostError) as error:
             _print_problem(error)
             exit_codes.append(2)
             return

@@ -1,18 +1,33 @@
-"""The folder of a run, `<runs_dir>/<run_id>/`: what lies in it, and what that says about the run. Needs no torch."""
+"""The folder of a run, `<runs_dir>/<run_id>/`: what lies in it, and what that says about the run. Needs no torch.
+
+A result is recorded by `Attempt.record` and nothing else: under the run's claim, and never a failure over a result that
+stands. A run that is run again while a result stands (`rerun=all`) writes into `.rerun/` in its folder; once its result
+is there, it takes the old one's place. So whenever a process is killed, a complete run is in the folder, the old or the
+new one.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
-from harness.claims import current_owner
+from harness.claims import CLAIMS_DIR, Claim, RunClaimedError, current_owner
 from harness.config import Method, Rerun, RunConfig, Task, run_id
-from harness.results import RESULT_FILE, ResultError, RunResult, Status, read_result
+from harness.results import RESULT_FILE, ResultError, RunResult, Status, read_result, write_result
 
 CONFIG_FILE = "config.yaml"
 LOG_FILE = "log.txt"
 CHECKPOINT_FILE = "checkpoint.safetensors"
+GENERATIONS_DIR = "generations"
+WEIGHTS_DIRS = {Method.lora: "adapter", Method.full: "model", Method.head_only: "head"}
+_OUTPUT_DIRS = (*WEIGHTS_DIRS.values(), GENERATIONS_DIR)
+_RERUN_DIR = ".rerun"
+# What only an unfinished run needs.
+_UNFINISHED = (CHECKPOINT_FILE,)
 
 logger = logging.getLogger("harness")
 
@@ -45,29 +60,176 @@ def kept_result(config: RunConfig) -> RunResult | None:
 
     `never`: any. `failed`: one that finished or diverged; a run that failed or ran out of memory is tried again.
     `all`: none.
+
+    What a process that was killed just after its result had left undone is done first.
     """
-    path = run_dir(config) / RESULT_FILE
-    if config.rerun is Rerun.all or not path.is_file():
+    folder = run_dir(config)
+    if any((folder / name).exists() for name in (f"{_RERUN_DIR}/{RESULT_FILE}", *_UNFINISHED, CLAIMS_DIR)):
+        with contextlib.suppress(RunClaimedError, OSError):
+            if _ended_result(folder) is not None and current_owner(folder) is None:
+                with Claim.acquire(folder) as claim:
+                    settle(folder)
+                    claim.release(ended=True)
+    if config.rerun is Rerun.all:
         return None
-    try:
-        result = read_result(path)
-    except ResultError as error:
-        logger.warning("%s; the run is made again", error)
+    result = _read(folder)
+    if result is None:
         return None
-    stands = config.rerun is Rerun.never or result.status in (Status.FINISHED, Status.DIVERGED)
+    stands = config.rerun is Rerun.never or _stands(result)
     return result if stands else None
 
 
+def _stands(result: RunResult) -> bool:
+    return result.status in (Status.FINISHED, Status.DIVERGED)
+
+
+def _read(folder: Path) -> RunResult | None:
+    path = folder / RESULT_FILE
+    if not path.is_file():
+        return None
+    try:
+        return read_result(path)
+    except ResultError as error:
+        logger.warning("%s; the run is made again", error)
+        return None
+
+
+def _ended_result(folder: Path) -> RunResult | None:
+    """The result that stands, or that is about to."""
+    found = _read(folder / _RERUN_DIR) or _read(folder)
+    return found if found is not None and _stands(found) else None
+
+
+def settle(folder: Path) -> None:
+    """Does what was left undone by a process that was killed just after its result. The caller holds the claim."""
+    if (folder / _RERUN_DIR / RESULT_FILE).is_file():
+        _replace_by_rerun(folder)
+    result = _read(folder)
+    if result is not None and _stands(result):
+        for name in _UNFINISHED:
+            (folder / name).unlink(missing_ok=True)
+
+
+def _replace_by_rerun(folder: Path) -> None:
+    """Puts the run in `.rerun/`, whose result is there, in the place of the old one; can be repeated at any point."""
+    rerun = folder / _RERUN_DIR
+    for name in _UNFINISHED:
+        (rerun / name).unlink(missing_ok=True)
+    for path in rerun.iterdir():
+        if path.name != RESULT_FILE:
+            _remove(folder / path.name)
+            path.rename(folder / path.name)
+    for name in _OUTPUT_DIRS:
+        with contextlib.suppress(OSError):  # what the new run has not is an empty folder: see `Attempt.record`
+            (folder / name).rmdir()
+    # The last, so that until here whoever comes finds that there is something to do.
+    (rerun / RESULT_FILE).replace(folder / RESULT_FILE)
+    rerun.rmdir()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def attempt_dir(folder: Path) -> Path:
+    """Where an attempt at the run of `folder` writes: into the folder itself unless a result stands there."""
+    result = _read(folder)
+    return folder / _RERUN_DIR if result is not None and _stands(result) else folder
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One process's attempt to compute a run: where it writes, and the one way to record how it ended.
+
+    `folder` is the run's folder, `dir` where this attempt writes: the same, or `.rerun/` in it while a result stands.
+    """
+
+    folder: Path
+    dir: Path
+    claim: Claim
+
+    @classmethod
+    def begin(cls, config: RunConfig, claim: Claim) -> Attempt:
+        """Takes out what an earlier attempt left and this one does not resume. The caller holds the claim.
+
+        A checkpoint is resumed, unless `rerun=all` is to repeat a run that has ended.
+        """
+        folder = run_dir(config)
+        attempt = cls(folder, attempt_dir(folder), claim)
+        if attempt.dir != folder:
+            attempt.dir.mkdir(exist_ok=True)
+        else:
+            if (folder / RESULT_FILE).exists() and config.rerun is Rerun.all:
+                for name in _UNFINISHED:
+                    (folder / name).unlink(missing_ok=True)
+            (folder / RESULT_FILE).unlink(missing_ok=True)
+        for name in _OUTPUT_DIRS:
+            _remove(attempt.dir / name)
+        return attempt
+
+    def record(self, result: RunResult) -> bool:
+        """Writes `result`, and says whether it is the run's result now: a failure never replaces one that stands.
+
+        Raises:
+            ClaimLostError: another process computes the run now, or has ended it.
+            OSError: it cannot be written.
+        """
+        self.claim.check()
+        found = _read(self.folder)
+        if found is not None and _stands(found) and not _stands(result):
+            return False
+        if self.dir != self.folder:
+            for name in _OUTPUT_DIRS:  # takes the place of what the earlier run has of that name
+                (self.dir / name).mkdir(exist_ok=True)
+        write_result(self.dir, result)
+        if _stands(result):
+            for name in _UNFINISHED:
+                (self.dir / name).unlink(missing_ok=True)
+        return True
+
+    def end(self) -> None:
+        """To be called when nothing in `dir` is open any more: a rerun's result takes the old one's place."""
+        settle(self.folder)
+
+
+def record_failure(config: RunConfig, result: RunResult) -> RunResult:
+    """Records that a run could not record its own end; returns that result, or one that stands (see `kept_result`).
+
+    Raises:
+        RunClaimedError, ClaimLostError: another process is computing it.
+        OSError: it cannot be written.
+    """
+    with Claim.acquire(run_dir(config)) as claim:
+        kept = kept_result(config)
+        if kept is None or kept.status in (Status.FAILED, Status.OUT_OF_MEMORY):
+            kept = result
+            Attempt(run_dir(config), run_dir(config), claim).record(result)
+        claim.release(ended=True)
+    return kept
+
+
+def result_stamp(config: RunConfig) -> tuple[int, int] | None:
+    """What changes when a run's result is written; None without one."""
+    for folder in (run_dir(config) / _RERUN_DIR, run_dir(config)):
+        with contextlib.suppress(OSError):
+            found = (folder / RESULT_FILE).stat()
+            return found.st_mtime_ns, found.st_ino
+    return None
+
+
 def run_state(config: RunConfig) -> str:
-    """The status of a run's result, or `running`, `stopped` (it has a checkpoint), `new`, `unreadable`."""
+    """`running`, or the status of a run's result, `stopped` (it has a checkpoint), `new`, `unreadable`."""
     folder = run_dir(config)
+    if current_owner(folder) is not None:
+        return "running"
     if (folder / RESULT_FILE).is_file():
         try:
             return str(read_result(folder / RESULT_FILE).status)
         except ResultError:
             return "unreadable"
-    if current_owner(folder) is not None:
-        return "running"
     return "stopped" if (folder / CHECKPOINT_FILE).is_file() else "new"
 
 

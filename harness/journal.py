@@ -12,10 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from harness.checkpoint import read_checkpoint, write_checkpoint
-from harness.claims import Claim
 from harness.config import RunConfig, run_id
 from harness.evaluate import Evaluation
-from harness.folder import CHECKPOINT_FILE
+from harness.folder import CHECKPOINT_FILE, Attempt
 from harness.tracking import NullProgress, Progress, Tracker, open_progress
 from harness.trainer import Position, PreemptedError
 
@@ -79,13 +78,13 @@ class RunJournal:
     """
 
     def __init__(
-        self, config: RunConfig, run_dir: Path, tracker: Tracker, claim: Claim, *, made_from: Mapping[str, Any]
+        self, config: RunConfig, attempt: Attempt, tracker: Tracker, *, made_from: Mapping[str, Any]
     ) -> None:
         self._config = config
         self._made_from = dict(made_from)
-        self._path = run_dir / CHECKPOINT_FILE
+        self._path = attempt.dir / CHECKPOINT_FILE
         self._tracker = tracker
-        self._claim = claim
+        self._claim = attempt.claim
         self._progress: Progress = NullProgress()
         self._losses: list[float] = []
         self._rows: list[tuple[int, dict[str, float]]] = []

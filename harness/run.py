@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import signal
 import tempfile
 import threading
@@ -33,7 +32,6 @@ from harness.config import (
     Method,
     ModelConfig,
     Precision,
-    Rerun,
     RunConfig,
     Task,
     cell_id,
@@ -44,14 +42,18 @@ from harness.data import Batch, Split, TextData, TrainingBatches, load_data
 from harness.evaluate import Evaluation, SequenceObjective, SummedLoss
 from harness.flops import FlopsError, StepFlops, formula_flops
 from harness.folder import (
-    CHECKPOINT_FILE,
     CONFIG_FILE,
+    GENERATIONS_DIR,
     LOG_FILE,
+    WEIGHTS_DIRS,
+    Attempt,
     OutputError,
+    attempt_dir,
     base_model_dir,
     kept_result,
     require_writable,
     run_dir,
+    settle,
 )
 from harness.journal import FollowingJournal, RunJournal
 from harness.language import LanguageObjective, generate
@@ -68,7 +70,7 @@ from harness.measure import (
 from harness.models import ModelError
 from harness.placement import PlacementError, head_modules, select_modules
 from harness.preparation import Preparation, PreparationError, preparation_of_a_run
-from harness.results import RESULT_FILE, RunResult, Status, write_atomically, write_json_atomically, write_result
+from harness.results import RunResult, Status, write_atomically, write_json_atomically
 from harness.scores import score_texts, write_texts
 from harness.sources import DataError
 from harness.tracking import open_tracker
@@ -76,9 +78,7 @@ from harness.trainer import PreemptedError, TrainingDivergedError, TrainingOutco
 
 logger = logging.getLogger("harness")
 
-GENERATIONS_DIR = "generations"
 LABELS_FILE = "labels.json"
-WEIGHTS_DIRS = {Method.lora: "adapter", Method.full: "model", Method.head_only: "head"}
 
 
 # What a user can mend: each ends a run before training, with its message and no traceback.
@@ -138,11 +138,13 @@ def run(config: RunConfig) -> RunResult:
     """Runs one config and returns its result, which lies in `<runs_dir>/<run_id>/result.json`.
 
     A run that has a result already (see `kept_result`) is not made again; one that left a checkpoint goes on from it.
-    A run that diverges, exhausts the memory or fails in training returns a result that says so.
+    A run that diverges, exhausts the memory or fails in training returns a result that says so. Where an earlier result
+    stands (`rerun=all`), a failure is returned and that result stays in the folder.
 
     Raises:
         PreemptedError: SIGTERM came; the checkpoint is written, and there is no result.
         RunClaimedError: another process is computing this run.
+        ClaimLostError: another process took the run over from this one, and its result is what counts.
         One of `USER_ERRORS`, with nothing written, for what can be known before training.
     """
     started = time.perf_counter()
@@ -160,14 +162,15 @@ def run(config: RunConfig) -> RunResult:
     # Only now, when nothing is left to go wrong before training, does the run leave a trace.
     with Claim.acquire(folder) as claim:
         # Whoever had the claim before may have ended the run while this process prepared.
+        settle(folder)
         kept = kept_result(config)
-        if kept is not None:
-            return kept
-        _clear(folder, keep_checkpoint=config.rerun is not Rerun.all)
-        with _logged_to(folder / LOG_FILE):
-            result = _run_claimed(prepared, folder, claim, started)
+        if kept is None:
+            attempt = Attempt.begin(config, claim)
+            with _logged_to(folder / LOG_FILE):
+                kept = _run_claimed(prepared, attempt, started)
+            attempt.end()
         claim.release(ended=True)
-    return result
+    return kept
 
 
 def _follow(prepared: PreparedRun, folder: Path, started: float) -> RunResult:
@@ -175,38 +178,43 @@ def _follow(prepared: PreparedRun, folder: Path, started: float) -> RunResult:
     # The main process is told to stop as well and ends training for all.
     with _stop_signals_call(lambda: None):
         prepared.accelerator.wait_for_everyone()
-        return _train_and_evaluate(prepared, folder, FollowingJournal(folder, made_from=_made_from(prepared)), started)
+        directory = attempt_dir(folder)
+        journal = FollowingJournal(directory, made_from=_made_from(prepared))
+        return _train_and_evaluate(prepared, directory, journal, started)
 
 
-def _run_claimed(prepared: PreparedRun, folder: Path, claim: Claim, started: float) -> RunResult:
+def _run_claimed(prepared: PreparedRun, attempt: Attempt, started: float) -> RunResult:
     config = prepared.config
-    (folder / CONFIG_FILE).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    (attempt.dir / CONFIG_FILE).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
     logger.info("%s", run_id(config))
     for kind in ("data_notes", "model_notes"):
         for note in cast(list[str], prepared.environment.get(kind, [])):
             logger.warning("%s", note)
     tracker = open_tracker(
         config.tracking,
-        run_dir=folder,
+        run_dir=attempt.dir,
         run_id=run_id(config),
         cell_id=cell_id(config),
         job_type=str(config.method.name),
         sweep=config.sweep,
         run_config=to_dict(config),
     )
-    journal = RunJournal(config, folder, tracker, claim, made_from=_made_from(prepared))
+    journal = RunJournal(config, attempt, tracker, made_from=_made_from(prepared))
     prepared.accelerator.wait_for_everyone()  # whatever an earlier attempt left is cleared
     try:
         with _stop_signals_call(journal.ask_to_stop):
-            result = _train_and_evaluate(prepared, folder, journal, started)
-        claim.check()
-        write_result(folder, result)
-        (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
-        tracker.finish(result)
+            result = _train_and_evaluate(prepared, attempt.dir, journal, started)
+            is_recorded = attempt.record(result)
+        try:
+            tracker.finish(result)
+        except Exception:  # the result is on disk; what happens to its mirror cannot change that
+            logger.warning("tracking did not end properly: %s", traceback.format_exc())
     finally:
         journal.close()
         tracker.close()
     logger.info("%s: %s %s", result.run_id, result.status, result.error or _headline(config, result))
+    if not is_recorded:
+        logger.warning("%s: the earlier result stands, a failure does not replace it", result.run_id)
     return result
 
 
@@ -589,15 +597,6 @@ def _accelerator(config: RunConfig) -> Accelerator:
     mixed = "no" if precision is Precision.fp32 else str(precision)
     # Not on_cpu: of several processes where there is nothing but a CPU, each would take itself for the only one.
     return Accelerator(cpu=will_be_cpu, mixed_precision=mixed)
-
-
-def _clear(folder: Path, *, keep_checkpoint: bool) -> None:
-    """Takes out what an earlier attempt left, its result first."""
-    (folder / RESULT_FILE).unlink(missing_ok=True)
-    if not keep_checkpoint:
-        (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
-    for name in (*WEIGHTS_DIRS.values(), GENERATIONS_DIR):
-        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 # What clusters send before they take a machine away: SLURM and Kubernetes the first, submitit the second.

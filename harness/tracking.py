@@ -161,6 +161,8 @@ class JsonlTracker:
     """
 
     def __init__(self, path: Path) -> None:
+        # A new file: a process that has lost the run may still write into the old one.
+        path.unlink(missing_ok=True)
         self._file = path.open("w", encoding="utf-8")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

@@ -340,10 +340,10 @@ def test_a_checkpoint_of_other_data_is_refused_with_a_word_and_the_run_starts_ov
         run(more)
     monkeypatch.undo()
     checkpoint, folder = "checkpoint.safetensors", tmp_path / "runs" / run_id(wanted)
-    (tmp_path / "runs" / run_id(more) / checkpoint).rename(folder / checkpoint)
     again = run(config(fewer, tmp_path / "runs", trainer=trainer, rerun="never"))
     assert again == undisturbed
     (folder / "result.json").unlink()
+    (tmp_path / "runs" / run_id(more) / checkpoint).rename(folder / checkpoint)
     again = run(wanted)
     assert "was made from other settings or content (run id), data, numbers of training examples" in caplog.text
     assert exact(again.metrics) == exact(undisturbed.metrics)

@@ -43,14 +43,14 @@ def compute(values: dict[str, Any]) -> Outcome:
     A run that cannot even begin (data that cannot be used, a model that cannot be had) leaves a failed result with the
     message: in a sweep it is a row like any other.
     """
-    from harness.claims import RunClaimedError
+    from harness.claims import ClaimLostError, RunClaimedError
     from harness.config import from_dict
     from harness.run import USER_ERRORS, PreemptedError, run
 
     config = from_dict(values)
     try:
         result = run(replace(config, tracking=replace(config.tracking, progress=False)))
-    except RunClaimedError as error:
+    except (RunClaimedError, ClaimLostError) as error:
         return Outcome(CLAIMED, str(error))
     except PreemptedError as error:
         return Outcome(NOT_FINISHED, str(error))
@@ -64,9 +64,11 @@ def compute(values: dict[str, Any]) -> Outcome:
 
 
 def write_failure(config: RunConfig, error: str) -> Outcome:
-    """Leaves a result for a run that could not leave one itself."""
+    """Leaves a result for a run that could not leave one itself, unless another process has the run or has ended it."""
+    from harness.claims import ClaimLostError, RunClaimedError
     from harness.config import cell_id, run_id, to_dict
-    from harness.results import RunResult, Status, write_result
+    from harness.folder import record_failure
+    from harness.results import RunResult, Status
 
     result = RunResult(
         run_id=run_id(config),
@@ -77,10 +79,31 @@ def write_failure(config: RunConfig, error: str) -> Outcome:
         error=error,
     )
     try:
-        write_result(Path(config.runs_dir) / result.run_id, result)
+        recorded = record_failure(config, result)
+    except (RunClaimedError, ClaimLostError) as problem:
+        return Outcome(CLAIMED, str(problem))
     except OSError as problem:
         error += f" (this could not be written to {config.runs_dir}: {problem.strerror})"
-    return Outcome(str(Status.FAILED), error)
+        return Outcome(str(Status.FAILED), error)
+    return Outcome(str(recorded.status), recorded.error, was_kept=recorded is not result)
+
+
+def outcome_of_dead(config: RunConfig, error: str, *, stamp_before: object) -> Outcome:
+    """What became of a run whose process died without a word: it may have died after its result.
+
+    Args:
+        config: the run's config.
+        error: how the process died.
+        stamp_before: `result_stamp(config)` from before the process was started.
+    """
+    from harness.config import Rerun
+    from harness.folder import kept_result, result_stamp
+
+    if result_stamp(config) not in (None, stamp_before):
+        result = kept_result(replace(config, rerun=Rerun.never))
+        if result is not None:
+            return Outcome(str(result.status), result.error)
+    return write_failure(config, error)
 
 
 def run_in_process(

@@ -28,10 +28,10 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from harness.config import ConfigError, RunConfig, run_id, to_dict
-from harness.folder import kept_result
+from harness.folder import kept_result, result_stamp
 from harness.results import Status
 from hydra_plugins.lora_harness._composing import compose_run
-from hydra_plugins.lora_harness._worker import NOT_FINISHED, Outcome, compute, write_failure
+from hydra_plugins.lora_harness._worker import NOT_FINISHED, Outcome, compute, outcome_of_dead
 from hydra_plugins.lora_harness.launcher import job_return
 
 logger = logging.getLogger("harness")
@@ -88,6 +88,8 @@ class _ClusterLauncher(Launcher):
     def __init__(self) -> None:
         self.config: DictConfig | None = None
         self.hydra_context: HydraContext | None = None
+        # By run id, from before the runs were handed over: whoever changes one has ended its run.
+        self._stamps: dict[str, object] = {}
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Called by Hydra once."""
@@ -107,6 +109,7 @@ class _ClusterLauncher(Launcher):
             else:
                 outcomes[run_id(config)] = Outcome(str(kept.status), kept.error, was_kept=True)
         logger.info("%d of %d runs have a result already", len(outcomes), len(configs))
+        self._stamps = {run_id(config): result_stamp(config) for config in todo}
         outcomes |= self.compute_all(todo)
         for name, outcome in outcomes.items():
             if outcome.status != Status.FINISHED:
@@ -117,6 +120,10 @@ class _ClusterLauncher(Launcher):
             job_return(overrides, outcomes[run_id(config)])
             for overrides, config in zip(job_overrides, configs, strict=True)
         ]
+
+    def died(self, config: RunConfig, error: str) -> Outcome:
+        """What became of a run whose process is gone."""
+        return outcome_of_dead(config, error, stamp_before=self._stamps.get(run_id(config)))
 
     @abstractmethod
     def compute_all(self, configs: Sequence[RunConfig]) -> dict[str, Outcome]:
@@ -157,7 +164,7 @@ class SubmititLauncher(_ClusterLauncher):
         executor.update_parameters(**parameters)
         if self._cluster == "slurm":
             jobs = executor.map_array(ClusterRun(), [to_dict(config) for config in configs]) if configs else []
-            return {run_id(config): _collect(config, job) for config, job in zip(configs, jobs, strict=True)}
+            return {run_id(config): self._collect(config, job) for config, job in zip(configs, jobs, strict=True)}
         return self._compute_locally(executor, configs)
 
     def _compute_locally(self, executor: Any, configs: Sequence[RunConfig]) -> dict[str, Outcome]:
@@ -170,9 +177,17 @@ class SubmititLauncher(_ClusterLauncher):
             time.sleep(_POLL_SECONDS)
             for config, job in [pair for pair in running if pair[1].done()]:
                 running.remove((config, job))
-                outcomes[run_id(config)] = _collect(config, job)
+                outcomes[run_id(config)] = self._collect(config, job)
                 logger.info("%s: %s", run_id(config), outcomes[run_id(config)].status)
         return outcomes
+
+    def _collect(self, config: RunConfig, job: Any) -> Outcome:
+        """Waits for a submitit job."""
+        error = job.exception()
+        if error is None:
+            outcome: Outcome = job.result()
+            return outcome
+        return self.died(config, f"submitit job {job.job_id} died: {str(error).strip().splitlines()[-1]}")
 
 
 class RayLauncher(_ClusterLauncher):
@@ -203,23 +218,11 @@ class RayLauncher(_ClusterLauncher):
                 try:
                     outcomes[run_id(config)] = ray.get(reference)
                 except ray.exceptions.RayError as error:
-                    outcomes[run_id(config)] = write_failure(config, f"Ray lost the run: {error}")
+                    outcomes[run_id(config)] = self.died(config, f"Ray lost the run: {error}")
                 logger.info("%s: %s", run_id(config), outcomes[run_id(config)].status)
             return outcomes
         finally:
             ray.shutdown()
-
-
-def _collect(config: RunConfig, job: Any) -> Outcome:
-    """Waits for a submitit job. A job that died takes its run's result with it, and gets one that says so."""
-    error = job.exception()
-    if error is None:
-        outcome: Outcome = job.result()
-        return outcome
-    kept = kept_result(config)
-    if kept is not None:
-        return Outcome(str(kept.status), kept.error)
-    return write_failure(config, f"submitit job {job.job_id} died: {str(error).strip().splitlines()[-1]}")
 
 
 def _slurm_script(folder: Path, parameters: dict[str, Any], num_runs: int, max_parallel: int) -> str:

@@ -27,7 +27,7 @@ from omegaconf import DictConfig
 
 from harness.claims import current_owner
 from harness.config import ConfigError, Device, RunConfig, run_id, to_dict
-from harness.folder import LOG_FILE, kept_result, run_dir
+from harness.folder import LOG_FILE, kept_result, result_stamp, run_dir
 from harness.results import RESULT_FILE, ResultError, Status, read_result
 from hydra_plugins.lora_harness import _worker as worker
 from hydra_plugins.lora_harness._composing import compose_run
@@ -75,6 +75,7 @@ class Job:
     process: Any
     reply: Connection
     started: float
+    stamp_before: object
 
     @property
     def run_id(self) -> str:
@@ -209,6 +210,7 @@ class Queue:
     def _spawn(self, config: RunConfig, slot: Slot) -> Job:
         if config.num_threads is None and slot.num_threads is not None:
             config = replace(config, num_threads=slot.num_threads)
+        stamp_before = result_stamp(config)
         receiver, sender = self._processes.Pipe(duplex=False)
         process = self._processes.Process(
             target=worker.run_in_process,
@@ -223,7 +225,7 @@ class Queue:
         )
         process.start()
         sender.close()
-        return Job(config, slot, process, receiver, time.time())
+        return Job(config, slot, process, receiver, time.time(), stamp_before)
 
     def _reap(self, screen: Screen) -> None:
         for job in [job for job in self._jobs if not job.process.is_alive()]:
@@ -276,7 +278,7 @@ def _as_running(job: Job) -> RunningRun:
 
 
 def _outcome(job: Job) -> Outcome:
-    """What became of a run whose process has ended; one that was killed gets a result that says so."""
+    """What became of a run whose process has ended; one that was killed before its result gets one that says so."""
     # A process that has sent its outcome has nothing more to say, however it ended.
     if job.reply.poll():
         try:
@@ -290,7 +292,7 @@ def _outcome(job: Job) -> Outcome:
             error += " (Linux does that when memory runs out)"
     else:
         error = f"the process ended with exit code {code}; see log.txt"
-    return worker.write_failure(job.config, error)
+    return worker.outcome_of_dead(job.config, error, stamp_before=job.stamp_before)
 
 
 def job_return(overrides: Sequence[str], outcome: Outcome) -> JobReturn:
