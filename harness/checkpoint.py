@@ -23,13 +23,21 @@ logger = logging.getLogger("harness")
 
 
 def write_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Writes a checkpoint, atomically and through to the disk."""
+    """Writes a checkpoint, atomically and through to the disk. Raises `OSError` when it cannot be written."""
     partial = path.with_name(f".{path.name}.partial")
     header = {"state": json.dumps(state, allow_nan=False)}
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata=header)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+    on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(on_host, partial, metadata=header)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except SafetensorError as error:
+        partial.unlink(missing_ok=True)  # a full disk needs the room
+        raise OSError(str(error)) from error
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -46,12 +54,15 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | No
 
 
 def pack_training(
-    model: nn.Module, optimizer: torch.optim.Optimizer, best_state: dict[str, Tensor] | None
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, best_state: dict[str, Tensor] | None
 ) -> dict[str, Tensor]:
-    """Every tensor that decides how training goes on: trained parameters, optimizer, random states, best so far."""
+    """Every tensor that decides how training goes on: trained parameters, optimizer, random states, best so far.
+
+    `optimizer` is None when all steps are made.
+    """
     trainable = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
     tensors = {f"model/{name}": whole(value.detach()) for name, value in trainable}
-    for name, value in trainable:
+    for name, value in trainable if optimizer is not None else ():
         tensors |= {f"optimizer/{name}/{key}": whole(entry) for key, entry in optimizer.state[value].items()}
     tensors |= {f"best/{name}": value for name, value in (best_state or {}).items()}
     tensors["random/cpu"] = torch.get_rng_state()

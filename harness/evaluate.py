@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,6 +17,7 @@ from torch.nn import functional
 from harness.config import DatasetConfig, Task
 from harness.data import Batch, Split
 from harness.results import METRICS, Direction
+from harness.stopping import StopRequest
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,14 @@ class Objective(Protocol):
         ...
 
     def evaluate(self, model: nn.Module) -> Evaluation:
-        """Scores on the validation split; changes neither parameters nor random state nor the training mode."""
+        """Scores on the validation split; changes neither parameters nor random state nor the training mode.
+
+        Raises `PreemptedError` when the run was asked to stop.
+        """
+        ...
+
+    def rehearse(self, model: nn.Module) -> None:
+        """Makes the largest forward pass that scoring will make, and throws it away."""
         ...
 
 
@@ -75,11 +83,16 @@ class SequenceObjective:
         eval_batch_size: int,
         label_smoothing: float = 0.0,
         positive_class: int | None = None,
+        others: Sequence[Split] = (),
+        stop: StopRequest | None = None,
     ) -> None:
+        """`others` are the splits beside val that will be scored; `stop` is heard between batches."""
         self._config = config
         self._positive_class = positive_class
         self._label_smoothing = label_smoothing
         self._val = val
+        self._splits = (val, *others)
+        self._stop = stop or StopRequest()
         self._eval_batch_size = eval_batch_size
         self.loss_name = "train_mse" if config.task is Task.regression else "train_nll"
 
@@ -93,11 +106,29 @@ class SequenceObjective:
 
     def evaluate_split(self, model: nn.Module, split: Split) -> Evaluation:
         """Scores on any split."""
-        logits, labels = predict(model, split.batches(self._eval_batch_size))
+        logits, labels = predict(model, self._stop.between(split.batches(self._eval_batch_size), "scoring"))
         scores = score(logits, labels, config=self._config, positive_class=self._positive_class)
         best = self._config.best_metric
         sign = 1.0 if METRICS[f"val_{best}"].direction is Direction.HIGHER else -1.0
         return Evaluation(scores, sign * scores[best] if best in scores else -math.inf)
+
+    def rehearse(self, model: nn.Module) -> None:
+        """One forward pass on the largest batch of all splits."""
+        predict(model, [largest_batch(self._splits, self._eval_batch_size)])
+
+
+class Batched(Protocol):
+    """A split as scoring reads it."""
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """Every example once, longest first."""
+        ...
+
+
+def largest_batch(splits: Iterable[Batched], batch_size: int) -> Batch:
+    """The batch with the most tokens, padding included, of all that scoring these splits will make."""
+    firsts = [next(split.batches(batch_size)) for split in splits]
+    return max(firsts, key=lambda batch: batch.inputs["input_ids"].numel())
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:

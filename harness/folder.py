@@ -22,12 +22,14 @@ from harness.results import RESULT_FILE, ResultError, RunResult, Status, read_re
 CONFIG_FILE = "config.yaml"
 LOG_FILE = "log.txt"
 CHECKPOINT_FILE = "checkpoint.safetensors"
+LEDGER_FILE = "phases.jsonl"
+SAVING_DIR = ".saving"
 GENERATIONS_DIR = "generations"
 WEIGHTS_DIRS = {Method.lora: "adapter", Method.full: "model", Method.head_only: "head"}
 _OUTPUT_DIRS = (*WEIGHTS_DIRS.values(), GENERATIONS_DIR)
 _RERUN_DIR = ".rerun"
 # What only an unfinished run needs.
-_UNFINISHED = (CHECKPOINT_FILE,)
+_UNFINISHED = (CHECKPOINT_FILE, LEDGER_FILE, SAVING_DIR)
 
 logger = logging.getLogger("harness")
 
@@ -107,14 +109,14 @@ def settle(folder: Path) -> None:
     result = _read(folder)
     if result is not None and _stands(result):
         for name in _UNFINISHED:
-            (folder / name).unlink(missing_ok=True)
+            _remove(folder / name)
 
 
 def _replace_by_rerun(folder: Path) -> None:
     """Puts the run in `.rerun/`, whose result is there, in the place of the old one; can be repeated at any point."""
     rerun = folder / _RERUN_DIR
     for name in _UNFINISHED:
-        (rerun / name).unlink(missing_ok=True)
+        _remove(rerun / name)
     for path in rerun.iterdir():
         if path.name != RESULT_FILE:
             _remove(folder / path.name)
@@ -164,9 +166,10 @@ class Attempt:
         else:
             if (folder / RESULT_FILE).exists() and config.rerun is Rerun.all:
                 for name in _UNFINISHED:
-                    (folder / name).unlink(missing_ok=True)
+                    _remove(folder / name)
             (folder / RESULT_FILE).unlink(missing_ok=True)
-        for name in _OUTPUT_DIRS:
+        is_resumed = (attempt.dir / CHECKPOINT_FILE).exists()
+        for name in (SAVING_DIR, *(() if is_resumed else _OUTPUT_DIRS)):
             _remove(attempt.dir / name)
         return attempt
 
@@ -187,7 +190,7 @@ class Attempt:
         write_result(self.dir, result)
         if _stands(result):
             for name in _UNFINISHED:
-                (self.dir / name).unlink(missing_ok=True)
+                _remove(self.dir / name)
         return True
 
     def end(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 
 from harness.config import GenerationConfig
 from harness.data import Batch
-from harness.evaluate import Evaluation, SummedLoss, cross_entropy, evaluating
+from harness.evaluate import Evaluation, SummedLoss, cross_entropy, evaluating, largest_batch
 from harness.language_data import NO_TARGET, Prompt, TokenSplit
+from harness.stopping import StopRequest
 
 # 128 MiB of float32 logits at once; their gradient takes as much again.
 _CHUNK_ELEMENTS = 2**25
@@ -179,8 +181,13 @@ class LanguageObjective:
         best_metric: str = "nll",
         chunk_tokens: int | None = None,
         label_smoothing: float = 0.0,
+        others: Sequence[TokenSplit] = (),
+        stop: StopRequest | None = None,
     ) -> None:
+        """`others` are the splits beside val that will be scored; `stop` is heard between batches."""
         self._val = val
+        self._splits = (val, *others)
+        self._stop = stop or StopRequest()
         self._eval_batch_size = eval_batch_size
         self._best_metric = best_metric
         self._chunk_tokens = chunk_tokens
@@ -202,7 +209,7 @@ class LanguageObjective:
         total = 0.0
         device = next(model.parameters()).device
         with evaluating(model):
-            for batch in split.batches(self._eval_batch_size):
+            for batch in self._stop.between(split.batches(self._eval_batch_size), "scoring"):
                 total += float(summed_nll(model, batch.to(device), chunk_tokens=self._chunk_tokens))
         nll = total / int(split.num_targets.sum())
         if not math.isfinite(nll):
@@ -213,55 +220,89 @@ class LanguageObjective:
         # All three fall together.
         return Evaluation(scores, -nll)
 
+    def rehearse(self, model: nn.Module) -> None:
+        """One forward pass on the largest batch of all splits."""
+        batch = largest_batch(self._splits, self._eval_batch_size)
+        with evaluating(model):
+            summed_nll(model, batch.to(next(model.parameters()).device), chunk_tokens=self._chunk_tokens)
 
-def generate(model: nn.Module, prompts: Sequence[Prompt], config: GenerationConfig, tokenizer: Any) -> list[str]:
+
+def generate(
+    model: nn.Module,
+    prompts: Sequence[Prompt],
+    config: GenerationConfig,
+    tokenizer: Any,
+    *,
+    stop: StopRequest | None = None,
+    once: Callable[[str, Callable[[], list[str]]], list[str]] = lambda phase, compute: compute(),
+) -> list[str]:
     """The text that the model writes after each prompt, by greedy or beam search, special tokens left out.
 
     A prompt that leaves no room for `max_new_tokens` in the model's context loses its beginning, but for the token with
     which every text begins.
+
+    Args:
+        model: a causal language model of transformers, possibly wrapped.
+        prompts: what to continue.
+        config: how.
+        tokenizer: the model's.
+        stop: heard between two tokens; raises `PreemptedError`.
+        once: called with the name of a batch and what generates it; may know its texts from an earlier attempt.
     """
+    stop = stop or StopRequest()
     bare = getattr(model, "module", model)
     device = next(bare.parameters()).device
     room = getattr(bare.config, "max_position_embeddings", None)
-    texts = [""] * len(prompts)
     ends = _end_tokens(prompts, tokenizer)
     # Longest first: little padding, and a batch that is too large fails at once.
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index].token_ids))
+
+    def stop_between_tokens(token_ids: Tensor, scores: object, **_: Any) -> Tensor:
+        stop.check("generating")
+        return torch.zeros(len(token_ids), dtype=torch.bool, device=token_ids.device)
+
+    def write(chosen: Sequence[int]) -> list[str]:
+        rows = [prompts[index].token_ids for index in chosen]
+        if room is not None:
+            rows = [
+                _last_tokens(ids, max(1, room - config.max_new_tokens), start=tokenizer.bos_token_id) for ids in rows
+            ]
+        width = max(map(len, rows))
+        # On the left, so that every text goes on where its row ends.
+        token_ids = [[tokenizer.pad_token_id] * (width - len(ids)) + ids for ids in rows]
+        mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in rows]
+        written = bare.generate(
+            torch.tensor(token_ids, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            max_new_tokens=config.max_new_tokens,
+            num_beams=config.num_beams,
+            length_penalty=config.length_penalty if config.num_beams > 1 else None,
+            no_repeat_ngram_size=config.no_repeat_ngram_size,
+            # What a model recommends for sampling is in its files; a table needs the same text every time.
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            repetition_penalty=1.0,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=ends,
+            use_cache=True,
+            stopping_criteria=[stop_between_tokens],
+        )
+        texts = []
+        for index, ids in zip(chosen, written[:, width:].tolist(), strict=True):
+            if tokenizer.eos_token_id in ids:
+                ids = ids[: ids.index(tokenizer.eos_token_id)]
+            text = _text_before(prompts[index].stop, ids, tokenizer)
+            texts.append(text.removeprefix(prompts[index].lead))
+        return texts
+
+    texts = [""] * len(prompts)
     with evaluating(bare):
         for start in range(0, len(order), config.batch_size):
             chosen = order[start : start + config.batch_size]
-            rows = [prompts[index].token_ids for index in chosen]
-            if room is not None:
-                rows = [
-                    _last_tokens(ids, max(1, room - config.max_new_tokens), start=tokenizer.bos_token_id)
-                    for ids in rows
-                ]
-            width = max(map(len, rows))
-            # On the left, so that every text goes on where its row ends.
-            token_ids = [[tokenizer.pad_token_id] * (width - len(ids)) + ids for ids in rows]
-            mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in rows]
-            written = bare.generate(
-                torch.tensor(token_ids, device=device),
-                attention_mask=torch.tensor(mask, device=device),
-                max_new_tokens=config.max_new_tokens,
-                num_beams=config.num_beams,
-                length_penalty=config.length_penalty if config.num_beams > 1 else None,
-                no_repeat_ngram_size=config.no_repeat_ngram_size,
-                # What a model recommends for sampling is in its files; a table needs the same text every time.
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                repetition_penalty=1.0,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=ends,
-                use_cache=True,
-            )
-            for index, ids in zip(chosen, written[:, width:].tolist(), strict=True):
-                if tokenizer.eos_token_id in ids:
-                    ids = ids[: ids.index(tokenizer.eos_token_id)]
-                text = _text_before(prompts[index].stop, ids, tokenizer)
-                texts[index] = text.removeprefix(prompts[index].lead)
+            for index, text in zip(chosen, once(f"generate from {start}", partial(write, chosen)), strict=True):
+                texts[index] = text
     return texts
 
 

@@ -255,18 +255,37 @@ def measure_peak_memory(
     with without_side_effects(model, optimizer), LiveTensors(model, optimizer) as live:
         for number in range(num_steps):
             with _garbage_collected_before():
-                if number == 0 and first is not None:
-                    first()
-                else:
-                    forward_backward()
-                if _zero_gradients_in_place(model) == 0:
-                    raise ValueError(
-                        "forward_backward left no gradient on any parameter of the model: it must call "
-                        "loss.backward() and leave optimizer.step() and zero_grad() to measure_peak_memory"
-                    )
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                step = first if number == 0 and first is not None else forward_backward
+                _rehearse_step(step, model, optimizer)
     return live.peak
+
+
+def rehearse_beside_optimizer(
+    rehearsal: Callable[[], object],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    first: Callable[[], object],
+) -> None:
+    """Does something once with the optimizer's state in memory, as it will be during training; leaves no trace.
+
+    `first` is a `forward_backward` over very little data, as in `measure_peak_memory`: it lets the optimizer create its
+    state. Otherwise see `without_side_effects`.
+    """
+    with without_side_effects(model, optimizer):
+        _rehearse_step(first, model, optimizer)
+        rehearsal()
+
+
+def _rehearse_step(forward_backward: Callable[[], object], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    forward_backward()
+    if _zero_gradients_in_place(model) == 0:
+        raise ValueError(
+            "forward_backward left no gradient on any parameter of the model: it must call "
+            "loss.backward() and leave optimizer.step() and zero_grad() to measure_peak_memory"
+        )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 @torch.no_grad()

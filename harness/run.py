@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
+import shutil
 import tempfile
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -45,6 +44,7 @@ from harness.folder import (
     CONFIG_FILE,
     GENERATIONS_DIR,
     LOG_FILE,
+    SAVING_DIR,
     WEIGHTS_DIRS,
     Attempt,
     OutputError,
@@ -58,23 +58,22 @@ from harness.folder import (
 from harness.journal import FollowingJournal, RunJournal
 from harness.language import LanguageObjective, generate
 from harness.language_data import LanguageData, TokenSplit, load_language_data
+from harness.ledger import Spending
 from harness.measure import (
     DeviceBusyError,
-    device_peaks,
     environment,
     is_out_of_memory,
-    peak_rss_bytes,
     require_free_device,
-    reset_device_peaks,
 )
 from harness.models import ModelError
 from harness.placement import PlacementError, head_modules, select_modules
-from harness.preparation import Preparation, PreparationError, preparation_of_a_run
+from harness.preparation import PreparationError, preparation_of_a_run
 from harness.results import RunResult, Status, write_atomically, write_json_atomically
 from harness.scores import score_texts, write_texts
 from harness.sources import DataError
+from harness.stopping import PreemptedError, StopRequest
 from harness.tracking import open_tracker
-from harness.trainer import PreemptedError, TrainingDivergedError, TrainingOutcome, train
+from harness.trainer import TrainingDivergedError, TrainingOutcome, train
 
 logger = logging.getLogger("harness")
 
@@ -109,7 +108,6 @@ class PreparedRun:
     target_modules: list[str]
     environment: dict[str, object]
     base: models.BaseModel
-    preparation: Preparation = field(default_factory=Preparation)
 
 
 @dataclass(frozen=True)
@@ -154,36 +152,38 @@ def run(config: RunConfig) -> RunResult:
         logger.info("%s: %s already; rerun=all makes it again", kept.run_id, kept.status)
         return kept
     require_writable(config.runs_dir)
-    with preparation_of_a_run() as preparation:
-        prepared = prepare(config)
-    prepared.preparation = preparation
-    if not prepared.accelerator.is_main_process:
-        return _follow(prepared, folder, started)
-    # Only now, when nothing is left to go wrong before training, does the run leave a trace.
-    with Claim.acquire(folder) as claim:
-        # Whoever had the claim before may have ended the run while this process prepared.
-        settle(folder)
-        kept = kept_result(config)
-        if kept is None:
-            attempt = Attempt.begin(config, claim)
-            with _logged_to(folder / LOG_FILE):
-                kept = _run_claimed(prepared, attempt, started)
-            attempt.end()
-        claim.release(ended=True)
+    stop = StopRequest()
+    with stop.signals():
+        with stop.interrupting("loading"), preparation_of_a_run() as preparation:
+            prepared = prepare(config)
+        stop.share(prepared.accelerator)
+        spending = Spending(started, prepared.accelerator.device, preparation)
+        if not prepared.accelerator.is_main_process:
+            return _follow(prepared, folder, stop, spending)
+        # Only now, when nothing is left to go wrong before training, does the run leave a trace.
+        with Claim.acquire(folder) as claim:
+            # Whoever had the claim before may have ended the run while this process prepared.
+            settle(folder)
+            kept = kept_result(config)
+            if kept is None:
+                attempt = Attempt.begin(config, claim)
+                with _logged_to(folder / LOG_FILE):
+                    kept = _run_claimed(prepared, attempt, stop, spending)
+                attempt.end()
+            claim.release(ended=True)
     return kept
 
 
-def _follow(prepared: PreparedRun, folder: Path, started: float) -> RunResult:
+def _follow(prepared: PreparedRun, folder: Path, stop: StopRequest, spending: Spending) -> RunResult:
     """What the processes beside the main one do: the same training, and nothing written."""
-    # The main process is told to stop as well and ends training for all.
-    with _stop_signals_call(lambda: None):
-        prepared.accelerator.wait_for_everyone()
-        directory = attempt_dir(folder)
-        journal = FollowingJournal(directory, made_from=_made_from(prepared))
-        return _train_and_evaluate(prepared, directory, journal, started)
+    prepared.accelerator.wait_for_everyone()
+    directory = attempt_dir(folder)
+    journal = FollowingJournal(directory, stop, spending, made_from=_made_from(prepared))
+    prepared.accelerator.wait_for_everyone()  # the main process writes only after this one has read
+    return _train_and_evaluate(prepared, directory, journal, stop, spending)
 
 
-def _run_claimed(prepared: PreparedRun, attempt: Attempt, started: float) -> RunResult:
+def _run_claimed(prepared: PreparedRun, attempt: Attempt, stop: StopRequest, spending: Spending) -> RunResult:
     config = prepared.config
     (attempt.dir / CONFIG_FILE).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
     logger.info("%s", run_id(config))
@@ -199,12 +199,12 @@ def _run_claimed(prepared: PreparedRun, attempt: Attempt, started: float) -> Run
         sweep=config.sweep,
         run_config=to_dict(config),
     )
-    journal = RunJournal(config, attempt, tracker, made_from=_made_from(prepared))
+    journal = RunJournal(config, attempt, tracker, stop, spending, made_from=_made_from(prepared))
     prepared.accelerator.wait_for_everyone()  # whatever an earlier attempt left is cleared
+    prepared.accelerator.wait_for_everyone()  # and the others have read what is resumed
     try:
-        with _stop_signals_call(journal.ask_to_stop):
-            result = _train_and_evaluate(prepared, attempt.dir, journal, started)
-            is_recorded = attempt.record(result)
+        result = _train_and_evaluate(prepared, attempt.dir, journal, stop, spending)
+        is_recorded = attempt.record(result)
         try:
             tracker.finish(result)
         except Exception:  # the result is on disk; what happens to its mirror cannot change that
@@ -337,26 +337,31 @@ def _adapt(model: models.PreTrainedModel, config: RunConfig, head: tuple[str, ..
 
 
 def _train_and_evaluate(
-    prepared: PreparedRun, folder: Path, journal: RunJournal | FollowingJournal, started: float
+    prepared: PreparedRun,
+    directory: Path,
+    journal: RunJournal | FollowingJournal,
+    stop: StopRequest,
+    spending: Spending,
 ) -> RunResult:
-    """Trains, scores, saves; whatever happens to training becomes a status."""
-    config, device = prepared.config, prepared.accelerator.device
+    """Trains, scores, saves; whatever happens to training becomes a status. What an earlier attempt did is resumed."""
+    config = prepared.config
     metrics: dict[str, float] = asdict(_counts(prepared))
     status, error = Status.FINISHED, ""
     started_at = time.time()
     try:
-        before = _score_before(prepared)
+        objective = _objective(prepared, stop)
+        before = _score_before(prepared, objective, journal)
         metrics |= before
-        reset_device_peaks(device)
-        outcome = _train(prepared, journal)
+        outcome = _train(prepared, objective, journal)
+        spending.end_training()
         metrics |= outcome.measured
-        metrics |= device_peaks(device)  # before the test split: peaks are those of training and validation
         with prepared.accelerator.autocast():
-            metrics |= _score_test(prepared, outcome, before)
+            metrics |= _score_test(prepared, objective, journal, outcome, before)
+        stop.check("saving")
         if config.save_weights:
-            metrics["checkpoint_bytes"] = _save(prepared, folder)
+            metrics["checkpoint_bytes"] = journal.once("save", lambda: _save(prepared, directory))
         with prepared.accelerator.autocast():
-            metrics |= _score_generations(prepared, folder)
+            metrics |= _score_generations(prepared, directory, journal, stop)
     except (PreemptedError, ClaimLostError):
         raise
     except TrainingDivergedError as problem:
@@ -366,11 +371,7 @@ def _train_and_evaluate(
         error = f"{type(problem).__name__}: {problem}"
         logger.error("%s", traceback.format_exc())
     metrics = journal.measured | metrics
-    preparation = prepared.preparation
-    if not preparation.is_in_peak_rss:
-        metrics["peak_rss_bytes"] = peak_rss_bytes()
-    metrics["preparation_seconds"] = preparation.seconds
-    metrics["wall_seconds"] = time.perf_counter() - started - preparation.seconds
+    metrics |= spending.total()
     times = {"started_at": started_at, "first_step_at": journal.first_step_at, "ended_at": time.time()}
     recorded = {name: value for name, value in times.items() if value is not None}
     return RunResult(
@@ -386,7 +387,7 @@ def _train_and_evaluate(
     )
 
 
-def _train(prepared: PreparedRun, journal: RunJournal | FollowingJournal) -> TrainingOutcome:
+def _train(prepared: PreparedRun, objective: _Objective, journal: RunJournal | FollowingJournal) -> TrainingOutcome:
     config = prepared.config
     batches = TrainingBatches(
         prepared.data.train,
@@ -402,7 +403,7 @@ def _train(prepared: PreparedRun, journal: RunJournal | FollowingJournal) -> Tra
     return train(
         prepared.model,
         batches,
-        _objective(prepared),
+        objective,
         config=config.trainer,
         accelerator=prepared.accelerator,
         journal=journal,
@@ -439,40 +440,50 @@ class _Objective(Protocol):
 
     def evaluate(self, model: nn.Module) -> Evaluation: ...
 
+    def rehearse(self, model: nn.Module) -> None: ...
+
     def evaluate_split(self, model: nn.Module, split: Any) -> Evaluation: ...
 
 
-def _objective(prepared: PreparedRun) -> _Objective:
+def _objective(prepared: PreparedRun, stop: StopRequest) -> _Objective:
     config = prepared.config
     if isinstance(prepared.data, LanguageData):
         return LanguageObjective(
             val=prepared.data.val,
+            others=[prepared.data.test, *(data.test for data in prepared.also.values())],
             eval_batch_size=config.trainer.eval_batch_size,
             chunk_tokens=config.trainer.loss_chunk_tokens,
             label_smoothing=config.trainer.label_smoothing,
+            stop=stop,
         )
     return SequenceObjective(
         config.dataset,
         val=prepared.data.val,
+        others=[prepared.data.test],
         positive_class=prepared.data.positive_class,
         eval_batch_size=config.trainer.eval_batch_size,
         label_smoothing=config.trainer.label_smoothing,
+        stop=stop,
     )
 
 
-def _score_before(prepared: PreparedRun) -> dict[str, float]:
+def _score_before(
+    prepared: PreparedRun, objective: _Objective, journal: RunJournal | FollowingJournal
+) -> dict[str, float]:
     """The nll that a language model begins with: on val, on test, and on the domain that it comes from."""
     if not isinstance(prepared.data, LanguageData):
         return {}
     model = prepared.model
     if not getattr(model, "is_quantized", False):
         model.to(prepared.accelerator.device)
-    objective = _objective(prepared)
     splits = {"val_nll_before": prepared.data.val, "test_nll_before": prepared.data.test}
     if prepared.also:
         splits["base_domain_nll_before"] = _base_domain(prepared)
     with prepared.accelerator.autocast():
-        scores = {name: objective.evaluate_split(model, split).scores for name, split in splits.items()}
+        scores = {
+            name: journal.once(f"score {name}", lambda split=split: objective.evaluate_split(model, split).scores)
+            for name, split in splits.items()
+        }
     return {name: values["nll"] for name, values in scores.items() if values}
 
 
@@ -480,19 +491,33 @@ def _base_domain(prepared: PreparedRun) -> TokenSplit:
     return next(iter(prepared.also.values())).test
 
 
-def _score_test(prepared: PreparedRun, outcome: TrainingOutcome, before: dict[str, float]) -> dict[str, float]:
+def _score_test(
+    prepared: PreparedRun,
+    objective: _Objective,
+    journal: RunJournal | FollowingJournal,
+    outcome: TrainingOutcome,
+    before: dict[str, float],
+) -> dict[str, float]:
     """Scores of both splits at the last step and at the step that was best on val; the model ends at the best."""
-    objective, test = _objective(prepared), prepared.data.test
-    sets: dict[str, Split | TokenSplit] = {"test": test, **{name: data.test for name, data in prepared.also.items()}}
+    sets: dict[str, Split | TokenSplit] = {
+        "test": prepared.data.test,
+        **{f"also {name}": data.test for name, data in prepared.also.items()},
+    }
 
-    def evaluate_all() -> dict[str, dict[str, float]]:
-        return {name: objective.evaluate_split(prepared.model, split).scores for name, split in sets.items()}
+    def evaluate_all(moment: str) -> dict[str, dict[str, float]]:
+        return {
+            name: journal.once(
+                f"score {name} {moment}",
+                lambda split=split: objective.evaluate_split(prepared.model, split).scores,
+            )
+            for name, split in sets.items()
+        }
 
-    last = evaluate_all()
+    last = evaluate_all("last")
     best = last
     if outcome.best_state is not None:
         outcome.restore_best(prepared.model)
-        best = evaluate_all()
+        best = evaluate_all("best")
     scores: dict[str, float] = {}
     for split, at_best, at_last in (
         ("val", outcome.best.scores, outcome.last.scores),
@@ -501,8 +526,8 @@ def _score_test(prepared: PreparedRun, outcome: TrainingOutcome, before: dict[st
         scores |= {f"{split}_{name}": value for name, value in at_best.items()}
         scores |= {f"{split}_{name}_last": value for name, value in at_last.items()}
     if prepared.also:
-        prepared.environment["evaluated_also"] = {name: best[name] for name in prepared.also}
-        first = next(iter(prepared.also))
+        prepared.environment["evaluated_also"] = {name: best[f"also {name}"] for name in prepared.also}
+        first = f"also {next(iter(prepared.also))}"
         for suffix, found in (("", best), ("_last", last)):
             if "nll" in found[first] and "base_domain_nll_before" in before:
                 nll = found[first]["nll"]
@@ -516,14 +541,16 @@ def _generated(config: RunConfig) -> list[str]:
     return [name for name in config.dataset.metrics if name in GENERATION_METRICS]
 
 
-def _score_generations(prepared: PreparedRun, folder: Path) -> dict[str, float]:
+def _score_generations(
+    prepared: PreparedRun, folder: Path, journal: RunJournal | FollowingJournal, stop: StopRequest
+) -> dict[str, float]:
     """Generates from the test split's prompts at the best step, keeps the texts and scores them."""
     config, data = prepared.config.dataset, prepared.data
     wanted = _generated(prepared.config)
     if not wanted or not isinstance(data, LanguageData):
         return {}
     prompts = data.test.prompts()[: config.generation.num_examples]
-    texts = generate(prepared.model, prompts, config.generation, prepared.tokenizer)
+    texts = generate(prepared.model, prompts, config.generation, prepared.tokenizer, stop=stop, once=journal.once)
     if not prepared.accelerator.is_main_process:
         return {}
     references = [prompt.references for prompt in prompts]
@@ -541,11 +568,15 @@ def _score_generations(prepared: PreparedRun, folder: Path) -> dict[str, float]:
 
 def _save(prepared: PreparedRun, folder: Path) -> int:
     """Saves what the method trained, at the best step; returns the bytes of the tensor files."""
-    config = prepared.config
-    with tempfile.TemporaryDirectory() as elsewhere:
-        # Weights that are spread over processes are put together by all of them, and kept by one.
-        kept = folder if prepared.accelerator.is_main_process else Path(elsewhere)
-        return _save_weights(prepared, kept / WEIGHTS_DIRS[config.method.name])
+    name = WEIGHTS_DIRS[prepared.config.method.name]
+    if not prepared.accelerator.is_main_process:  # sharded weights are gathered by all processes, and kept by one
+        with tempfile.TemporaryDirectory() as elsewhere:
+            return _save_weights(prepared, Path(elsewhere) / name)
+    num_bytes = _save_weights(prepared, folder / SAVING_DIR / name)
+    shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / SAVING_DIR / name).rename(folder / name)
+    (folder / SAVING_DIR).rmdir()
+    return num_bytes
 
 
 def _save_weights(prepared: PreparedRun, directory: Path) -> int:
@@ -597,24 +628,6 @@ def _accelerator(config: RunConfig) -> Accelerator:
     mixed = "no" if precision is Precision.fp32 else str(precision)
     # Not on_cpu: of several processes where there is nothing but a CPU, each would take itself for the only one.
     return Accelerator(cpu=will_be_cpu, mixed_precision=mixed)
-
-
-# What clusters send before they take a machine away: SLURM and Kubernetes the first, submitit the second.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
-
-
-@contextmanager
-def _stop_signals_call(ask: Callable[[], None]) -> Iterator[None]:
-    """While inside, a stop signal asks instead of killing."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, lambda *_: ask()) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

@@ -22,9 +22,16 @@ from harness.config import Schedule, TrainerConfig
 from harness.data import Batch
 from harness.evaluate import Evaluation, Objective
 from harness.flops import StepFlops
-from harness.measure import StepMeter, device_queue, measure_peak_memory
+from harness.measure import (
+    StepMeter,
+    device_queue,
+    measure_peak_memory,
+    rehearse_beside_optimizer,
+    reset_device_peaks,
+)
 from harness.parallel import put, shard, summed, summed_on_device, whole
 from harness.prefetch import prefetched
+from harness.stopping import PreemptedError
 
 # The training loss of a result is a mean over so many steps: those of one are too few examples to compare runs by. It
 # is no setting, because `tracking.log_every` may change and the numbers of a run may not.
@@ -37,10 +44,6 @@ class TrainingDivergedError(RuntimeError):
     def __init__(self, step: int, what: str) -> None:
         self.step = step
         super().__init__(f"{what} at step {step}; try a lower trainer.learning_rate or a longer warm-up.")
-
-
-class PreemptedError(RuntimeError):
-    """The run was asked to stop. Its checkpoint is written; starting it again goes on from there."""
 
 
 class StepBatches(Protocol):
@@ -78,6 +81,11 @@ class Position:
     best: Evaluation | None = None
     best_step: int = 0
     scaler: dict[str, Any] = field(default_factory=dict)
+    # The state after `step` is to be scored on val, and what that came to where it is known.
+    is_to_score: bool = False
+    last: Evaluation | None = None
+    # Of all steps, once they are made; only scoring is left then.
+    measured: dict[str, float] = field(default_factory=dict)
 
     def add(self, seconds: float, sizes: Sequence[float], loss: float) -> None:
         """Counts a step: how long it took, what it was made of (see `_sizes`), and the mean loss over its targets."""
@@ -102,14 +110,14 @@ class Journal(Protocol):
     """Who is told what happens, by metric name, and who keeps the checkpoints."""
 
     def started(self, num_steps: int, measured: dict[str, float]) -> None:
-        """Training begins or goes on; `measured` is what was measured before it."""
+        """Steps begin or resume; `measured` is what was measured before them. Raises as `keep_checkpoint` does."""
         ...
 
     def stepped(self, step: int, values: dict[str, float]) -> None:
         """An optimizer step was made; on CUDA the next one is under way, but evaluation and checkpoint come later."""
         ...
 
-    def evaluated(self, step: int, scores: dict[str, float]) -> None:
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
         """The validation split was scored after `step`."""
         ...
 
@@ -118,7 +126,7 @@ class Journal(Protocol):
         ...
 
     def keep_checkpoint(self, tensors: dict[str, Tensor], position: Position) -> None:
-        """Keeps a state. Raises `PreemptedError` when the run was asked to stop."""
+        """Keeps a state, in all processes at once. Raises `PreemptedError` when the run was asked to stop."""
         ...
 
     def last_checkpoint(self) -> tuple[dict[str, Tensor], Position] | None:
@@ -211,10 +219,11 @@ def train(
 ) -> TrainingOutcome:
     """Trains the parameters that require a gradient; the model ends at its last step.
 
-    Before the first step, peak memory is measured on the longest batch with a learning rate of 0: if that does not
-    fit, the run ends here and not after an hour. These steps warm the device up as well, so the clock starts after
-    them. The time of a step is that of forward, backward, clipping and optimizer, the batch's way to the device
-    included; the clock stands still while a batch is collated, during evaluation and while a checkpoint is written.
+    Before the first step, the largest batch of scoring is rehearsed, and peak memory is measured on the longest batch
+    with a learning rate of 0: if one of them does not fit, the run ends here and not after an hour. These steps warm
+    the device up as well, so the clock starts after them. The time of a step is that of forward, backward, clipping and
+    optimizer, the batch's way to the device included; the clock stands still while a batch is collated, during
+    evaluation and while a checkpoint is written.
 
     Losses stay on the device until the step after them is queued (see `StepMeter`), so one that is not finite ends the
     run one step later on CUDA, with its own number; nothing is evaluated or kept before all losses are read.
@@ -226,7 +235,9 @@ def train(
 
     Several processes (see `harness.parallel`) make the steps that one would make; each scores all of val.
 
-    A run that goes on from a checkpoint makes the steps that an undisturbed one would have made, bitwise on the CPU.
+    A run that resumes from a checkpoint makes the steps that an undisturbed one would have made, bitwise on the CPU.
+    When all steps are made, the state is kept before it is scored; so is the state that a scoring in between fails or
+    is stopped on. Whoever resumes from there begins with that scoring.
 
     Raises:
         TrainingDivergedError: a loss or the predictions on val were not finite.
@@ -281,26 +292,63 @@ def train(
             values = {"learning_rate": done.note.learning_rate, "train_tokens_per_second": tokens_per_second}
             journal.stepped(done.note.step, {objective.loss_name: reported, **values})
 
-    scaler_state = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
-    measured: dict[str, float] = {}
-    if not shard_model:  # a part of a matrix has no storage that could be followed
-        memory = measure_peak_memory(
-            lambda: rehearse(batches.longest()), model, optimizer, first=lambda: rehearse(batches.shortest())
-        )
-        measured |= memory.as_metrics()
-    if accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(scaler_state)
-    measured["num_steps"] = num_steps
+    def rehearse_scoring() -> None:
+        with accelerator.autocast():
+            objective.rehearse(model)
+
+    def keep(optimizer: torch.optim.Optimizer | None) -> None:
+        at.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
+        journal.keep_checkpoint(pack_training(bare_model, optimizer, best_state), at)
+
+    def score(*, is_kept: bool) -> Evaluation:
+        """Scores the state after `at.step` on val. Unless it is kept already, it is when that fails."""
+        nonlocal best_state
+        try:
+            with accelerator.autocast():
+                evaluation = at.last or objective.evaluate(model)
+        except Exception as error:
+            # The others would not take part when one process alone has failed.
+            if not is_kept and (accelerator.num_processes == 1 or isinstance(error, PreemptedError)):
+                keep(optimizer)
+            raise
+        if not evaluation.scores:
+            raise TrainingDivergedError(at.step, "predictions on val were not finite")
+        journal.evaluated(at.step, evaluation)
+        at.is_to_score, at.last = False, evaluation
+        if at.best is None or evaluation.objective > at.best.objective:
+            at.best, at.best_step = evaluation, at.step
+            best_state = None if at.step == num_steps else _trainable_state(bare_model)
+        return evaluation
 
     at, best_state = Position(), None
     meter: StepMeter[_Made] = StepMeter(device_queue(device))
     checkpoint = journal.last_checkpoint()
     if checkpoint is not None:
-        tensors, at = checkpoint
-        best_state = unpack_training(tensors, bare_model, optimizer)
+        at = checkpoint[1]
+    if not at.measured:
+        scaler_state = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
+        measured: dict[str, float] = {}
+        if shard_model:  # a part of a matrix has no storage that could be followed
+            rehearse_scoring()
+        else:
+            rehearse_beside_optimizer(rehearse_scoring, model, optimizer, first=lambda: rehearse(batches.shortest()))
+            reset_device_peaks(device)
+            memory = measure_peak_memory(
+                lambda: rehearse(batches.longest()), model, optimizer, first=lambda: rehearse(batches.shortest())
+            )
+            measured |= memory.as_metrics()
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(scaler_state)
+        measured["num_steps"] = num_steps
+    if checkpoint is not None:
+        best_state = unpack_training(checkpoint[0], bare_model, optimizer)
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(at.scaler)
-    journal.started(num_steps, measured)
+        del checkpoint
+    if not at.measured:
+        journal.started(num_steps, measured)
+        if at.is_to_score:
+            score(is_kept=False)
 
     while at.step < num_steps:
         with prefetched(batches.epoch(at.epoch, start=at.step_in_epoch), device) as steps:
@@ -318,44 +366,41 @@ def train(
                 meter.end(step_loss, _Made(at.step, rate, sizes))
 
                 is_last, ends_epoch = at.step == num_steps, at.step_in_epoch == batches.steps_per_epoch
-                evaluates = (
-                    is_last
-                    or (config.eval_each_epoch and ends_epoch)
-                    or (config.eval_every > 0 and at.step % config.eval_every == 0)
+                at.is_to_score, at.last = (
+                    (
+                        is_last
+                        or (config.eval_each_epoch and ends_epoch)
+                        or (config.eval_every > 0 and at.step % config.eval_every == 0)
+                    ),
+                    None,
                 )
-                account(behind=not evaluates)
-                if evaluates:
-                    with accelerator.autocast():
-                        evaluation = objective.evaluate(model)
-                    if not evaluation.scores:
-                        raise TrainingDivergedError(at.step, "predictions on val were not finite")
-                    journal.evaluated(at.step, evaluation.scores)
-                    if at.best is None or evaluation.objective > at.best.objective:
-                        at.best, at.best_step = evaluation, at.step
-                        best_state = None if is_last else _trainable_state(bare_model)
+                account(behind=not at.is_to_score)
                 if ends_epoch:
                     at.epoch, at.step_in_epoch = at.epoch + 1, 0
-                if not is_last and any(summed([journal.wants_checkpoint(at.step)], accelerator)):
-                    account(behind=False)
-                    at.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
-                    journal.keep_checkpoint(pack_training(bare_model, optimizer, best_state), at)
                 if is_last:
                     break
+                if at.is_to_score:
+                    score(is_kept=False)
+                if any(summed([journal.wants_checkpoint(at.step)], accelerator)):
+                    account(behind=False)
+                    keep(optimizer)
 
+    if not at.measured:
+        at.measured = measured | {
+            objective.loss_name: at.mean_loss,
+            "train_seconds": at.seconds,
+            "step_seconds_median": median(at.lap_seconds),
+            "train_tokens_per_second": at.real_tokens / at.seconds,
+            "padding_overhead": at.computed_tokens / at.real_tokens,
+        }
+        if flops is not None:
+            at.measured["train_flops"] = flops.total(
+                num_tokens=at.computed_tokens, num_squared=at.squared_tokens, num_targets=at.num_targets
+            )
+        keep(None)
+    last = score(is_kept=True)
     assert at.best is not None
-    measured |= {
-        objective.loss_name: at.mean_loss,
-        "best_step": at.best_step,
-        "train_seconds": at.seconds,
-        "step_seconds_median": median(at.lap_seconds),
-        "train_tokens_per_second": at.real_tokens / at.seconds,
-        "padding_overhead": at.computed_tokens / at.real_tokens,
-    }
-    if flops is not None:
-        measured["train_flops"] = flops.total(
-            num_tokens=at.computed_tokens, num_squared=at.squared_tokens, num_targets=at.num_targets
-        )
-    return TrainingOutcome(measured, at.best, evaluation, best_state)
+    return TrainingOutcome(at.measured | {"best_step": at.best_step}, at.best, last, best_state)
 
 
 def _sizes(micro_batches: Sequence[Batch]) -> list[float]:

@@ -360,7 +360,7 @@ def test_a_run_stops_and_goes_on_bitwise(data: Path, tmp_path: Path, monkeypatch
     keep = run_module.RunJournal.keep_checkpoint
 
     def stop_after(self: Any, tensors: Any, position: Any) -> None:
-        self.ask_to_stop()
+        self._stop.ask()
         keep(self, tensors, position)
 
     with monkeypatch.context() as patched:

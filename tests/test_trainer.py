@@ -22,9 +22,9 @@ from harness.config import Schedule, TrainerConfig
 from harness.data import Batch
 from harness.evaluate import Evaluation, SummedLoss
 from harness.measure import HostQueue
+from harness.stopping import PreemptedError
 from harness.trainer import (
     Position,
-    PreemptedError,
     TrainingDivergedError,
     TrainingOutcome,
     build_optimizer,
@@ -100,12 +100,15 @@ class Objective:
 
     def __init__(self, objectives: list[float] | None = None, poison_at: int | None = None) -> None:
         self.objectives = list(objectives or [])
-        self.poison_at, self.num_losses = poison_at, 0
+        self.poison_at, self.num_losses, self.num_rehearsals = poison_at, 0, 0
 
     def summed_loss(self, model: nn.Module, batch: Batch) -> SummedLoss:
         self.num_losses += 1
         loss = functional.cross_entropy(model(batch.inputs["input_ids"]), batch.labels, reduction="sum")
         return SummedLoss(loss * math.nan if self.num_losses == self.poison_at else loss)
+
+    def rehearse(self, model: nn.Module) -> None:
+        self.num_rehearsals += 1
 
     def evaluate(self, model: nn.Module) -> Evaluation:
         value = self.objectives.pop(0) if self.objectives else 0.0
@@ -142,7 +145,7 @@ class Record:
         self.losses.append(values["train_nll"])
         self.rates.append(values["learning_rate"])
 
-    def evaluated(self, step: int, scores: dict[str, float]) -> None:
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
         self.evaluated_at.append(step)
 
 
@@ -274,7 +277,7 @@ def test_evaluation_at_the_end_is_never_doubled_nor_left_out() -> None:
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_step() -> None:
     # Two losses belong to the measuring of memory, so the fifth is that of step 3.
     with pytest.raises(TrainingDivergedError, match=r"the loss was nan at step 3; try a lower trainer\.learning_rate"):
-        run(BagOfWords(), Rows(size=8), recipe(), Objective(poison_at=5))
+        run(BagOfWords(), Rows(size=8), recipe(), Objective(poison_at=6))
 
 
 def test_a_loss_that_is_not_finite_while_measuring_does_not_poison_the_weights() -> None:
@@ -444,8 +447,8 @@ class Ordered(Record):
         assert len(position.lap_seconds) == position.step
         self.told.append(("kept", position.step))
 
-    def evaluated(self, step: int, scores: dict[str, float]) -> None:
-        super().evaluated(step, scores)
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        super().evaluated(step, evaluation)
         self.told.append(("evaluated", step))
 
 
@@ -464,6 +467,7 @@ def test_losses_are_read_a_step_late_and_before_everything_that_builds_on_them(s
         ("kept", 4),
         ("step", 5),
         ("step", 6),
+        ("kept", 6),
         ("evaluated", 6),
     ]
     assert slow_device.num_waits == 6
@@ -486,7 +490,7 @@ def test_a_step_late_is_the_same_training(slow_device: SlowDevice, monkeypatch: 
 def test_divergence_seen_a_step_late_has_the_number_of_its_step(slow_device: SlowDevice) -> None:
     record = Ordered()
     with pytest.raises(TrainingDivergedError, match="the loss was nan at step 3") as caught:
-        run(BagOfWords(), Rows(size=8), recipe(), Objective(poison_at=5), record)
+        run(BagOfWords(), Rows(size=8), recipe(), Objective(poison_at=6), record)
     assert caught.value.step == 3
     assert record.told == [("asked", 1), ("step", 1), ("asked", 2), ("step", 2), ("asked", 3)]
 
@@ -497,7 +501,7 @@ def test_nothing_is_kept_or_scored_after_a_divergence(slow_device: SlowDevice, e
     record.checkpoint_at = 0 if evaluates else 3
     config = recipe(eval_every=3 if evaluates else 0)
     with pytest.raises(TrainingDivergedError, match="the loss was nan at step 3"):
-        run(BagOfWords(), Rows(size=8), config, Objective(poison_at=5), record)
+        run(BagOfWords(), Rows(size=8), config, Objective(poison_at=6), record)
     assert record.kept is None and record.evaluated_at == []
 
 
