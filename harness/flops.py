@@ -13,6 +13,10 @@ is trained, and the same again for the gradient of its weight where that is trai
 so LoRA costs a little more than 2/3 of full fine-tuning (LoRA Without Regret, Schulman & Thinking Machines 2025), and
 less where the first blocks have no adapter, because autograd stops at the first trained parameter.
 
+What counts is what the steps of training compute, on padding, too: a batch is padded to its longest example, and a
+packed block attends over its whole length, with what other documents hold masked out. Neither evaluation nor the
+rehearsal before the first step is counted, nor what gradient checkpointing computes a second time.
+
 `formula_flops` and `counted_flops` agree exactly for what the harness trains: everything, adapters and head, head
 alone.
 """
@@ -43,7 +47,7 @@ class StepFlops:
     """Floating-point operations of forward and backward, as coefficients of what a batch holds.
 
     `per_token`: the matrices that every position passes. `per_token_squared`: attention. `per_target`: the
-    unembedding of a language model, or the head of an encoder, which read only some of the positions.
+    unembedding of a language model, or the head of an encoder, where they read only some of the positions.
     """
 
     per_token: int
@@ -73,7 +77,7 @@ _POOLER = {"bert": ("bert.pooler.dense",)}
 _OTHER_ATTENTION = ("deberta", "deberta-v2")
 
 
-def formula_flops(model: nn.Module) -> StepFlops:
+def formula_flops(model: nn.Module, *, whole_logits: bool = False) -> StepFlops:
     """Operations of a step from the shapes of a model's matrices and from which parameters are trained.
 
     Follows autograd through the blocks in the order of their computation: the gradient of an input is computed where
@@ -89,6 +93,8 @@ def formula_flops(model: nn.Module) -> StepFlops:
     Args:
         model: transformers' causal language model or sequence classifier of an architecture in
             `harness.placement.ARCHITECTURES`, on any device, adapted or not, with `requires_grad` as in training.
+        whole_logits: whether a language model computes the logits of every position, padding included, and not of its
+            targets alone (`harness.language.makes_whole_logits`).
 
     Raises:
         FlopsError: an architecture that is not described or whose attention is another (DeBERTa), or matrices of
@@ -129,7 +135,7 @@ def formula_flops(model: nn.Module) -> StepFlops:
         per_token += flops
     for name in (*pooler, *head, *unembedding):
         flops, live = _matrix_flops(matrices[name], live)
-        if name in head and architecture.unembedding is not None:
+        if (name in head and architecture.unembedding is not None) or (name in unembedding and whole_logits):
             per_token += flops
         else:
             per_target += flops
@@ -241,7 +247,7 @@ def _shape(module: nn.Module) -> tuple[int, int]:
 # ---------------------------------------------------------------- by counting
 
 
-def counted_flops(model: nn.Module) -> StepFlops:
+def counted_flops(model: nn.Module, *, whole_logits: bool = False) -> StepFlops:
     """Operations of a step as PyTorch counts them (`FlopCounterMode`) in forward and backward, solved for a batch.
 
     Runs on fake tensors: nothing is computed or allocated, and neither the parameters nor their gradients change. A
@@ -251,13 +257,14 @@ def counted_flops(model: nn.Module) -> StepFlops:
 
     Args:
         model: a transformers model as in `formula_flops`, of any architecture, not quantized, on the meta device or
-            another, with attention `eager` or `sdpa`. A language model computes the logits of its targets alone.
+            another, with attention `eager` or `sdpa`.
+        whole_logits: as in `formula_flops`.
 
     Raises:
         FlopsError: operations that are no sum of terms per token, per token squared and per target; DeBERTa projects
             its relative positions once a batch.
     """
-    step = _Step(model)
+    step = _Step(model, whole_logits)
     training = {module: module.training for module in model.modules()}
     model.eval()  # neither gradient checkpointing nor dropout
     try:
@@ -289,15 +296,18 @@ def counted_flops(model: nn.Module) -> StepFlops:
 class _Step(nn.Module):
     """The forward pass of a training step up to the logits that it needs."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, whole_logits: bool) -> None:
         super().__init__()
         self.model = model
         self.is_language_model = model.get_output_embeddings() is not None
+        self.whole_logits = whole_logits
 
     def forward(self, input_ids: Tensor, num_targets: int) -> Tensor:
         """`(batch, length)` to `(targets, vocabulary)`, or to `(batch, labels)`."""
         logits: Tensor
-        if self.is_language_model:
+        if self.is_language_model and self.whole_logits:
+            logits = self.model(input_ids).logits.flatten(0, 1)[:num_targets]
+        elif self.is_language_model:
             hidden = self.model.base_model(input_ids).last_hidden_state
             logits = self.model.get_output_embeddings()(hidden.flatten(0, 1)[:num_targets])
         else:

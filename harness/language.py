@@ -123,6 +123,11 @@ def chunked_cross_entropy(
     return SummedLoss(total, unsmoothed)
 
 
+def makes_whole_logits(model: nn.Module, chunk_tokens: int | None) -> bool:
+    """Whether a step computes the logits of every position at once, and not of targets alone, a chunk at a time."""
+    return chunk_tokens == 0 or model.config.model_type not in _PLAIN_LOGITS
+
+
 def summed_nll(model: nn.Module, batch: Batch, *, chunk_tokens: int | None = None) -> Tensor:
     """-log p of a batch's targets in nats, summed; a scalar with a graph where gradients are on. See `summed_loss`."""
     return summed_loss(model, batch, chunk_tokens=chunk_tokens).minimised
@@ -146,7 +151,7 @@ def summed_loss(
     targets = batch.labels[:, 1:]
     wanted = targets != NO_TARGET
     chosen = targets[wanted]
-    if chunk_tokens == 0 or bare.config.model_type not in _PLAIN_LOGITS:
+    if makes_whole_logits(bare, chunk_tokens):
         logits = model(**batch.inputs).logits[:, :-1][wanted]
         return cross_entropy(logits.float(), chosen, label_smoothing=label_smoothing)
     chunk = chunk_tokens or max(1, _CHUNK_ELEMENTS // bare.config.vocab_size)

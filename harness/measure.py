@@ -3,8 +3,9 @@
 Four kinds of memory appear in a result, and each name says which one it is:
 
 * `peak_memory_bytes` (`LiveTensors`, `measure_peak_memory`): bytes of the tensor storages that are alive at once.
-  Exact, repeatable to the byte, and the same on every device that runs the same operations. Scratch space inside one
-  kernel, allocator rounding and fragmentation are not in it.
+  Exact, repeatable to the byte, and the same wherever the same operations run. Which ones run depends on the device, on
+  its fused kernels and on the version of PyTorch. Scratch space inside one kernel, allocator rounding and fragmentation
+  are not in it.
 * `cuda_peak_allocated_bytes`, `cuda_peak_reserved_bytes` (`device_peaks`): what the CUDA caching allocator handed out
   and what it holds.
 * `peak_rss_bytes`: the high-water mark of the process, Python and libraries included; what is prepared once for all

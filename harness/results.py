@@ -86,6 +86,7 @@ METRICS: dict[str, Metric] = {
     "num_head_params": _count("head params"),
     "num_trainable_params": _count("trainable params"),
     "num_total_params": Metric("1", Direction.NEUTRAL, "total params", ",.0f"),
+    # Live tensor bytes; the same wherever the same operations run, which depends on device and version of PyTorch.
     "peak_memory_bytes": _memory("peak memory"),
     "weights_bytes": _memory("weights"),
     "gradients_bytes": _memory("gradients"),

@@ -56,7 +56,7 @@ from harness.folder import (
     settle,
 )
 from harness.journal import FollowingJournal, RunJournal
-from harness.language import LanguageObjective, generate
+from harness.language import LanguageObjective, generate, makes_whole_logits
 from harness.language_data import LanguageData, TokenSplit, load_language_data
 from harness.ledger import Spending
 from harness.measure import (
@@ -414,7 +414,10 @@ def _train(prepared: PreparedRun, objective: _Objective, journal: RunJournal | F
 
 def _step_flops(prepared: PreparedRun) -> StepFlops | None:
     try:
-        return formula_flops(prepared.model)
+        whole_logits = prepared.config.dataset.task.is_language and makes_whole_logits(
+            prepared.model, prepared.config.trainer.loss_chunk_tokens
+        )
+        return formula_flops(prepared.model, whole_logits=whole_logits)
     except FlopsError as reason:
         logger.info("train_flops is not recorded: %s", reason)
         return None

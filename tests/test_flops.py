@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     DebertaV2Config,
+    Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -27,7 +28,10 @@ from transformers import (
 
 from harness import flops
 from harness.config import Method, ModelConfig, RankConfig, TinyModel
+from harness.data import Batch
 from harness.flops import FlopsError, StepFlops, counted_flops, formula_flops
+from harness.language import makes_whole_logits, summed_loss
+from harness.language_data import NO_TARGET
 from harness.lora import apply_lora, set_trainable
 from harness.models import build_skeleton
 from harness.placement import ARCHITECTURES, head_modules, select_modules
@@ -53,6 +57,8 @@ LANGUAGE_MODELS = {
     "llama": lambda: LlamaConfig(**GROUPED),
     # Heads whose width times number is not the model's, normed queries, tied embeddings.
     "qwen3": lambda: Qwen3Config(**GROUPED, head_dim=16, tie_word_embeddings=True),
+    # Logits are capped after the unembedding, so they are made whole.
+    "gemma2": lambda: Gemma2Config(**GROUPED, head_dim=16),
     "gemma3": lambda: Gemma3TextConfig(**GROUPED, head_dim=16),
     # Attention and MLP side by side, and one after the other.
     "gpt_neox": lambda: GPTNeoXConfig(**SIZES, **TOKENS),
@@ -74,6 +80,8 @@ def _language_model(name: str, *, device: str = "meta", attention: str = "sdpa")
     config.use_cache = False
     torch.manual_seed(0)
     with torch.device(device):
+        # Capped scores have no fused kernel.
+        attention = "eager" if name == "gemma2" else attention
         return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
 
 
@@ -244,6 +252,30 @@ def test_a_step_that_is_computed_has_as_many_operations(trained: str) -> None:
     num_targets = int(selected.sum())
     assert num_targets == 7 + 3
     expected = formula_flops(model).total(num_tokens=3 * 9, num_squared=3 * 9**2, num_targets=num_targets)
+    assert counter.get_total_flops() == expected
+
+
+@pytest.mark.parametrize(("name", "chunk"), [("llama", None), ("llama", 5), ("llama", 0), ("gemma2", None)])
+@pytest.mark.parametrize("trained", ["full", "all and lm_head"])
+def test_a_step_of_the_language_objective_has_as_many_operations(name: str, chunk: int | None, trained: str) -> None:
+    """Padded rows of which some positions are targets, through what the trainer calls; every way to make logits."""
+    method, roles, blocks = TRAINED[trained]
+    model = _train(_language_model(name, device="cpu", attention="eager"), method, *roles, blocks=blocks)
+    lengths = torch.tensor([9, 5, 2])
+    input_ids = torch.randint(3, VOCAB, (3, 9))
+    mask = torch.arange(9) < lengths[:, None]
+    is_target = mask.clone()
+    is_target[:, :2] = False
+    labels = torch.where(is_target, input_ids, NO_TARGET)
+    batch = Batch({"input_ids": input_ids, "attention_mask": mask.long()}, labels, 16, int(is_target.sum()))
+    with FlopCounterMode(display=False) as counter:
+        summed_loss(model, batch, chunk_tokens=chunk).minimised.backward()
+    whole = makes_whole_logits(model, chunk)
+    assert whole == (chunk == 0 or name == "gemma2")
+    step = formula_flops(model, whole_logits=whole)
+    assert step == counted_flops(model, whole_logits=whole)
+    assert (step.per_target == 0) == whole
+    expected = step.total(num_tokens=3 * 9, num_squared=3 * 9**2, num_targets=batch.num_targets)
     assert counter.get_total_flops() == expected
 
 

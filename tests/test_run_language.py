@@ -391,14 +391,17 @@ def test_a_base_in_bfloat16_is_scored_and_trained_under_autocast(data: Path, tmp
     assert result.metrics["weights_bytes"] < 0.6 * whole.metrics["weights_bytes"]
 
 
-def test_training_compute_is_steps_times_what_the_formula_says(data: Path, tmp_path: Path) -> None:
-    wanted = config(data, tmp_path, dataset={"max_length": 32}, trainer={"max_steps": 2, "batch_size": 2})
+@pytest.mark.parametrize("chunk", [None, 0])
+def test_training_compute_is_steps_times_what_the_formula_says(data: Path, tmp_path: Path, chunk: int | None) -> None:
+    settings = {"max_steps": 2, "batch_size": 2, "loss_chunk_tokens": chunk}
+    wanted = config(data, tmp_path, task="completion", dataset={"max_length": 32}, trainer=settings)
     result = run(wanted)
     prepared = prepare(wanted)
     train = prepared.data.train
     steps = TrainingBatches(train, batch_size=2, micro_batch_size=None, seed=0).epoch(0)  # type: ignore[arg-type]
     batches = [next(steps)[0] for _ in range(2)]
-    flops = formula_flops(prepared.model)
+    flops = formula_flops(prepared.model, whole_logits=chunk == 0)
+    assert sum(batch.num_targets for batch in batches) < sum(batch.labels.numel() for batch in batches)
     expected = sum(
         flops.total(num_tokens=rows * length, num_squared=rows * length**2, num_targets=batch.num_targets)
         for batch in batches
