@@ -36,6 +36,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from harness.cores import available_cores
+
 MIB = 1024**2
 
 # `mem_get_info` cannot tell our own CUDA context (roughly 300 to 600 MiB, by GPU and driver) from other processes'
@@ -592,7 +594,7 @@ def environment(
         "platform": platform.platform(),
         "hostname": socket.gethostname(),
         "cpu_model": cpu_model,
-        "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "num_cores": available_cores(),
         "num_threads": torch.get_num_threads() if num_threads is None else num_threads,
         "device_type": device_type,
         "device_name": cpu_model,

@@ -37,6 +37,7 @@ from harness.config import (
     run_id,
     to_dict,
 )
+from harness.cores import available_cores
 from harness.data import Batch, Split, TextData, TrainingBatches, load_data
 from harness.evaluate import Evaluation, SequenceObjective, SummedLoss
 from harness.flops import FlopsError, StepFlops, formula_flops
@@ -229,8 +230,8 @@ def _made_from(prepared: PreparedRun) -> dict[str, Any]:
 
 def prepare(config: RunConfig) -> PreparedRun:
     """Loads data and model, applies the method, and checks everything that can be checked before training."""
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
+    # PyTorch's own choice knows nothing of a container's quota.
+    torch.set_num_threads(config.num_threads or min(torch.get_num_threads(), available_cores()))
     accelerator = _accelerator(config)
     if not config.allow_busy_device:
         require_free_device(accelerator.device)

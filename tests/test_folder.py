@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,12 +52,11 @@ def killed(*_: Any, **__: Any) -> None:
     raise Killed
 
 
-def dead_job(config: RunConfig, stamp_before: object) -> Any:
-    """What the launcher holds of a process that died by SIGKILL without a reply."""
+def dead_job(config: RunConfig, stamp_before: object, number: int = signal.SIGKILL) -> Any:
+    """What the launcher holds of a process that died by a signal without a reply."""
     nothing = SimpleNamespace(poll=lambda: False)
-    return SimpleNamespace(
-        config=config, reply=nothing, process=SimpleNamespace(exitcode=-9), stamp_before=stamp_before
-    )
+    process = SimpleNamespace(exitcode=-number)
+    return SimpleNamespace(config=config, reply=nothing, process=process, stamp_before=stamp_before)
 
 
 @pytest.mark.parametrize("rerun", [Rerun.failed, Rerun.all])
@@ -81,6 +81,11 @@ def test_a_child_killed_before_its_result_has_failed(wanted: RunConfig) -> None:
     assert launcher._outcome(dead_job(wanted, None)).status == "failed"
     assert read_result(folder_of(wanted) / "result.json").status is Status.FAILED
     assert not (folder_of(wanted) / "claims").exists()
+
+
+def test_a_child_told_to_stop_before_it_could_hear_is_not_finished(wanted: RunConfig) -> None:
+    assert launcher._outcome(dead_job(wanted, None, signal.SIGTERM)).status == worker.NOT_FINISHED
+    assert not folder_of(wanted).exists()
 
 
 def test_who_lost_its_claim_leaves_the_run_to_its_new_owner(wanted: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,15 +12,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import test_run
+import torch
 from test_run import NOT_EXACT
 
 from analysis.status import find_status
 from harness.claims import Claim, read_owner
 from harness.results import Status, read_result
+from hydra_plugins.lora_harness import launcher as launcher_module
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ("apple pear plum", "iron zinc lead")
@@ -306,6 +311,39 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"cannot mount a small tmpfs: {mounted.stderr.decode().strip()}")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("stranger", ["", "device='cuda': 9 of 10 bytes are in use"])
+def test_runs_that_share_a_device_are_no_strangers_to_each_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stranger: str
+) -> None:
+    """Who else uses the device is asked once, while none of the launcher's own runs does."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    configs = [replace(test_run.config(tmp_path / "rows.csv", tmp_path, seed=seed), device="auto") for seed in range(3)]
+    slots = launcher_module.find_slots(configs, runs_per_device=2, workers=None)
+    assert [(slot.name, slot.is_shared) for slot in slots] == [("gpu 0", True)] * 2
+    queue = launcher_module.Queue(configs, slots, None)
+    asked: list[str] = []
+    started: list[bool] = []
+
+    def find_busy(slot: launcher_module.Slot) -> str:
+        asked.append(slot.name)
+        return stranger
+
+    def spawn(config: Any, slot: launcher_module.Slot) -> Any:
+        started.append(config.allow_busy_device)
+        return SimpleNamespace(slot=slot)
+
+    monkeypatch.setattr(queue, "_find_busy", find_busy)
+    monkeypatch.setattr(queue, "_spawn", spawn)
+    with launcher_module.open_screen(3) as screen:
+        queue._start(screen)
+    if stranger:
+        assert not started
+        assert [result.error for result in results(tmp_path).values()] == [stranger] * 3
+    else:
+        assert (asked, started) == (["gpu 0"], [True, True])
 
 
 def test_a_claimed_run_is_waited_for(base: list[str], tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ LAYERS = {
     "harness.config": 0,
     "harness.results": 0,
     "harness.placement": 0,
+    "harness.cores": 0,
     "harness.launches": 0,
     "harness.models": 1,
     "harness.data": 1,

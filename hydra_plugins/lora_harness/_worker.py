@@ -88,12 +88,12 @@ def write_failure(config: RunConfig, error: str) -> Outcome:
     return Outcome(str(recorded.status), recorded.error, was_kept=recorded is not result)
 
 
-def outcome_of_dead(config: RunConfig, error: str, *, stamp_before: object) -> Outcome:
+def outcome_of_dead(config: RunConfig, error: str | None, *, stamp_before: object) -> Outcome:
     """What became of a run whose process died without a word: it may have died after its result.
 
     Args:
         config: the run's config.
-        error: how the process died.
+        error: how the process died; None when it was told to.
         stamp_before: `result_stamp(config)` from before the process was started.
     """
     from harness.config import Rerun
@@ -103,6 +103,8 @@ def outcome_of_dead(config: RunConfig, error: str, *, stamp_before: object) -> O
         result = kept_result(replace(config, rerun=Rerun.never))
         if result is not None:
             return Outcome(str(result.status), result.error)
+    if error is None:
+        return Outcome(NOT_FINISHED, "its process was told to stop")
     return write_failure(config, error)
 
 
@@ -124,6 +126,24 @@ def run_in_process(
     _redirect_output(Path(log_path))
     threading.Thread(target=_end_with, args=(launcher_pid,), daemon=True).start()
     reply.send(compute(values))
+
+
+def find_busy(variables: dict[str, str], reply: Connection) -> None:
+    """Sends why a device cannot be used, or an empty text, from a process that ends and frees the device again.
+
+    Args:
+        variables: environment variables that give the process its device.
+        reply: takes the text.
+    """
+    from harness.measure import DeviceBusyError, require_free_device
+
+    os.environ.update(variables)
+    try:
+        require_free_device("cuda")
+    except DeviceBusyError as error:
+        reply.send(str(error))
+    else:
+        reply.send("")
 
 
 def _redirect_output(path: Path) -> None:

@@ -27,6 +27,7 @@ from omegaconf import DictConfig
 
 from harness.claims import current_owner
 from harness.config import ConfigError, Device, RunConfig, run_id, to_dict
+from harness.cores import available_cores
 from harness.folder import LOG_FILE, kept_result, result_stamp, run_dir
 from harness.results import RESULT_FILE, ResultError, Status, read_result
 from hydra_plugins.lora_harness import _worker as worker
@@ -39,6 +40,7 @@ logger = logging.getLogger("harness")
 # How long a run may take to write its checkpoint when the sweep is interrupted.
 GRACE_SECONDS = 30.0
 _POLL_SECONDS = 0.1
+_STOPPING = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 PRELOADED = "hydra_plugins.lora_harness._preload"
 _LOOK_SECONDS = 2.0
 
@@ -59,11 +61,15 @@ ConfigStore.instance().store(
 
 @dataclass(frozen=True)
 class Slot:
-    """A place where one run at a time computes: what its process gets to see, and how many threads it may use."""
+    """A place where one run at a time computes: what its process gets to see, and how many threads it may use.
+
+    On a shared device other runs of this launcher compute beside it.
+    """
 
     name: str
     variables: dict[str, str] = field(default_factory=dict)
     num_threads: int | None = None
+    is_shared: bool = False
 
 
 @dataclass
@@ -133,8 +139,10 @@ def find_slots(configs: Sequence[RunConfig], *, runs_per_device: int, workers: i
     if num_gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else [str(index) for index in range(num_gpus)]
-        return [Slot(f"gpu {name}", {"CUDA_VISIBLE_DEVICES": name}) for _ in range(runs_per_device) for name in names]
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        is_shared = runs_per_device > 1
+        slots = [Slot(f"gpu {name}", {"CUDA_VISIBLE_DEVICES": name}, is_shared=is_shared) for name in names]
+        return slots * runs_per_device
+    num_cores = available_cores()
     num_workers = 1 if workers is None else workers
     asked = max((config.num_threads or 1 for config in configs), default=1)
     if not 1 <= num_workers * asked <= max(num_cores, asked):
@@ -197,8 +205,32 @@ class Queue:
                 self._elsewhere.append(config)
                 continue
             slot = self._free.pop(0)
+            if slot.is_shared:
+                # A run could not tell its neighbour from a stranger: the device is looked at before the first of them.
+                busy = "" if self._is_used(slot) or config.allow_busy_device else self._find_busy(slot)
+                if busy:
+                    self._free.append(slot)
+                    self._end(config, worker.write_failure(config, busy), screen)
+                    continue
+                config = replace(config, allow_busy_device=True)
             self._jobs.append(self._spawn(config, slot))
             screen.started(run_id(config), slot.name)
+
+    def _is_used(self, slot: Slot) -> bool:
+        return any(job.slot.name == slot.name for job in self._jobs)
+
+    def _find_busy(self, slot: Slot) -> str:
+        """Why the device of a slot cannot be used; empty when it can."""
+        receiver, sender = self._processes.Pipe(duplex=False)
+        process = self._processes.Process(target=worker.find_busy, args=(slot.variables, sender), daemon=True)
+        process.start()
+        sender.close()
+        try:
+            return str(receiver.recv())
+        except EOFError:
+            return f"{slot.name}: the process that was to look at the device ended without a word"
+        finally:
+            process.join()
 
     def _wait(self) -> None:
         """Until a run ends, or it is time to look at the screen and at the other launchers again."""
@@ -232,13 +264,17 @@ class Queue:
             job.process.join()
             self._jobs.remove(job)
             self._free.append(job.slot)
-            outcome = _outcome(job)
-            if outcome.status == worker.CLAIMED:
-                self._elsewhere.append(job.config)
-                continue
-            self._outcomes[job.run_id] = outcome
-            self._note_gap(job)
-            screen.ended(job.run_id, outcome)
+            if self._end(job.config, _outcome(job), screen):
+                self._note_gap(job)
+
+    def _end(self, config: RunConfig, outcome: Outcome, screen: Screen) -> bool:
+        """Keeps what became of a run, unless that is for another launcher to say."""
+        if outcome.status == worker.CLAIMED:
+            self._elsewhere.append(config)
+            return False
+        self._outcomes[run_id(config)] = outcome
+        screen.ended(run_id(config), outcome)
+        return True
 
     def _look_elsewhere(self, screen: Screen) -> None:
         """Takes back runs that another launcher had when it has ended them or let go."""
@@ -286,6 +322,9 @@ def _outcome(job: Job) -> Outcome:
         except EOFError:
             pass
     code = job.process.exitcode
+    if code is not None and -code in _STOPPING:
+        # Before the run could hear it, or after its end.
+        return worker.outcome_of_dead(job.config, None, stamp_before=job.stamp_before)
     if code is not None and code < 0:
         error = f"the process was killed by {signal.Signals(-code).name}"
         if -code == signal.SIGKILL:
