@@ -41,6 +41,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("--published", action="store_true", help="show what papers print underneath, marked as quoted")
     report.add_argument(
+        "--margin",
+        type=_margin,
+        default=0.005,
+        metavar="FRACTION",
+        help="a difference within this part of a metric's scale does not matter; default: %(default)s, half a point",
+    )
+    report.add_argument(
         "--wandb", choices=("offline", "online"), help="also make a W&B run of job type report that carries all of it"
     )
     report.set_defaults(command=_report)
@@ -52,12 +59,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _margin(text: str) -> float:
+    try:
+        margin = float(text)
+    except ValueError:
+        margin = 0.0
+    if not 0 < margin < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a fraction between 0 and 1, as 0.005")
+    return margin
+
+
 def _report(options: argparse.Namespace) -> None:
     # Imported late: the status comes without waiting for what draws figures.
     from analysis.report import write_report
 
     report_dir = write_report(
-        options.runs_dir, options.reports_dir, options.sweep, scores=options.scores, published=options.published
+        options.runs_dir,
+        options.reports_dir,
+        options.sweep,
+        scores=options.scores,
+        published=options.published,
+        margin=options.margin,
     )
     if options.wandb is not None:
         # Imported late: a report needs neither W&B nor the rest of the harness.

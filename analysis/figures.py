@@ -273,7 +273,7 @@ def _panels(cells: pd.DataFrame, curves: Curves) -> list[_Panel]:
         groups[row["model"], row["dataset"], row["best_metric"]].append(row)
     one_method = best.loc[best["rank"].notna(), "method"].nunique() == 1
     index: dict[str, int] = {}
-    panels = []
+    panels: list[_Panel] = []
     for (model, dataset, score), rows in groups.items():
         chosen = {cell.row["condition_id"]: cell for cell in _named(rows, one_method=one_method)}
         for cell in chosen.values():
@@ -285,6 +285,8 @@ def _panels(cells: pd.DataFrame, curves: Curves) -> list[_Panel]:
             if row["condition_id"] in chosen
         ]
         name = f"{_clean(model)}, {_clean(dataset)}"
+        alike = sum(panel.name.partition(" #")[0] == name for panel in panels)
+        name += f" #{alike + 1}" if alike else ""
         panels.append(_Panel(name, [*chosen.values()], tried, curves, f"test_{score}", f"val_{score}", index))
     return panels
 
@@ -488,13 +490,15 @@ def _set_count_ticks(axes: Axes, name: str) -> None:
 
 def _draw_by_params(place: SubFigure, panel: _Panel, notes: _Notes) -> None:
     axes = place.subplots()
-    shown, references = _with_adapter(panel), _without_rank(panel)
+    shown = _with_adapter(panel)
+    references = _alike(_without_rank(panel), shown)
     _draw_families(axes, panel, "num_adapter_params", shown)
     axes.set_xscale("log")
     _set_count_ticks(axes, "num_adapter_params")
     _name_points(axes, shown, "num_adapter_params", panel.test, notes)
     _draw_references(axes, panel, references, notes)
-    notes.tell(panel.best, [*shown, *references], panel.test)
+    left_out = [cell for cell in _without_rank(panel) if cell not in references]
+    notes.tell([cell for cell in panel.best if cell not in left_out], [*shown, *references], panel.test)
     axes.set(xlabel=_axis_label("num_adapter_params", "x"), ylabel=_axis_label(panel.test, "y"))
 
 
@@ -505,6 +509,12 @@ def _with_adapter(panel: _Panel) -> list[_Cell]:
 
 def _without_rank(panel: _Panel) -> list[_Cell]:
     return [cell for cell in panel.having(panel.test) if not cell.rank]
+
+
+def _alike(references: Sequence[_Cell], shown: Sequence[_Cell]) -> list[_Cell]:
+    """The references in a recipe of the cells shown: a line across says that both can be compared."""
+    recipes = {cell.row["recipe_id"] for cell in shown}
+    return [cell for cell in references if cell.row["recipe_id"] in recipes]
 
 
 def _draw_front(place: SubFigure, panel: _Panel, notes: _Notes, *, cost: str) -> None:
@@ -620,7 +630,7 @@ def _is_far_from_zero(values: Sequence[float]) -> bool:
 def _draw_rank_curves(place: SubFigure, panel: _Panel, notes: _Notes) -> None:
     axes = place.subplots()
     shown = [cell for cell in panel.having(panel.test) if cell.rank]
-    full = [cell for cell in _without_rank(panel) if cell.row["method"] == "full"]
+    full = _alike([cell for cell in _without_rank(panel) if cell.row["method"] == "full"], shown)
     axes.set_xscale("log", base=2)
     _draw_families(axes, panel, "rank", shown)
     # A little aside, or the intervals of all placements would lie on one another.
@@ -632,7 +642,8 @@ def _draw_rank_curves(place: SubFigure, panel: _Panel, notes: _Notes) -> None:
             )
     _set_ticks(axes, [cell.shown("rank") for cell in shown], lambda value: f"{value:g}")
     _draw_references(axes, panel, full, notes)
-    compared = [cell for cell in panel.best if cell.rank or cell.row["method"] == "full"]
+    compared = [cell for cell in panel.best if cell.rank or cell in full or not cell.finished]
+    compared = [cell for cell in compared if cell.rank or cell.row["method"] == "full"]
     notes.tell(compared, [*shown, *full], panel.test)
     axes.set(xlabel="rank", ylabel=_axis_label(panel.test, "y"))
 
@@ -703,12 +714,13 @@ def _draw_learning_rates(place: SubFigure, panel: _Panel, notes: _Notes) -> None
 
 def _draw_best_rates(place: SubFigure, panel: _Panel, notes: _Notes) -> None:
     axes = place.subplots()
-    shown, full = _tuned_ranks(panel), _tuned_full(panel)
+    shown = _tuned_ranks(panel)
+    full = _tuned_full(panel, shown)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     drawn = [[cell for cell in members if cell in shown] for members in panel.families().values()]
     drawn = [cells for cells in drawn if cells]
-    named: set[tuple[float, float]] = set()
+    named: set[tuple[float, float, float]] = set()
     for number, cells in enumerate(drawn):
         look, points = panel.look(cells[0]), [(cell.shown("rank"), cell.row["learning_rate"]) for cell in cells]
         # A little aside: grids are coarse, and the best rates of several placements one and the same.
@@ -720,24 +732,25 @@ def _draw_best_rates(place: SubFigure, panel: _Panel, notes: _Notes) -> None:
             if cell.row["edge"]:
                 (hollow,) = axes.plot(*point, marker=look["marker"], mec=look["color"], mfc="white", label="edge")
                 hollow.set_transform(hollow.get_transform() + aside)
-            if full is not None and point not in named and len(shown) <= MAX_NAMED:
-                named.add(point)
-                label_point(axes, f"{point[1] / full.row['learning_rate']:.3g}\N{MULTIPLICATION SIGN}", *point)
+            reference = full.get(cell.row["recipe_id"])
+            ratio = None if reference is None else point[1] / reference.row["learning_rate"]
+            if ratio is not None and (*point, ratio) not in named and len(shown) <= MAX_NAMED:
+                named.add((*point, ratio))
+                label_point(axes, f"{ratio:.3g}\N{MULTIPLICATION SIGN}", *point)
         label_end(axes, cells[0].family, points[-1], look["color"])
-    if full is not None:
-        rate = full.row["learning_rate"]
-        axes.axhline(rate, color="black", label=full.label, zorder=1)
-        label_end(axes, full.label, (1, rate), "black", coordinates=("axes fraction", "data"))
-        notes.remarks.append("\N{MULTIPLICATION SIGN}: ratio to the best rate of full")
-        if full.row["edge"]:
-            notes.remarks.append(f"{notes.where}the rate of full is at the {full.row['edge']} edge of its grid")
+    for reference in full.values():
+        rate = reference.row["learning_rate"]
+        axes.axhline(rate, color="black", label=reference.label, zorder=1)
+        label_end(axes, reference.label, (1, rate), "black", coordinates=("axes fraction", "data"))
+        notes.remarks.append("\N{MULTIPLICATION SIGN}: ratio to the best rate of full of the same recipe")
+        if reference.row["edge"]:
+            edge = f"at the {reference.row['edge']} edge of its grid"
+            notes.remarks.append(f"{notes.where}the rate of {reference.label} is {edge}")
     if any(cell.row["edge"] for cell in shown):
         notes.remarks.append("hollow: at the edge of its grid, so a better rate may lie outside")
     axes.margins(0.1)
     _set_ticks(axes, [cell.shown("rank") for cell in shown], lambda value: f"{value:g}")
-    _set_ticks(
-        axes, [rate for cell in [*shown, *([full] if full else [])] for rate in cell.row["tried"]], _rate_text, on="y"
-    )
+    _set_ticks(axes, [rate for cell in [*shown, *full.values()] for rate in cell.row["tried"]], _rate_text, on="y")
     compared = [cell for cell in panel.best if cell.rank and len(cell.row["tried"]) > 1]
     notes.tell(compared, shown, panel.val)
     axes.set(xlabel="rank", ylabel="learning rate that is best on val")
@@ -752,10 +765,14 @@ def _tuned_ranks(panel: _Panel) -> list[_Cell]:
     return [cell for cell in tuned if len(ranks[cell.family]) > 1]
 
 
-def _tuned_full(panel: _Panel) -> _Cell | None:
-    """Full fine-tuning with several learning rates, that of the usual recipe first."""
+def _tuned_full(panel: _Panel, shown: Sequence[_Cell]) -> dict[str, _Cell]:
+    """By the recipes of the cells shown, full fine-tuning with several learning rates, of several the usual one."""
     full = [cell for cell in panel.having(panel.val) if cell.row["method"] == "full" and len(cell.row["tried"]) > 1]
-    return min(full, key=lambda cell: bool(_departures(cell.row)), default=None)
+    found: dict[str, _Cell] = {}
+    for cell in sorted(full, key=lambda cell: bool(_departures(cell.row))):
+        if any(cell.row["recipe_id"] == other.row["recipe_id"] for other in shown):
+            found.setdefault(cell.row["recipe_id"], cell)
+    return found
 
 
 def _draw_fallen(axes: Axes, fallen: Sequence[tuple[_Cell, str]], notes: _Notes) -> None:
@@ -831,7 +848,8 @@ def _draw_lowest_curves(place: SubFigure, panel: _Panel, notes: _Notes) -> None:
     ranks = sorted({cell.shown("rank") for members in families for cell in members})
     for axes, members in zip(grid.ravel(), families, strict=False):
         axes.set_xscale("log")
-        for cell in [*full, *members]:
+        alike = [cell for cell in full if cell.row["recipe_id"] == members[0].row["recipe_id"]]
+        for cell in [*alike, *members]:
             number = ranks.index(cell.shown("rank")) if cell.rank else 0
             # Ranks have an order, and so have these colours.
             colour: Any = _RANK_COLOURS(0.8 * number / max(1, len(ranks) - 1)) if cell.rank else "black"
@@ -878,8 +896,8 @@ def _grid_of(number: int) -> tuple[int, int]:
 
 def _lowest_curves(panel: _Panel) -> dict[_Cell, tuple[list[float], list[float]]]:
     """By condition, at every step the lowest nll of any learning rate: placements with several ranks, and full."""
-    full, name = _tuned_full(panel), _lowest_name(panel)
-    cells = [*_tuned_ranks(panel), *([full] if full else [])]
+    ranks_tried, name = _tuned_ranks(panel), _lowest_name(panel)
+    cells = [*ranks_tried, *_tuned_full(panel, ranks_tried).values()]
     found = {cell: _lowest_curve(panel, cell, name) for cell in cells}
     found = {cell: curve for cell, curve in found.items() if len(curve[0]) > 1}
     ranks = Counter(cell.family for cell in found if cell.rank)

@@ -15,7 +15,6 @@ from analysis.published import Published, quoted_rows
 from analysis.rows import (
     ARROWS,
     CELL_NAMES,
-    EDGE_MARK,
     MISSING,
     NOTE_N,
     QUOTED_MARK,
@@ -25,7 +24,9 @@ from analysis.rows import (
     best_rows,
     bold_note,
     collapsed_note,
+    comparison_of,
     count_note,
+    edge_mark,
     edge_notes,
     full_of,
     is_full,
@@ -100,7 +101,7 @@ def rank_by_target_layers(best: pd.DataFrame, *, published: bool = False) -> Pap
         text=text,
         numbers=_long_numbers(rows, ("val", "test")),
         notes=[
-            *_reference_notes(as_rows(best)),
+            *_reference_notes(as_rows(best), rows),
             count_note(rows),
             *(note.replace("row", "cell") for note in bold_note(rows, names, any_bold=bool(text.bold))),
             *collapsed_note(rows),
@@ -138,7 +139,7 @@ def _by_placement(group: Sequence[Cell], name: str, winners: frozenset[int]) -> 
         text = show_metric(row, name) if has_value else show_status(row)
         num_finished, num_runs = row[num_status(Status.FINISHED)], len(row["run_ids"])
         text += f" ({num_finished} of {num_runs} runs)" if has_value and num_finished < num_runs else ""
-        text += (EDGE_MARK if row["edge"] else "") + recipe_mark(row)
+        text += edge_mark(row) + recipe_mark(row)
         line["cells"][row["rank"]] = (text, row[name] if has_value else None)
         line["run_ids"] += row["run_ids"]
         if index in winners:
@@ -146,15 +147,16 @@ def _by_placement(group: Sequence[Cell], name: str, winners: frozenset[int]) -> 
     return list(lines.values())
 
 
-def _reference_notes(rows: Sequence[Cell]) -> Iterator[str]:
-    """Full fine-tuning and the head alone, which have no rank and no placement."""
-    for row in rows:
-        if is_lora(row) or not row[num_status(Status.FINISHED)]:
+def _reference_notes(every: Sequence[Cell], rows: Sequence[Cell]) -> Iterator[str]:
+    """Full fine-tuning and the head alone, which have no rank and no placement, in the recipes of a table's rows."""
+    shown = set(map(comparison_of, rows))
+    for row in every:
+        if is_lora(row) or not row[num_status(Status.FINISHED)] or comparison_of(row) not in shown:
             continue
         texts = [f"{split} {show_metric(row, score(row, split))}" for split in ("val", "test")]
         yield (
-            f"For comparison, {'full fine-tuning' if is_full(row) else 'the head alone'} of {row['model']} on "
-            f"{row['dataset']}: {', '.join(texts)} (n={row[num_status(Status.FINISHED)]})."
+            f"For comparison, {'full fine-tuning' if is_full(row) else 'the head alone'}{recipe_mark(row)} of "
+            f"{row['model']} on {row['dataset']}: {', '.join(texts)} (n={row[num_status(Status.FINISHED)]})."
         )
 
 
@@ -173,6 +175,7 @@ def _long_numbers(rows: Sequence[Cell], splits: Sequence[str]) -> pd.DataFrame:
                     "ci": row.get(f"{name}_ci"),
                     "n": row.get(f"{name}_n", 0),
                     "edge": row["edge"],
+                    "bounded": row["bounded"],
                 }
             )
     return pd.DataFrame(lines, dtype=object)
@@ -243,7 +246,7 @@ def target_layers_at_budget(best: pd.DataFrame, *, published: bool = False) -> P
         numbers=_long_numbers(rows, ("val", "test")),
         notes=[
             f"Budget: the count that most rows have, {budget:,.0f}. Counts are exact, heads left out.",
-            *_reference_notes(as_rows(best)),
+            *_reference_notes(as_rows(best), rows),
             NOTE_N,
             *bold_note(rows, names, any_bold=bool(text.bold)),
             *collapsed_note(rows),
@@ -277,7 +280,7 @@ def _with_quoted(column: Column, texts: Sequence[str]) -> Column:
 
 
 def _rates_where_several(rows: Sequence[Cell], quoted: Sequence[Published]) -> list[Column]:
-    if len({row["learning_rate"] for row in rows}) == 1 and not any(row["edge"] for row in rows):
+    if len({row["learning_rate"] for row in rows}) == 1 and not any(map(edge_mark, rows)):
         return []
     return [_with_quoted(learning_rate_column(rows), [MISSING] * len(quoted))]
 
@@ -342,7 +345,7 @@ def rank_sweep(best: pd.DataFrame, *, published: bool = False) -> PaperTable | N
             [*CELL_NAMES, *with_spread(best, ["num_adapter_params", *names])]
         ],
         notes=[
-            *_reference_notes(as_rows(best)),
+            *_reference_notes(as_rows(best), rows),
             NOTE_N,
             *(f"{note} Compared within one placement." for note in bold_note(rows, names, any_bold=bool(text.bold))),
             *collapsed_note(rows),
@@ -452,9 +455,7 @@ def _task_column(
         indices = [index for index in present if first[index]["model"] == model]
         bold |= {indices[best] for best in best_rows([present[index] for index in indices], name)}
     texts = [
-        show_metric(present[index], name) + (EDGE_MARK if present[index]["edge"] else "")
-        if index in present
-        else MISSING
+        show_metric(present[index], name) + edge_mark(present[index]) if index in present else MISSING
         for index in range(len(lines))
     ]
     values = [
@@ -500,8 +501,8 @@ def learning_rates(table: pd.DataFrame, best: pd.DataFrame) -> PaperTable | None
         columns.append(_rate_column(rate, rows, found))
     columns.append(learning_rate_column(rows, "best"))
     ratios = [
-        row["learning_rate"] / full[row["model"], row["dataset"]]["learning_rate"]
-        if (row["model"], row["dataset"]) in full and row["is_chosen"]
+        row["learning_rate"] / full[comparison_of(row)]["learning_rate"]
+        if comparison_of(row) in full and row["is_chosen"]
         else None
         for row in rows
     ]
@@ -509,15 +510,21 @@ def learning_rates(table: pd.DataFrame, best: pd.DataFrame) -> PaperTable | None
         texts = [MISSING if ratio is None else f"{ratio:.3g}{TIMES}" for ratio in ratios]
         columns.append(Column("best / full's", texts, ratios))
     shown = [cell for row in rows for cell in by_condition[row["condition_id"]].values()]
-    numbers = _long_numbers([{**cell, "edge": None} for cell in shown], ("val", "test"))
+    numbers = _long_numbers([{**cell, "edge": None, "bounded": None} for cell in shown], ("val", "test"))
     # The best rates and what they are of full's, for whoever fits a line through them.
-    chosen = {row["cell_id"]: (row["edge"], ratio) for row, ratio in zip(rows, ratios, strict=True) if row["is_chosen"]}
+    chosen = {
+        row["cell_id"]: (row["edge"], row["bounded"], ratio)
+        for row, ratio in zip(rows, ratios, strict=True)
+        if row["is_chosen"]
+    }
     further = [
-        {"edge": edge, "chosen": cell["cell_id"] in chosen, "ratio_to_full": ratio}
+        {"edge": edge, "bounded": bounded, "chosen": cell["cell_id"] in chosen, "ratio_to_full": ratio}
         for cell in shown
-        for edge, ratio in [chosen.get(cell["cell_id"], (None, None))] * 2  # on val and on test
+        for edge, bounded, ratio in [chosen.get(cell["cell_id"], (None, None, None))] * 2  # on val and on test
     ]
-    numbers = pd.concat([numbers.drop(columns="edge"), pd.DataFrame(further, dtype=object)], axis="columns")
+    numbers = pd.concat(
+        [numbers.drop(columns=["edge", "bounded"]), pd.DataFrame(further, dtype=object)], axis="columns"
+    )
     names = sorted({score(row, "val") for row in rows})
     return PaperTable(
         name="learning_rates",
@@ -527,6 +534,7 @@ def learning_rates(table: pd.DataFrame, best: pd.DataFrame) -> PaperTable | None
         notes=[
             f"{count_note(shown)} (n=...): fewer than at other rates of the row, which are then preferred.",
             "Bold: the chosen rate of the row; this marks the choice and is no test of a difference.",
+            *([NOTE_BEST_OF_FULL] if full else []),
             *collapsed_note(shown),
             *edge_notes(rows),
             *recipe_notes(rows),
@@ -537,6 +545,12 @@ def learning_rates(table: pd.DataFrame, best: pd.DataFrame) -> PaperTable | None
         ],
         methods=methods_of(rows),
     )
+
+
+NOTE_BEST_OF_FULL = (
+    "best / full's: ratio to the best rate of full fine-tuning of the same model, dataset and recipe; none where that "
+    "was not run."
+)
 
 
 def _rate_column(rate: float, rows: Sequence[Cell], found: Sequence[Cell | None]) -> Column:

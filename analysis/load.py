@@ -273,15 +273,22 @@ def _base_domain(evaluate_also: Any) -> dict[str, str]:
 
 
 def _as_text(value: Any, *, keep_lines: bool = False) -> Any:
-    """Text without halves of surrogate pairs, which no file can hold, and without what would steer a terminal."""
+    """Text that can be seen and written: what no file can hold, steers a terminal or cannot be seen as its code.
+
+    As a code and not as a space, so that two names that differ in it stay two.
+    """
     if isinstance(value, tuple):
         return tuple(map(_as_text, value))
-    if not isinstance(value, str):
+    if not isinstance(value, str) or value.isprintable():
         return value
-    text = value.encode("utf-8", "replace").decode()
     return "".join(
-        character if character.isprintable() or (keep_lines and character == "\n") else " " for character in text
+        character if character.isprintable() or (keep_lines and character == "\n") else _as_code(character)
+        for character in value
     )
+
+
+def _as_code(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
 
 
 def _flatten(name: str, value: Any) -> dict[str, Any]:

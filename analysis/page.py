@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 from plotly.offline import get_plotlyjs
 
-from analysis.rows import format_spread, format_value
+from analysis.rows import format_spread, format_value, recipe_mark
 from analysis.select import (
     FORGETTING,
     LEARNED,
@@ -393,7 +393,8 @@ def _cell(cell: dict[Hashable, Any], generated: Sequence[str]) -> dict[str, Any]
 
 def _name(cell: dict[Hashable, Any]) -> str:
     rank = None if cell["rank"] is None else f"rank {cell['rank']}"
-    return ", ".join(str(part) for part in (cell["method"], rank, cell["target_layers"]) if part is not None)
+    parts = (cell["method"], rank, cell["target_layers"])
+    return ", ".join(str(part) for part in parts if part is not None) + recipe_mark(cell)
 
 
 def _lines(cell: dict[Hashable, Any], scores: Iterable[str]) -> Iterator[str]:

@@ -35,6 +35,7 @@ def write_report(
     *,
     scores: str = "best",
     published: bool = False,
+    margin: float = select.MARGIN,
     console: Console | None = None,
 ) -> Path:
     """Writes the report of a sweep, or of all runs in the folder, prints its first table, and returns its folder.
@@ -45,6 +46,7 @@ def write_report(
         sweep: its name; None for all runs.
         scores: "best", the step chosen on val, or "last".
         published: whether quoted rows of papers stand under the measured ones.
+        margin: how much of a metric's scale a difference may be and still not matter.
         console: where the first table is printed; standard output by default.
 
     Raises:
@@ -58,7 +60,7 @@ def write_report(
     runs = load_runs(runs_dir, sweep=sweep)
     frame = select.at_last_step(runs.frame) if scores == "last" else runs.frame
     cells = select.cells(frame)
-    paper_tables = tables.paper_tables(frame, cells, scores=scores, published=published)
+    paper_tables = tables.paper_tables(frame, cells, scores=scores, published=published, margin=margin)
     summary = list(_summary(runs, scores))
     report_dir = reports_dir / name
     _write_tables(report_dir / "tables", paper_tables, name, summary)

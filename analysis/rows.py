@@ -10,6 +10,7 @@ import pandas as pd
 
 from analysis.formats import Column, as_code
 from analysis.select import (
+    BY_DEVICE,
     BY_MEDIAN,
     COLLAPSED_ABOVE,
     FORGETTING,
@@ -123,19 +124,29 @@ def chosen_rate(row: Cell) -> str:
     """The chosen rate as text; nothing was chosen where several were tried and none finished."""
     if len(row["tried"]) > 1 and not row["is_chosen"]:
         return MISSING
-    return show_rate(row["learning_rate"]) + (EDGE_MARK if row["edge"] else "")
+    return show_rate(row["learning_rate"]) + edge_mark(row)
+
+
+def edge_mark(row: Cell) -> str:
+    """The mark of a rate beyond which nothing was tried, or nothing that finished as often."""
+    return EDGE_MARK if row["edge"] or row["bounded"] else ""
 
 
 def _rate_value(row: Cell) -> float | None:
     return None if len(row["tried"]) > 1 and not row["is_chosen"] else float(row["learning_rate"])
 
 
-def full_of(rows: Sequence[Cell]) -> dict[tuple[str, str], Cell]:
-    """For each model and dataset the finished full fine-tuning to compare with, that of the usual recipe first."""
-    found: dict[tuple[str, str], Cell] = {}
+def comparison_of(row: Cell) -> tuple[str, str, str]:
+    """What rows must share to be compared as methods, ranks or placements: model, dataset and recipe."""
+    return row["model"], row["dataset"], row["recipe_id"]
+
+
+def full_of(rows: Sequence[Cell]) -> dict[tuple[str, str, str], Cell]:
+    """The finished full fine-tuning to compare with, by `comparison_of`; of several the one that departs in nothing."""
+    found: dict[tuple[str, str, str], Cell] = {}
     for row in sorted(filter(is_full, rows), key=lambda row: row["recipe"] is not None):
         if row[num_status(Status.FINISHED)]:
-            found.setdefault((row["model"], row["dataset"]), row)
+            found.setdefault(comparison_of(row), row)
     return found
 
 
@@ -203,8 +214,8 @@ NOTE_N = "n: finished runs, one per seed; only they give numbers. ±: sample sta
 
 
 NOTE_BOLD = (
-    "Bold: better than the runner-up of its model, dataset and recipe by Welch's t-test, two-sided, p < 0.05, not "
-    "corrected for the number of rows."
+    "Bold: better than the runner-up of its model, dataset and recipe by a two-sided t-test, p < 0.05, paired by seed "
+    "where both have the same seeds, else Welch's; not corrected for the number of rows."
 )
 
 
@@ -213,7 +224,10 @@ def bold_note(rows: Sequence[Cell], names: Sequence[str], *, any_bold: bool) -> 
     if any_bold:
         yield NOTE_BOLD
     elif any(row.get(f"{name}_n", 0) > 1 for row in rows for name in names):
-        yield "Nothing is bold: no row is better than its runner-up by Welch's t-test, two-sided, p < 0.05."
+        yield (
+            "Nothing is bold: no row is better than its runner-up by a two-sided t-test, p < 0.05, paired by seed "
+            "where both have the same seeds, else Welch's."
+        )
     elif any(row.get(f"{name}_n", 0) for row in rows for name in names):
         yield "One seed: no row can be told from another beyond noise, so nothing is bold."
 
@@ -252,15 +266,21 @@ def edge_notes(rows: Sequence[Cell]) -> Iterator[str]:
             "Learning rate: the best of those tried for the row that have the most finished runs, by the mean over "
             "seeds on val only."
         )
-    at_edge = [row for row in tuned if row["edge"]]
+    several = len({(row["model"], row["dataset"]) for row in rows}) > 1
+
+    def named(row: Cell) -> str:
+        return (f"{row['model']} on {row['dataset']}, " if several else "") + cell_name(row) + recipe_mark(row)
+
+    at_edge = [f"{named(row)}, tried {', '.join(map(show_rate, row['tried']))}" for row in tuned if row["edge"]]
     if at_edge:
-        several = len({(row["model"], row["dataset"]) for row in rows}) > 1
-        listed = "; ".join(
-            (f"{row['model']} on {row['dataset']}, " if several else "")
-            + f"{cell_name(row)}{recipe_mark(row)}, tried {', '.join(map(show_rate, row['tried']))}"
-            for row in at_edge
+        yield f"{EDGE_MARK} at the edge of the rates that were tried, so a better one may lie outside: " + (
+            f"{'; '.join(at_edge)}."
         )
-        yield f"{EDGE_MARK} at the edge of the rates that were tried, so a better one may lie outside: {listed}."
+    bounded = [
+        f"{named(row)} at {show_rate(row['learning_rate'])}: {row['bounded']}" for row in tuned if row["bounded"]
+    ]
+    if bounded:
+        yield f"{EDGE_MARK} the last rate with as many finished runs: {'; '.join(bounded)}."
 
 
 def warnings(rows: Sequence[Cell], frame: pd.DataFrame) -> Iterator[str]:
@@ -350,11 +370,18 @@ def _first_line(error: str) -> str:
 
 
 def ratio_to(row: Cell, reference: Cell | None, name: str) -> float | None:
-    """A row's metric over that of a reference, where both have it."""
+    """A row's metric over that of a reference, where both have it; of times only where the device is the same."""
     if reference is None or not row.get(f"{name}_n", 0) or not reference.get(f"{name}_n", 0) or not reference[name]:
+        return None
+    if name in BY_DEVICE and _device_departures(row) != _device_departures(reference):
         return None
     ratio = float(row[name]) / float(reference[name])
     return ratio if math.isfinite(ratio) else None
+
+
+def _device_departures(row: Cell) -> set[str]:
+    facts = ("environment.device_", "environment.num_threads", "environment.num_processes")
+    return {text for text in row["differs"] or () if text.startswith(facts)}
 
 
 def num_finished_column(rows: Sequence[Cell]) -> Column:

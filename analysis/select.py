@@ -13,6 +13,7 @@ import math
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from analysis.names import CONTENT, FINGERPRINT, is_source, placement_keys, with_names
 from harness.results import METRICS, Direction, Metric, Status
 
 CONFIDENCE = 0.95
@@ -43,6 +45,8 @@ GENERATION_SCORES = ("bleu", "chrf", "rouge_l", "nist", "exact_match", "number_m
 
 # Step times are skewed by whatever else the machine does: a median, and the range instead of a deviation.
 BY_MEDIAN = {"step_seconds_median"}
+# A property of the machine as much as of the method.
+BY_DEVICE = {"step_seconds_median", "train_tokens_per_second"}
 
 # In `cells` also when no run has them: what every table of results is expected to say.
 ALWAYS = ("num_adapter_params", "peak_memory_bytes", "step_seconds_median", "checkpoint_bytes")
@@ -51,6 +55,7 @@ ALWAYS = ("num_adapter_params", "peak_memory_bytes", "step_seconds_median", "che
 CELL_COLUMNS = (
     "cell_id",
     "condition_id",
+    "recipe_id",
     "model",
     "dataset",
     "method",
@@ -62,8 +67,10 @@ CELL_COLUMNS = (
     "run_ids",
     "differs",
     "recipe",
+    "by_seed",
     "tried",
     "edge",
+    "bounded",
     "is_chosen",
 )
 
@@ -88,16 +95,18 @@ def at_last_step(frame: pd.DataFrame) -> pd.DataFrame:
 def cells(frame: pd.DataFrame) -> pd.DataFrame:
     """A row per cell, in the order in which the cells appear in the frame of runs.
 
-    Columns: what names the cell (`cell_id`, `condition_id`, `model`, `dataset`, `method`, `rank`, `target_layers`,
-    `learning_rate`, `best_metric`, `run_ids` of all its runs, and where any run has one the `base_domain`); its runs by
-    status (`num_finished`, `num_diverged`, ...) and how many of the finished ones collapsed (`num_collapsed`); in
-    `differs` the settings in which its recipe departs from that of most others, and in `recipe` a number for each such
-    way. Then, for each metric that any run has, over the cell's finished runs: `<metric>` (mean; for the step time the
-    median), `<metric>_sd` (sample standard deviation, from two runs on; for the step time `_min` and `_max`),
-    `<metric>_n` (number of runs), and for scores `<metric>_ci`, the half width of the 95 % interval of the mean by
-    Student's t. Units are the stored ones; what does not exist is None or NaN.
+    Columns: what names the cell (`cell_id`, `condition_id`, `recipe_id`, `model`, `dataset`, `method`, `rank`,
+    `target_layers`, `learning_rate`, `best_metric`, `run_ids` of all its runs, and where any run has one the
+    `base_domain`), `model`, `dataset` and `target_layers` as `analysis.names` calls them; its runs by status
+    (`num_finished`, `num_diverged`, ...) and how many of the finished ones collapsed (`num_collapsed`); in `differs`
+    the settings in which its recipe departs from that of most others, and in `recipe` a number for each such way; in
+    `by_seed` the scores of its finished runs, by metric and seed. Then, for each metric that any run has, over the
+    cell's finished runs: `<metric>` (mean; for the step time the median), `<metric>_sd` (sample standard deviation,
+    from two runs on; for the step time `_min` and `_max`), `<metric>_n` (number of runs), and for scores `<metric>_ci`,
+    the half width of the 95 % interval of the mean by Student's t. Units are the stored ones; what does not exist is
+    None or NaN.
     """
-    frame = frame.reset_index(drop=True)
+    frame = with_names(frame.reset_index(drop=True))
     best_metrics = frame["config.dataset.best_metric"].unique()
     always = {*ALWAYS, *(f"{split}_{name}" for name in best_metrics for split in ("val", "test"))}
     names = [name for name in METRICS if name in always or frame[name].notna().any()]
@@ -111,20 +120,27 @@ def cells(frame: pd.DataFrame) -> pd.DataFrame:
     finished = (frame["status"] == Status.FINISHED.value).to_numpy()
     collapsed = (frame[["val_majority_share", "test_majority_share"]] > COLLAPSED_ABOVE).any(axis="columns").to_numpy()
     differences = _recipe_differences(frame)
-    conditions = _conditions(frame)
+    conditions, recipes = _conditions(frame)
     statuses = frame["status"].to_numpy()
+    seeds = frame["config.seed"].tolist()
     rows = []
     for cell_id, index in frame.groupby("cell_id", sort=False).indices.items():
         row = _name(frame.iloc[index[0]])
-        row |= {"condition_id": conditions[str(cell_id)], "run_ids": tuple(frame["run_id"].iloc[index])}
+        row |= {"condition_id": conditions[str(cell_id)], "recipe_id": recipes[str(cell_id)]}
+        row |= {"run_ids": tuple(frame["run_id"].iloc[index])}
         row |= {num_status(status): int((statuses[index] == status.value).sum()) for status in Status}
         row |= {
             "num_collapsed": int((finished & collapsed)[index].sum()),
             "differs": differences.get(str(cell_id)),
         }
-        used = index[finished[index]]
+        used = np.asarray(index)[finished[index]]
+        row["by_seed"] = {}
         for name, column in values.items():
-            row |= _summary(name, [value for value in column[used].tolist() if not math.isnan(value)])
+            measured = zip(used.tolist(), column[used].tolist(), strict=True)
+            of_seed = {seeds[run]: value for run, value in measured if not math.isnan(value)}
+            row |= _summary(name, list(of_seed.values()))
+            if is_score(name):
+                row["by_seed"][name] = of_seed
         rows.append(row)
     departures = dict.fromkeys(row["differs"] for row in rows if row["differs"] is not None)
     marks = {differs: number for number, differs in enumerate(departures, start=1)}
@@ -179,22 +195,15 @@ def generation_scores(table: pd.DataFrame) -> list[str]:
 def _name(run: pd.Series[Any]) -> dict[str, Any]:
     return {
         "cell_id": run["cell_id"],
-        "model": run["config.model.name"],
-        "dataset": run["config.dataset.name"],
+        "model": run["model"],
+        "dataset": run["dataset"],
         "method": run["config.method.name"],
         "rank": run.get("config.rank.rank"),
-        "target_layers": _placement(run),
+        "target_layers": run["target_layers"],
         "learning_rate": run["config.trainer.learning_rate"],
         "best_metric": run["config.dataset.best_metric"],
         **({"base_domain": run["base_domain"]} if "base_domain" in run else {}),
     }
-
-
-def _placement(run: pd.Series[Any]) -> str | None:
-    name, blocks = run.get("config.target_layers.name"), run.get("config.target_layers.blocks")
-    if name is None or blocks is None or blocks == "all":
-        return name
-    return f"{name} ({blocks})" if isinstance(blocks, str) else f"{name} (blocks {', '.join(map(str, blocks or ()))})"
 
 
 def _summary(name: str, values: Sequence[float]) -> dict[str, float | int | None]:
@@ -242,19 +251,89 @@ def _t_quantile(degrees: int) -> float:
     return _T_QUANTILES[degrees]
 
 
-def p_value(first: dict[Hashable, Any], second: dict[Hashable, Any], name: str) -> float | None:
-    """Welch's t-test, two-sided, that two cells have the same mean of a metric.
+# How much of a metric's scale a difference may be and still not matter: half a point of accuracy.
+MARGIN = 0.005
+# Scales other than that from 0 to 1; of an nll in nats the margin is half a percent of the perplexity.
+_SCALES = {"bleu": 100.0, "chrf": 100.0, "nist": 10.0}
+# Of these the margin is a part of the value that is compared with.
+_RELATIVE = ("perplexity", "bits_per_byte", "mse")
 
-    None where it does not exist: fewer than two runs in either, or no spread in both.
+
+def equivalence_margin(name: str, reference: float, fraction: float = MARGIN) -> float:
+    """The difference in a score that does not matter, in its stored unit: `fraction` of its scale.
+
+    The scale of shares and correlations is 1, of an nll 1 nat, of BLEU and chrF 100, of NIST 10; of perplexity, bits
+    per byte and mse it is the value that is compared with, `reference`.
     """
-    samples = [(cell[name], cell[f"{name}_sd"], cell[f"{name}_n"]) for cell in (first, second)]
-    if any(num < 2 for _, _, num in samples):
+    kind = name.removeprefix("val_").removeprefix("test_")
+    return fraction * (abs(reference) if kind in _RELATIVE else _SCALES.get(kind, 1.0))
+
+
+def p_value(first: dict[Hashable, Any], second: dict[Hashable, Any], name: str) -> float | None:
+    """A t-test, two-sided, that two cells have the same mean of a metric: paired by seed where seeds match, else Welch.
+
+    None where it does not exist: fewer than two runs in either, or no spread.
+    """
+    found = _difference(first, second, name)
+    if found is None or found.error == 0:  # the test divides by the spread
         return None
-    (mean, sd, num), (other_mean, other_sd, other_num) = samples
-    if sd == other_sd == 0:  # the test divides by their spread
+    return float(2 * stats.t.sf(abs(found.mean) / found.error, found.degrees))
+
+
+def is_equivalent(first: dict[Hashable, Any], second: dict[Hashable, Any], name: str, margin: float) -> bool:
+    """Whether the means of a metric are shown to differ by less than `margin`, in its stored unit.
+
+    Two one-sided t-tests at 5 % (Schuirmann 1987, doi 10.1007/BF01068419): the 90 % interval of the difference lies
+    inside the margin. Never with fewer than two runs in either cell: that nothing was found shows nothing.
+    """
+    found = _difference(first, second, name)
+    if found is None:
+        return False
+    half = found.error * float(stats.t.ppf(CONFIDENCE, found.degrees)) if found.error else 0.0
+    return -margin < found.mean - half and found.mean + half < margin
+
+
+@dataclass(frozen=True)
+class _Difference:
+    """Of the mean of one cell less that of another: the value, its standard error and its degrees of freedom."""
+
+    mean: float
+    error: float
+    degrees: float
+
+
+def _difference(first: dict[Hashable, Any], second: dict[Hashable, Any], name: str) -> _Difference | None:
+    if min(cell.get(f"{name}_n", 0) for cell in (first, second)) < 2:
         return None
-    test = stats.ttest_ind_from_stats(mean, sd, num, other_mean, other_sd, other_num, equal_var=False)
-    return float(test.pvalue)
+    pairs = _paired(first, second, name)
+    if pairs:
+        # Scaled, so that the squares of what is very large or small exist.
+        mean, scale = math.fsum(pairs) / len(pairs), max(map(abs, pairs))
+        squares = math.fsum(((value - mean) / scale) ** 2 for value in pairs) if scale else 0.0
+        if squares > _ROUNDING:  # pairs that all differ by the same say nothing of their noise
+            error = scale * math.sqrt(squares / (len(pairs) - 1) / len(pairs))
+            return _Difference(mean, error, len(pairs) - 1)
+    (mean, sd, num), (other_mean, other_sd, other_num) = (
+        (cell[name], cell[f"{name}_sd"], cell[f"{name}_n"]) for cell in (first, second)
+    )
+    scale = max(sd, other_sd)
+    if scale == 0:
+        return _Difference(mean - other_mean, 0.0, num + other_num - 2)
+    variance, other_variance = (sd / scale) ** 2 / num, (other_sd / scale) ** 2 / other_num
+    both = variance + other_variance
+    degrees = both**2 / (variance**2 / (num - 1) + other_variance**2 / (other_num - 1))
+    return _Difference(mean - other_mean, scale * math.sqrt(both), degrees)
+
+
+_ROUNDING = 1e-20
+
+
+def _paired(first: dict[Hashable, Any], second: dict[Hashable, Any], name: str) -> list[float]:
+    """The differences seed by seed where both have the same seeds, of which each gives them the same order and head."""
+    if any(first[key] != second[key] for key in ("model", "dataset", "recipe_id")):
+        return []
+    values, others = (cell["by_seed"].get(name, {}) for cell in (first, second))
+    return [values[seed] - others[seed] for seed in values] if values.keys() == others.keys() else []
 
 
 def is_better(name: str, value: float, other: float) -> bool:
@@ -263,7 +342,7 @@ def is_better(name: str, value: float, other: float) -> bool:
 
 
 def best_beyond_noise(rows: Sequence[dict[Hashable, Any]], name: str) -> int | None:
-    """Index of the best row by a metric, if it differs from the runner-up by Welch's test at 5 %; else None.
+    """Index of the best row by a metric, if it differs from the runner-up by `p_value` at 5 %; else None.
 
     A row of which a run collapsed to one class is never it.
     """
@@ -291,7 +370,9 @@ def best_cells(table: pd.DataFrame) -> pd.DataFrame:
     seeds failed is not chosen for the luck of the others); among equals the lowest rate. Where no rate finished, the
     first stands for all, with the runs of all of them. Added columns: `tried`, all its learning rates in order;
     `is_chosen`, whether there was anything to choose by; `edge`, "low" or "high" when the best of several is the first
-    or last of those with the most finished runs, so that a better one may lie outside, else None.
+    or last of all that were tried, so that a better one may lie outside, else None; `bounded`, a sentence about the
+    next rate where it has fewer finished runs and nothing beyond it has as many, as after the last rate that does not
+    diverge, else None.
     """
     conditions: defaultdict[str, list[dict[Hashable, Any]]] = defaultdict(list)
     for cell in records(table):
@@ -304,15 +385,41 @@ def best_cells(table: pd.DataFrame) -> pd.DataFrame:
         complete = [cell for cell in candidates if cell[num_status(Status.FINISHED)] == most]
         ranked = ranked_by(complete, score(candidates[0], "val"))
         best = complete[ranked[0]] if ranked else _together(candidates)
-        edge = None
-        eligible = [cell["learning_rate"] for cell in complete]
-        if ranked and len(tried) > 1 and best["learning_rate"] in (eligible[0], eligible[-1]):
-            edge = "low" if best["learning_rate"] == eligible[0] else "high"
-        chosen.append({**best, "tried": tried, "edge": edge, "is_chosen": bool(ranked)})
+        edge, bounded = _ends(best, candidates, complete) if ranked and len(tried) > 1 else (None, None)
+        chosen.append({**best, "tried": tried, "edge": edge, "bounded": bounded, "is_chosen": bool(ranked)})
     order = {cell_id: position for position, cell_id in enumerate(table["cell_id"])}
     chosen.sort(key=lambda cell: min(order[cell["cell_id"]], len(order)))
-    best_table = pd.DataFrame(chosen, columns=[*table.columns, "tried", "edge", "is_chosen"], dtype=object)
+    best_table = pd.DataFrame(chosen, columns=[*table.columns, "tried", "edge", "bounded", "is_chosen"], dtype=object)
     return best_table.astype({column: table[column].dtype for column in table.columns if column not in CELL_COLUMNS})
+
+
+def _ends(
+    best: dict[Hashable, Any], candidates: Sequence[dict[Hashable, Any]], complete: Sequence[dict[Hashable, Any]]
+) -> tuple[str | None, str | None]:
+    """`edge` and `bounded` of the best of the complete cells, which like all candidates are in order of their rates."""
+    rate = best["learning_rate"]
+    edges, nexts = [], []
+    for side, word, beyond in (
+        ("low", "lower", [cell for cell in reversed(candidates) if cell["learning_rate"] < rate]),
+        ("high", "higher", [cell for cell in candidates if cell["learning_rate"] > rate]),
+    ):
+        if not beyond:
+            edges.append(side)
+        elif not any(cell in complete for cell in beyond):
+            nexts.append(f"the next {word} rate tried, {beyond[0]['learning_rate']:g}, {_how_it_ended(beyond[0])}")
+    return (edges[0] if edges else None), (" and ".join(nexts) or None)
+
+
+def _how_it_ended(cell: dict[Hashable, Any]) -> str:
+    """How the runs of a cell ended that did not all finish, as "diverged" or "has 1 finished, 2 diverged"."""
+    counts = {status: cell[num_status(status)] for status in Status if cell[num_status(status)]}
+    if len(counts) == 1 and Status.FINISHED not in counts:
+        return {
+            Status.DIVERGED: "diverged",
+            Status.OUT_OF_MEMORY: "ran out of memory",
+            Status.FAILED: "failed",
+        }[next(iter(counts))]
+    return f"has {', '.join(f'{count} {status}' for status, count in counts.items())}"
 
 
 def _together(candidates: Sequence[dict[Hashable, Any]]) -> dict[Hashable, Any]:
@@ -324,22 +431,37 @@ def _together(candidates: Sequence[dict[Hashable, Any]]) -> dict[Hashable, Any]:
     return {**candidates[0], **counts, "run_ids": run_ids}
 
 
-def _conditions(frame: pd.DataFrame) -> dict[str, str]:
-    """By cell, a key of its scientific settings but the learning rate and the seed."""
+def _conditions(frame: pd.DataFrame) -> tuple[dict[str, str], dict[str, str]]:
+    """By cell, a key of its scientific settings but the learning rate and the seed; and one of its recipe.
+
+    The recipe is what a comparison of methods, ranks and placements must hold fixed: everything but these, their own
+    settings and the learning rate.
+    """
     settings = [
         column
         for column in frame.columns
         if column.startswith("config.")
         and not _is_without_effect(column)
-        and column not in ("config.trainer.learning_rate", "config.seed")
+        and not is_source(column)
+        and not column.startswith("config.target_layers")
+        and column not in ("config.model.name", "config.dataset.name", "config.trainer.learning_rate", "config.seed")
     ]
     firsts = frame.drop_duplicates("cell_id")
-    numbers: dict[tuple[Any, ...], str] = {}
-    keys = zip(*(firsts[column].map(show_value) for column in settings), strict=True)
-    return {
-        str(cell_id): numbers.setdefault(key, f"condition-{len(numbers)}")
-        for cell_id, key in zip(firsts["cell_id"], keys, strict=True)
-    }
+    shown = {column: firsts[column].map(show_value).tolist() for column in settings}
+    names = [firsts["model"].tolist(), firsts["dataset"].tolist()]
+    of_method = [column for column in settings if column.startswith(("config.method", "config.rank"))]
+    fixed = [shown[column] for column in settings if column not in of_method]
+    varied = [shown[column] for column in of_method]
+    recipes: dict[tuple[Any, ...], str] = {}
+    conditions: dict[tuple[Any, ...], str] = {}
+    found: tuple[dict[str, str], dict[str, str]] = {}, {}
+    for cell_id, placement, *key in zip(
+        firsts["cell_id"], placement_keys(firsts), *names, *fixed, *varied, strict=True
+    ):
+        recipe = tuple(key[: len(names) + len(fixed)])
+        found[0][str(cell_id)] = conditions.setdefault((placement, *key), f"condition-{len(conditions)}")
+        found[1][str(cell_id)] = recipes.setdefault(recipe, f"recipe-{len(recipes)}")
+    return found
 
 
 # ---------------------------------------------------------------- recipes
@@ -350,8 +472,6 @@ _COMPARED = {
     "config.dataset.name",
     "config.method.name",
     "config.rank.rank",
-    "config.target_layers.name",
-    "config.target_layers.blocks",
     "config.trainer.learning_rate",
     "config.seed",
 }
@@ -381,17 +501,17 @@ _EVALUATED_ALSO = "environment.evaluated_also."  # scores, which every run has o
 
 # Settings that may differ between rows because these columns do: compared only among rows that agree in them.
 _SCOPES = {
-    "config.model.": "config.model.name",
-    "config.dataset.": "config.dataset.name",
+    "config.model.": "model",
+    "config.dataset.": "dataset",
     "config.method.": "config.method.name",
-    "config.trainer.": "config.dataset.name",  # tasks have recipes of their own
+    "config.trainer.": "dataset",  # tasks have recipes of their own
     "config.rank": "config.method.name",
-    "config.target_layers": "config.target_layers.name",
-    _ALSO: "config.dataset.name",
-    "environment.data_fingerprint": "config.dataset.name",
-    "environment.positive_label": "config.dataset.name",
-    "environment.generation_signatures.": "config.dataset.name",
+    _ALSO: "dataset",
+    "environment.positive_label": "dataset",
+    "environment.generation_signatures.": "dataset",
 }
+# What `analysis.names` tells apart by name: other values are another model, dataset or placement, and no other recipe.
+_TOLD_BY_NAME = ("config.target_layers", FINGERPRINT, f"{CONTENT}model", f"{CONTENT}dataset.")
 
 
 def _is_without_effect(setting: str) -> bool:
@@ -410,7 +530,9 @@ def _recipe_differences(frame: pd.DataFrame) -> dict[str, tuple[str, ...]]:
     if any(evaluated):
         frame = pd.concat([frame, pd.Series(evaluated, frame.index, object, _ALSO)], axis="columns")
     for setting in frame.columns:
-        if not setting.startswith(("config.", "environment.")) or _is_without_effect(setting) or setting in _COMPARED:
+        if not setting.startswith(("config.", "environment.")) or _is_without_effect(setting):
+            continue
+        if setting in _COMPARED or is_source(setting) or setting.startswith(_TOLD_BY_NAME):
             continue
         runs = frame
         if setting.startswith("environment."):

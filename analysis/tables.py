@@ -33,12 +33,16 @@ from analysis.rows import (
     bold_note,
     cell_name,
     collapsed_note,
+    comparison_of,
     count_note,
+    edge_mark,
     edge_notes,
     failure_notes,
     forgetting_notes,
+    format_spread,
     format_value,
     full_of,
+    is_full,
     is_lora,
     key_columns,
     learning_rate_column,
@@ -59,12 +63,16 @@ from analysis.rows import (
     with_spread,
 )
 from analysis.select import (
+    CONFIDENCE,
     FORGETTING,
     GENERATION_SCORES,
+    MARGIN,
     TRAINABLE_SHARE,
     best_cells,
+    equivalence_margin,
     further_scores,
     generation_scores,
+    is_equivalent,
     is_score,
     metric,
     num_status,
@@ -80,7 +88,12 @@ _RATIOS = {"peak_memory_bytes": "memory", "step_seconds_median": "time", "train_
 
 
 def paper_tables(
-    frame: pd.DataFrame, table: pd.DataFrame, *, scores: str = "best", published: bool = False
+    frame: pd.DataFrame,
+    table: pd.DataFrame,
+    *,
+    scores: str = "best",
+    published: bool = False,
+    margin: float = MARGIN,
 ) -> list[PaperTable]:
     """Every table that the runs of a sweep allow, the trade-off first.
 
@@ -89,10 +102,11 @@ def paper_tables(
         table: a row per cell, from `select.cells` of that frame.
         scores: "best" or "last": which step the scores in both are of, for the captions.
         published: whether quoted rows of papers stand under the measured ones.
+        margin: how much of a metric's scale a difference may be and still not matter.
     """
     best = best_cells(table)
     found = [
-        summary(best),
+        summary(best, margin=margin),
         costs(best),
         rank_by_target_layers(best, published=published),
         target_layers_at_budget(best, published=published),
@@ -113,7 +127,7 @@ def tradeoff(best: pd.DataFrame, frame: pd.DataFrame, *, scores: str = "best") -
     """Cost and quality of every condition, with ratios to full fine-tuning."""
     rows = as_rows(best)
     columns = key_columns(rows)
-    if len({row["learning_rate"] for row in rows}) > 1 or any(row["edge"] for row in rows):
+    if len({row["learning_rate"] for row in rows}) > 1 or any(map(edge_mark, rows)):
         columns.append(learning_rate_column(rows))
     num_key_columns = len(columns)
     reference = full_of(rows)
@@ -139,7 +153,7 @@ def tradeoff(best: pd.DataFrame, frame: pd.DataFrame, *, scores: str = "best") -
         name="tradeoff",
         caption=f"Cost and quality. {_sentence(selection_rule(best_metrics_of(rows), scores))}",
         text=text,
-        numbers=best,
+        numbers=best.drop(columns="by_seed"),
         notes=[
             *_definitions(rows, reference, frame),
             *forgetting_notes(rows),
@@ -178,13 +192,15 @@ def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _ratio_column(rows: Sequence[Cell], reference: dict[tuple[str, str], Cell], name: str) -> Column:
-    ratios = [ratio_to(row, reference.get((row["model"], row["dataset"])), name) for row in rows]
+def _ratio_column(rows: Sequence[Cell], reference: dict[tuple[str, str, str], Cell], name: str) -> Column:
+    ratios = [ratio_to(row, reference.get(comparison_of(row)), name) for row in rows]
     texts = [MISSING if ratio is None else f"{ratio:.2f}{TIMES}" for ratio in ratios]
     return Column(f"{_RATIOS[name]} / full", texts, ratios)
 
 
-def _definitions(rows: Sequence[Cell], reference: dict[tuple[str, str], Cell], frame: pd.DataFrame) -> Iterator[str]:
+def _definitions(
+    rows: Sequence[Cell], reference: dict[tuple[str, str, str], Cell], frame: pd.DataFrame
+) -> Iterator[str]:
     same = same_everywhere(rows, ("model", "dataset"))
     if len({row["learning_rate"] for row in rows}) == 1:
         rate = f"learning rate {show_rate(rows[0]['learning_rate'])}"
@@ -203,7 +219,10 @@ def _definitions(rows: Sequence[Cell], reference: dict[tuple[str, str], Cell], f
         yield f"/ full: {NOTE_RATIO}"
 
 
-NOTE_RATIO = f"ratio to full fine-tuning on the same model and dataset; below 1{TIMES} is less."
+NOTE_RATIO = (
+    "ratio to full fine-tuning of the same model, dataset and recipe (every setting but the learning rate and those of "
+    f"the method), for times also on the same device; {EN_DASH} where that was not run; below 1{TIMES} is less."
+)
 
 
 _COSTS = (
@@ -275,21 +294,28 @@ _SUMMARY = (
 )
 
 
-def summary(best: pd.DataFrame) -> PaperTable | None:
-    """Full fine-tuning against the cheapest LoRA cell within noise of the best one, for each model and dataset."""
+def summary(best: pd.DataFrame, *, margin: float = MARGIN) -> PaperTable | None:
+    """Full fine-tuning against the smallest LoRA adapter as good as the best one, for each model, dataset and recipe.
+
+    Args:
+        best: a row per condition, from `select.best_cells`.
+        margin: how much of a metric's scale a difference may be and still not matter (`select.equivalence_margin`).
+    """
     records = as_rows(best)
     texts: list[list[str]] = []
     numbers: list[dict[str, Any]] = []
     notes: list[str] = []
     compared_rows: list[Cell] = []
-    for (model, dataset), full in full_of(records).items():
-        candidates = [row for row in records if is_lora(row) and (row["model"], row["dataset"]) == (model, dataset)]
-        # What differs in recipe is not compared where there is something that does not.
+    references = full_of(records)
+    for comparison, full in references.items():
+        candidates = [row for row in records if is_lora(row) and comparison_of(row) == comparison]
+        # What differs in its own settings or environment is not compared where there is something that does not.
         alike = [row for row in candidates if row["recipe"] == full["recipe"]]
-        chosen = _cheapest_within_noise(alike) or _cheapest_within_noise(candidates)
+        chosen = _smallest_as_good(alike, margin) or _smallest_as_good(candidates, margin)
         if chosen is None:
             continue
-        where = f"{model} on {dataset}"
+        is_one_of_several = sum(other[:2] == comparison[:2] for other in references) > 1
+        where = f"{full['model']} on {full['dataset']}" + (recipe_mark(full) if is_one_of_several else "")
         lora, why = chosen
         compared_rows += [full, lora]
         notes.append(f"{where}: LoRA is {cell_name(lora)}{recipe_mark(lora)}, {why}.")
@@ -306,7 +332,7 @@ def summary(best: pd.DataFrame) -> PaperTable | None:
         for what, name in (*_SUMMARY, *optional):
             # Nothing, or less than nothing, may have been forgotten: then a ratio says nothing.
             ratio = ratio_to(lora, full, name) if name != FORGETTING else None
-            difference = _difference(lora, full, name) if is_score(name) else None
+            difference = _difference(lora, full, name, margin) if is_score(name) else None
             compared = MISSING if ratio is None else f"{ratio:.3g}{TIMES}"
             unit = metric(name).display_unit if name in best else ""
             texts.append(
@@ -329,7 +355,9 @@ def summary(best: pd.DataFrame) -> PaperTable | None:
                     "lora_sd": lora.get(f"{name}_sd"),
                     "full_n": full.get(f"{name}_n", 0),
                     "lora_n": lora.get(f"{name}_n", 0),
+                    "recipe_id": full["recipe_id"],
                     "ratio": ratio,
+                    "margin": equivalence_margin(name, full[name], margin) if difference else None,
                     "lora_rank": lora["rank"],
                     "lora_target_layers": lora["target_layers"],
                 }
@@ -340,6 +368,7 @@ def summary(best: pd.DataFrame) -> PaperTable | None:
     columns = [Column(name, [row[index] for row in texts]) for index, name in enumerate(titles)]
     columns = columns[1:] if len(notes) == 1 else columns
     notes += [
+        _note_equivalent(compared_rows, margin),
         *forgetting_notes(compared_rows),
         count_note(compared_rows),
         *collapsed_note(compared_rows),
@@ -358,20 +387,45 @@ def _has_either(row: Cell, other: Cell, name: str) -> bool:
     return bool(row.get(f"{name}_n", 0) or other.get(f"{name}_n", 0))
 
 
-def _difference(row: Cell, reference: Cell, name: str) -> str | None:
+def _difference(row: Cell, reference: Cell, name: str, fraction: float) -> str | None:
     if not row.get(f"{name}_n", 0) or not reference.get(f"{name}_n", 0):
         return None
-    sign = f"{row[name] - reference[name]:+{metric(name).format.removeprefix('+')}}".replace("-", "\N{MINUS SIGN}")
+    value = row[name] - reference[name]
+    sign = f"{'+' if value >= 0 else MINUS}{format_spread(name, abs(value))}"
+    margin = equivalence_margin(name, reference[name], fraction)
+    if is_equivalent(row, reference, name, margin):
+        return f"{sign} (equivalent)"
     probability = p_value(row, reference, name)
     if probability is None:
         return f"{sign} (noise unknown)"
-    return f"{sign} ({'within' if probability >= 0.05 else 'beyond'} noise)"
+    return f"{sign} ({'beyond noise' if probability < 1 - CONFIDENCE else 'inconclusive'})"
 
 
-def _cheapest_within_noise(rows: Sequence[Cell]) -> tuple[Cell, str] | None:
-    """The cell with the fewest adapter parameters that val does not tell from the best, and why it was taken.
+MINUS = "\N{MINUS SIGN}"
 
-    Of the cells with the most finished runs: the survivors of a cell that half failed are not its quality.
+
+def _note_equivalent(rows: Sequence[Cell], fraction: float) -> str:
+    names = dict.fromkeys(score(row, split) for row in rows for split in ("val", "test"))
+    margins = dict.fromkeys(
+        f"{format_spread(name, equivalence_margin(name, row[name], fraction))} of {metric(name).label}"
+        for row in rows
+        if is_full(row)
+        for name in names
+        if row.get(f"{name}_n", 0)
+    )
+    margin = f"{' or '.join(margins)}" if margins else f"{fraction:g} of a metric's scale"
+    return (
+        f"Equivalent: the 90 % interval of the difference lies within ± the margin ({margin}): two one-sided t-tests "
+        "at 5 % (TOST). Beyond noise: p < 0.05 by the two-sided t-test. Inconclusive: neither. Both tests are paired "
+        "by seed where both sides have the same seeds, else Welch's, and need two runs on each side."
+    )
+
+
+def _smallest_as_good(rows: Sequence[Cell], fraction: float) -> tuple[Cell, str] | None:
+    """The cell with the fewest adapter parameters that is as good on val as the best one, and why it was taken.
+
+    Of the cells with the most finished runs: the survivors of a cell that half failed are not its quality. As good
+    means shown to be within the margin; that a difference was not found, with two seeds, shows nothing.
     """
     most = max((row[num_status(Status.FINISHED)] for row in rows), default=0)
     complete = [row for row in rows if row[num_status(Status.FINISHED)] == most]
@@ -380,17 +434,19 @@ def _cheapest_within_noise(rows: Sequence[Cell]) -> tuple[Cell, str] | None:
     if not ranked:
         return None
     best = ranked[0]
-    probabilities = [p_value(row, best, name) for row in ranked[1:]]
+    margin = equivalence_margin(name, best[name], fraction)
     if len(ranked) == 1:
         return best, "the only one of its recipe with as many finished runs"
-    if all(probability is None for probability in probabilities):
-        return best, "the best on val (too few seeds to know what lies within noise)"
-    within = [best] + [
-        row
-        for row, probability in zip(ranked[1:], probabilities, strict=True)
-        if probability is not None and probability >= 0.05
-    ]
-    cheapest = min(within, key=lambda row: row["num_adapter_params"])
-    if cheapest is best:
-        return best, "the best on val, and no smaller adapter lies within noise of it (Welch's t-test)"
-    return cheapest, f"the smallest adapter that val does not tell from the best ({cell_name(best)}) by Welch's t-test"
+    if max(row[f"{name}_n"] for row in ranked) < 2:
+        return best, "the best on val (one seed: none can be shown to be as good)"
+    as_good = [row for row in ranked[1:] if is_equivalent(row, best, name, margin)]
+    smaller = [row for row in as_good if row.get("num_adapter_params_n", 0) and _is_smaller(row, best)]
+    within = f"within {format_spread(name, margin)} of {metric(name).label}"
+    if not smaller:
+        return best, f"the best on val, and no smaller adapter is shown to be as good ({within})"
+    cheapest = min(smaller, key=lambda row: row["num_adapter_params"])
+    return cheapest, f"the smallest adapter shown to be as good on val as the best ({cell_name(best)}; {within})"
+
+
+def _is_smaller(row: Cell, other: Cell) -> bool:
+    return bool(not other.get("num_adapter_params_n", 0) or row["num_adapter_params"] < other["num_adapter_params"])

@@ -88,11 +88,12 @@ placements = st.sampled_from(
 @st.composite
 def sweeps(draw: st.DrawFn) -> list[RunResult]:
     """Up to sixteen runs over few values of each axis, so that cells, seeds and learning rates meet."""
+    fingerprints = draw(st.sampled_from([[None], ["f0"], ["f0", "f1"]]))
     axes: dict[str, Any] = {
         name: draw(st.lists(values, min_size=1, max_size=size))
         for name, values, size in (
             ("model", names, 2),
-            ("dataset", st.tuples(names, st.sampled_from([*TASKS]), st.sampled_from([None])), 3),
+            ("dataset", st.tuples(names, st.sampled_from([*TASKS]), st.sampled_from(fingerprints)), 3),
             ("method", st.sampled_from(["lora", "full", "head_only"]), 3),
             ("rank", st.sampled_from([1, 2, 8, 64, 100_000]), 3),
             ("placement", st.tuples(names, placements), 3),

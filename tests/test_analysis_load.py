@@ -50,14 +50,13 @@ def result(
 ) -> dict[str, Any]:
     """A result file's content; further settings by dotted name with `__` for the dot: `trainer__batch_size=32`."""
     is_lora = method == "lora"
+    projections = list(target_layers) if set(target_layers) <= set("qkvo") else [target_layers]
     config: dict[str, Any] = {
         "model": {"name": "bert", "revision": None},
         "dataset": {"name": "sst2", "best_metric": "accuracy", "text_columns": ["sentence"]},
         "method": {"name": method, "adapter_dropout": 0.0, "learning_rate": learning_rate},
         "rank": {"rank": rank, "alpha": 16.0} if is_lora else None,
-        "target_layers": {"name": target_layers, "projections": list(target_layers), "blocks": blocks}
-        if is_lora
-        else None,
+        "target_layers": {"name": target_layers, "projections": projections, "blocks": blocks} if is_lora else None,
         "trainer": {"learning_rate": learning_rate, "batch_size": 16, "num_epochs": 3.0},
         "seed": seed,
         "tracking": {"wandb": "offline"},
@@ -414,16 +413,16 @@ def test_values_of_no_sense_are_named(tmp_path: Path, changes: dict[str, Any], c
     assert "bad/result.json" in runs.problems[0] and complaint in runs.problems[0]
 
 
-def test_half_a_surrogate_pair_is_a_question_mark(tmp_path: Path) -> None:
+def test_half_a_surrogate_pair_is_its_code(tmp_path: Path) -> None:
     save_run(tmp_path, "a", target_layers="q\ud800", error="\udfff")
     (row,) = load_runs(tmp_path).frame.to_dict("records")
-    assert (row["config.target_layers.name"], row["error"]) == ("q?", "?")
+    assert (row["config.target_layers.name"], row["error"]) == ("q\\ud800", "\\udfff")
 
 
-def test_what_would_steer_a_terminal_is_a_space(tmp_path: Path) -> None:
+def test_what_would_steer_a_terminal_is_its_code(tmp_path: Path) -> None:
     save_run(tmp_path, "a", target_layers="q\x1b[2J\n# H", error="one\ntwo\x1b]0;x")
     (row,) = load_runs(tmp_path).frame.to_dict("records")
-    assert (row["config.target_layers.name"], row["error"]) == ("q [2J # H", "one\ntwo ]0;x")
+    assert (row["config.target_layers.name"], row["error"]) == ("q\\x1b[2J\\n# H", "one\ntwo\\x1b]0;x")
 
 
 def test_odd_but_possible_values_are_read(tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ LAYERS = {
     "analysis": 2,
     "analysis.load": 1,
     "analysis.select": 1,
+    "analysis.names": 1,
     "analysis.formats": 1,
     "analysis.rows": 1,
     "analysis.forms": 2,
