@@ -257,7 +257,7 @@ def generate(
     stop = stop or StopRequest()
     bare = getattr(model, "module", model)
     device = next(bare.parameters()).device
-    room = getattr(bare.config, "max_position_embeddings", None)
+    room = _room(bare, config)
     ends = _end_tokens(prompts, tokenizer)
     # Longest first: little padding, and a batch that is too large fails at once.
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index].token_ids))
@@ -269,9 +269,7 @@ def generate(
     def write(chosen: Sequence[int]) -> list[str]:
         rows = [prompts[index].token_ids for index in chosen]
         if room is not None:
-            rows = [
-                _last_tokens(ids, max(1, room - config.max_new_tokens), start=tokenizer.bos_token_id) for ids in rows
-            ]
+            rows = [_last_tokens(ids, room, start=tokenizer.bos_token_id) for ids in rows]
         width = max(map(len, rows))
         # On the left, so that every text goes on where its row ends.
         token_ids = [[tokenizer.pad_token_id] * (width - len(ids)) + ids for ids in rows]
@@ -309,6 +307,18 @@ def generate(
             for index, text in zip(chosen, once(f"generate from {start}", partial(write, chosen)), strict=True):
                 texts[index] = text
     return texts
+
+
+def num_cut_prompts(model: nn.Module, prompts: Sequence[Prompt], config: GenerationConfig) -> int:
+    """How many of the prompts from which `generate` is to write are too long for the model's context."""
+    room = _room(getattr(model, "module", model), config)
+    return 0 if room is None else sum(len(prompt.token_ids) > room for prompt in prompts[: config.num_examples])
+
+
+def _room(model: Any, config: GenerationConfig) -> int | None:
+    """How many tokens a prompt may have; None where the model's context has no end."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    return None if positions is None else max(1, positions - config.max_new_tokens)
 
 
 def _last_tokens(ids: list[int], num: int, *, start: int | None) -> list[int]:

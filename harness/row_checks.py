@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import unicodedata
@@ -167,6 +168,7 @@ def look_alike_labels(columns: Mapping[str, pd.Series]) -> tuple[list[list[str]]
     ]
 
 
+@functools.lru_cache(maxsize=4096)
 def _visible(label: str) -> str:
     """What of a label is seen: without characters that have no width, accents composed, one space for any number."""
     composed = unicodedata.normalize("NFC", label)

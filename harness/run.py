@@ -57,7 +57,7 @@ from harness.folder import (
     settle,
 )
 from harness.journal import FollowingJournal, RunJournal
-from harness.language import LanguageObjective, generate, makes_whole_logits
+from harness.language import LanguageObjective, generate, makes_whole_logits, num_cut_prompts
 from harness.language_data import LanguageData, TokenSplit, load_language_data
 from harness.ledger import Spending
 from harness.measure import (
@@ -273,6 +273,10 @@ def prepare(config: RunConfig) -> PreparedRun:
     if accelerator.num_processes > 1:
         recorded |= {"num_processes": accelerator.num_processes, "shard_model": config.shard_model}
     notes = [note for found in (data, *also.values()) for note in found.notes]
+    if isinstance(data, LanguageData) and _generated(config):
+        num_cut = num_cut_prompts(model, data.test.prompts(), config.dataset.generation)
+        if num_cut:
+            notes.append(f"dataset={config.dataset.name}: {num_cut} test prompts lose their beginning in generation.")
     if notes:
         recorded["data_notes"] = notes
     if isinstance(data, TextData) and data.positive_class is not None and "f1" in config.dataset.metrics:

@@ -17,7 +17,14 @@ from torch.utils.checkpoint import checkpoint
 from harness import lora, models
 from harness.config import Blocks, DatasetConfig, GenerationConfig, Method, ModelConfig, RankConfig, Task, TinyModel
 from harness.data import Batch
-from harness.language import LanguageObjective, chunked_cross_entropy, generate, summed_loss, summed_nll
+from harness.language import (
+    LanguageObjective,
+    chunked_cross_entropy,
+    generate,
+    num_cut_prompts,
+    summed_loss,
+    summed_nll,
+)
 from harness.language_data import NO_TARGET, LanguageData, Prompt, load_language_data
 from harness.measure import LiveTensors
 from harness.models import PACKS_BY_POSITIONS
@@ -412,3 +419,6 @@ def test_a_prompt_without_room_keeps_the_start_token_and_a_text_loses_the_spaces
     prompt = Prompt("", [TOKENIZER.bos_token_id, *ids("z" * 200 + "a")], [""], lead=" ")
     assert generate(knowing, [prompt], GenerationConfig(max_new_tokens=125), TOKENIZER) == [" me"]
     assert asked == [[TOKENIZER.bos_token_id, *ids("za")]]
+    fits = Prompt("", ids("zzz"), [""])
+    prompts = [prompt, fits, prompt]
+    assert [num_cut_prompts(knowing, prompts, GenerationConfig(125, num_examples=n)) for n in (None, 2, 1)] == [2, 1, 1]

@@ -351,6 +351,28 @@ def test_an_answer_that_joins_with_the_template_is_not_given_away(tmp_path: Path
     assert prompt.references == ["dogs"]
 
 
+def test_a_row_is_named_by_its_line_wherever_it_goes(tmp_path: Path) -> None:
+    """After rows that are left out, blank lines, and in whichever split it is held out."""
+    path = tmp_path / "rows.jsonl"
+    rows = [{"q": "q", "a": ""}, *({"q": f"q{n}", "a": "x"} for n in range(19)), {"q": "p" * 60, "a": "x"}]
+    path.write_text("\n\n" + "\n".join(map(json.dumps, rows)))
+    settings: dict[str, Any] = {"task": Task.completion, "prompt_template": "{q}", "target_column": "a"}
+    splits = set()
+    for seed in range(12):
+        config = DatasetConfig(
+            name="x", train_file=str(path), max_length=32, split_seed=seed, too_long=TooLong.error, **settings
+        )
+        with pytest.raises(DataError, match=r"rows.jsonl line 23 has 63 tokens") as raised:
+            load_language_data(config, TOKENIZER)
+        splits.add(str(raised.value).split(":")[0])
+    assert len(splits) > 1
+
+
+def test_a_template_may_hold_a_dollar_sign_before_its_braces(tmp_path: Path) -> None:
+    split = completions(tmp_path, [{"q": "two", "a": "2"}], prompt_template="${q} ${{x}} -> ").train
+    assert text_of(split.batch([0]).inputs["input_ids"][0]) == "$two ${x} -> 2"
+
+
 def test_an_empty_target_is_left_out_and_an_empty_prompt_is_not(tmp_path: Path) -> None:
     data = completions(tmp_path, [{"q": "", "a": "1"}, {"q": "x", "a": " "}])
     assert len(data.train) == 1

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pandas as pd
 import pytest
+from hypothesis import strategies as st
 
-from harness.readers import ReadRows, counted_rows, place, read_rows
+from harness.readers import ENDINGS, ReadRows, counted_rows, place, read_rows
 
 
 def read(tmp_path: Path, name: str, content: str | bytes, **settings: Any) -> ReadRows:
@@ -156,6 +159,28 @@ def test_lines_with_too_many_parts_are_named(tmp_path: Path) -> None:
     settings = {"line_separator": "||", "line_columns": ["q", "a"]}
     message = refused(tmp_path, "rows.txt", "a||b\n\nc||d||e\n", **settings)
     assert message.startswith("1 rows do not have the 2 columns q, a: line 3 has 3; they are what stands between '||'")
+
+
+@hypothesis.given(
+    text=st.text(st.sampled_from("ab\"'\t,\n\r {}[]:\\\0\ufeff\u2028é"), max_size=60), ending=st.sampled_from(ENDINGS)
+)
+def test_any_text_is_rows_or_one_message(tmp_path_factory: pytest.TempPathFactory, text: str, ending: str) -> None:
+    """And what is no quoting or nesting gives a row for each line that is not blank."""
+    path = tmp_path_factory.getbasetemp() / f"any{ending}"
+    path.write_bytes(text.encode())
+    try:
+        found = read_rows(path)
+    except ValueError as error:
+        assert "\n" not in str(error).replace(text, "")
+        return
+    numbers = found.table.index.tolist()
+    assert numbers == sorted(set(numbers)) or ending in (".json", ".jsonl")
+    if ending in (".tsv", ".tab", ".txt") and not any("several lines" in note for note in found.notes):
+        head = {".tsv": 1, ".tab": 3, ".txt": 0}[ending]
+        lines = text.removeprefix("\ufeff").split("\n" if "\n" in text else "\r")
+        blank = sum(int(re.search(r": (\d+) blank", note)[1]) for note in found.notes if "blank lines" in note)  # type: ignore[index]
+        assert len(numbers) + blank <= len(lines)
+        assert numbers == [n for n, line in enumerate(lines, 1) if line.strip() and n > head] or ending == ".tsv"
 
 
 # ---------------------------------------------------------------- JSON
