@@ -14,7 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, RobertaConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    RobertaConfig,
+)
 
 from harness import lora, models
 from harness.config import Dtype, Method, ModelConfig, Quantization, RankConfig, ScratchConfig, TinyModel
@@ -407,6 +415,33 @@ def test_a_tied_unembedding_that_the_checkpoint_lacks_is_no_fault(tmp_path: Path
     loaded = load_model(ModelConfig(name="x", path=str(tmp_path)), num_labels=None, pad_token_id=0, seed=3)
     assert torch.equal(loaded.model.lm_head.weight, base.transformer.wte.weight)
     assert (loaded.head, loaded.notes) == ((), [])
+
+
+ENCODERS = ("bert", "roberta", "deberta", "deberta-v2")
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_a_checkpoint_as_its_family_publishes_it_lacks_nothing(model_type: str, tmp_path: Path) -> None:
+    """With the head of its pretraining, and bare."""
+    sizes = {"vocab_size": 260, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokens = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    more = {"opt": {"ffn_dim": 48, "word_embed_proj_dim": 32}, "gpt2": {}}.get(model_type, {"intermediate_size": 48})
+    more |= {"num_key_value_heads": 2} if model_type == "smollm3" else {}
+    more |= {"relative_attention": True} if model_type.startswith("deberta") else {}
+    config = AutoConfig.for_model(model_type, **sizes, **tokens, **more)
+    pretrained = AutoModelForMaskedLM if model_type in ENCODERS else AutoModelForCausalLM
+    for auto in (pretrained, AutoModel):
+        base = auto.from_config(config)
+        base.save_pretrained(tmp_path / auto.__name__)
+        for num_labels in (3,) if model_type in ENCODERS else (3, None):
+            if num_labels is None and auto is AutoModel and not config.tie_word_embeddings:
+                continue  # it does lack the unembedding
+            saved_config = ModelConfig(name="x", path=str(tmp_path / auto.__name__), attention="eager")
+            loaded = load_model(saved_config, num_labels=num_labels, pad_token_id=0, seed=0)
+            optional = ("bert.pooler",) if model_type == "bert" and auto is AutoModelForMaskedLM else ()
+            assert loaded.head == (*optional, *head_modules(model_type, language_model=num_labels is None))
+            embedding = loaded.model.get_input_embeddings().weight
+            assert torch.equal(embedding, base.get_input_embeddings().weight)
 
 
 def test_an_older_checkpoint_of_pickled_tensors_is_read(saved: Path) -> None:

@@ -7,6 +7,7 @@ import math
 import random
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,32 @@ def test_an_adapter_loads_in_peft(data: Path, tmp_path: Path) -> None:
     objective = LanguageObjective(val=prepared.data.val, eval_batch_size=8, chunk_tokens=0)  # type: ignore[arg-type]
     scores = objective.evaluate_split(theirs.base_model.model, prepared.data.test).scores  # type: ignore[arg-type]
     assert scores["nll"] == pytest.approx(result.metrics["test_nll"], rel=1e-6)
+
+
+def test_an_adapter_of_a_tied_unembedding_scores_the_same_in_peft_merged_and_saved(data: Path, tmp_path: Path) -> None:
+    placement = {"name": "all_lm_head", "projections": ["all", "lm_head"]}
+    wanted = config(data, tmp_path, model={"name": "tiny_gpt2", "tiny": "gpt2"}, target_layers=placement)
+    result = run(wanted)
+    adapter = tmp_path / result.run_id / "adapter"
+    split = prepare(wanted).data
+    objective = LanguageObjective(val=split.val, eval_batch_size=8, chunk_tokens=0)  # type: ignore[arg-type]
+
+    def fresh() -> transformers.PreTrainedModel:
+        model = models.load_model(wanted.model, num_labels=None, pad_token_id=0, seed=0).model
+        assert model.lm_head.weight is model.transformer.wte.weight
+        return model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft warns of the tied weights
+        theirs = peft.PeftModel.from_pretrained(fresh(), adapter).base_model.model
+    merged = fresh()
+    lora.load_adapter(merged, adapter)
+    lora.merge_and_remove(merged)
+    merged.save_pretrained(tmp_path / "merged")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", use_cache=False)
+    for model in (theirs, merged, again):
+        scores = objective.evaluate_split(model.eval(), split.test).scores  # type: ignore[arg-type]
+        assert scores["nll"] == pytest.approx(result.metrics["test_nll"], rel=1e-5)
 
 
 def test_generations_are_kept_and_score_as_the_result_says(data: Path, tmp_path: Path) -> None:
