@@ -204,7 +204,7 @@ def test_a_finished_full_run_is_a_base(data: Path, tmp_path: Path) -> None:
     assert child.metrics["test_nll_before"] == pytest.approx(base.metrics["test_nll"], rel=1e-6)
     assert child.metrics["num_total_params"] == base.metrics["num_total_params"] + child.metrics["num_adapter_params"]
     adapter = json.loads((tmp_path / child.run_id / "adapter/adapter_config.json").read_text())
-    assert adapter["base_model_name_or_path"] == base.run_id
+    assert adapter["base_model_name_or_path"] == str(tmp_path / base.run_id / "model")
     # And a grandchild.
     again = run(config(data, tmp_path, "full", model=based_on(base.run_id)))
     assert run(config(data, tmp_path, model=based_on(again.run_id))).metrics["test_nll_before"] == pytest.approx(
