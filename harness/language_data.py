@@ -654,9 +654,10 @@ def _answers(messages: list[dict[str, str]], text: str, render: _Render) -> list
     for index, message in enumerate(messages):
         if not _is_answer(message):
             continue
-        before = render(messages[:index], True)
         marked = [*messages[:index], {"role": message["role"], "content": marker}]
         head, found, after = render([*marked, *messages[index + 1 :]], False).partition(marker)
+        # A template cannot be asked to begin an empty conversation.
+        before = render(messages[:index], True) if index else head
         stop = len(text) - len(after)
         if not found or marker in after:
             raise DataError(

@@ -502,6 +502,13 @@ def test_an_answer_is_located_by_where_the_template_writes_it(tmp_path: Path, an
     assert own_notes(data) == []
 
 
+def test_a_conversation_may_begin_with_the_assistant(tmp_path: Path) -> None:
+    data = chats(tmp_path, [[turn("assistant", "hello"), turn("user", "hi"), turn("assistant", "bye")], CHAT[2:3]])
+    assert text_of(targets(data.train, 0)) == "hello<|im_end|>\nbye<|im_end|>\n"
+    assert text_of(targets(data.train, 1)) == "yo<|im_end|>\n"
+    assert TOKENIZER.decode(data.test.prompts()[1].token_ids) == f"{TOKENIZER.bos_token}<|im_start|>assistant\n"
+
+
 THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
     "{% set whole = m.content if '</think>' in m.content else '</think>' + m.content %}"
