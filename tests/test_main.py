@@ -232,7 +232,7 @@ def assert_like(outcome: Outcome, message: str) -> None:
     [
         (
             ("rank.rank=3000", "target_layers=qv"),
-            (f"these overrides cannot be applied (Unexpected type for root: NoneType). {NOT_APPLIED}",),
+            (f"rank.rank=3000: cannot be applied (Unexpected type for root: NoneType). {NOT_APPLIED}",),
         ),
         (("target_layers=qv",), ("method=lora needs a rank and has no hidden default: add rank=r8 (r1 to r1024).",)),
         (("rank=r8",), ("method=lora needs target layers: add target_layers=qv (q, v, qkvo, mlp, all, ...).",)),
