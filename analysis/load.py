@@ -130,6 +130,7 @@ def load_runs(runs_dir: Path, *, sweep: str | None = None, need_ended: bool = Tr
                 f"Sweeps there: {', '.join(known) or 'none'}. Leave --sweep out for all runs in one table."
                 + _listing(problems)
             )
+    rows = _once_per_seed(rows, problems)
     rows.sort(key=_position)
     return Runs(_frame(rows), sweep=sweep, problems=problems)
 
@@ -145,7 +146,7 @@ def _load_listed(runs_dir: Path, launched: SweepLaunches, need_ended: bool) -> R
         )
     read = {row["run_id"] for row in rows}
     return Runs(
-        _frame(rows),
+        _frame(_once_per_seed(rows, problems)),
         sweep=sweep,
         command=last.command,
         created=last.created,
@@ -233,7 +234,7 @@ def _read_rows(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[str]]:
             problems.append(f"{path}: {found}")
         else:
             rows.append(row)
-    return _once_per_seed(rows, problems), problems
+    return rows, problems
 
 
 def _once_per_seed(rows: Sequence[dict[str, Any]], problems: list[str]) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from analysis import figures, formats, rows, select, tables
 from analysis.formats import PaperTable, as_code
 from analysis.load import LoadError, Runs, load_curves, load_runs
 from analysis.page import PageTable, page
+from harness.launches import Launch
 from harness.results import METRICS, Status, write_atomically
 
 # The name of the report about every run in a folder.
@@ -166,8 +167,7 @@ def _summary(runs: Runs, scores: str) -> Iterator[str]:
         counts.append(f"{len(runs.unreadable)} unreadable")
     if runs.to_do is not None:
         counts.append(f"{len(runs.to_do)} to do")
-    if runs.command is not None:
-        yield f"Command: {as_code(runs.command)}" + (f", {runs.created}" if runs.created else "")
+    yield from _launches(runs.launches)
     yield f"Runs: {num_runs} ({', '.join(counts)})."
     if runs.sweep is not None and runs.to_do is None:
         yield "What is still to do is not known: no sweep file lists the runs of this sweep."
@@ -177,6 +177,48 @@ def _summary(runs: Runs, scores: str) -> Iterator[str]:
     yield f"Selection: {rows.selection_rule(best_metrics, scores)}."
     for problem in runs.problems:
         yield f"Left out: {as_code(problem)}"
+
+
+def _launches(launches: Sequence[Launch]) -> Iterator[str]:
+    """The commands that named the runs of the sweep, which part each added, and what a repetition no longer names."""
+    if len(launches) == 1:
+        yield f"Command: {_command(launches[0])}"
+        return
+    named: set[str] = set()
+    lines, num_repeated = [], 0
+    latest: dict[str | None, Launch] = {}
+    for launch in launches:
+        added = set(launch.run_ids) - named
+        named |= added
+        latest[launch.command] = launch
+        if added:
+            num_runs = len(set(launch.run_ids))
+            part = "" if len(added) == num_runs else f", {len(added)} of them added by it"
+            lines.append(f"{_command(launch)}: {num_runs} run{'s' * (num_runs != 1)}{part}")
+        else:
+            num_repeated += 1
+    if lines:
+        heading = f"Commands, {len(named)} runs altogether"
+        heading += f" ({num_repeated} more launches added none)" if num_repeated else ""
+        yield "\n  - ".join([f"{heading}:", *lines])
+    gone = [
+        run_id
+        for launch in launches
+        for run_id in launch.run_ids
+        if launch.command is not None and run_id not in latest[launch.command].run_ids
+    ]
+    others = {run_id for launch in latest.values() for run_id in launch.run_ids}
+    superseded = [run_id for run_id in dict.fromkeys(gone) if run_id not in others]
+    if superseded:
+        yield (
+            "Superseded: the last launch of the same command names other runs in their place, because its settings or "
+            f"the data have changed since. Still counted here: {rows.listed(superseded)}."
+        )
+
+
+def _command(launch: Launch) -> str:
+    text = "unknown" if launch.command is None else as_code(launch.command)
+    return text + (f", {launch.created}" if launch.created else "")
 
 
 def _environment(frame: pd.DataFrame) -> Iterator[str]:

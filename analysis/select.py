@@ -449,19 +449,35 @@ def _conditions(frame: pd.DataFrame) -> tuple[dict[str, str], dict[str, str]]:
     firsts = frame.drop_duplicates("cell_id")
     shown = {column: firsts[column].map(show_value).tolist() for column in settings}
     names = [firsts["model"].tolist(), firsts["dataset"].tolist()]
-    of_method = [column for column in settings if column.startswith(("config.method", "config.rank"))]
-    fixed = [shown[column] for column in settings if column not in of_method]
-    varied = [shown[column] for column in of_method]
+    fixed = [shown[column] for column in settings if not column.startswith(_OF_METHOD)]
+    varied = [shown[column] for column in settings if column.startswith(_OF_METHOD)]
+    if "config.target_layers.name" in frame:
+        varied.append(firsts["config.target_layers.name"].tolist())
     recipes: dict[tuple[Any, ...], str] = {}
     conditions: dict[tuple[Any, ...], str] = {}
+    rates: set[tuple[str, Any]] = set()
     found: tuple[dict[str, str], dict[str, str]] = {}, {}
-    for cell_id, placement, *key in zip(
-        firsts["cell_id"], placement_keys(firsts), *names, *fixed, *varied, strict=True
+    for cell_id, rate, placement, *key in zip(
+        firsts["cell_id"],
+        firsts["config.trainer.learning_rate"],
+        placement_keys(firsts),
+        *names,
+        *fixed,
+        *varied,
+        strict=True,
     ):
-        recipe = tuple(key[: len(names) + len(fixed)])
-        found[0][str(cell_id)] = conditions.setdefault((placement, *key), f"condition-{len(conditions)}")
-        found[1][str(cell_id)] = recipes.setdefault(recipe, f"recipe-{len(recipes)}")
+        condition = conditions.setdefault((placement, *key), f"condition-{len(conditions)}")
+        while (condition, rate) in rates:  # one and the same under two ids: each stays a row
+            condition += "+"
+        rates.add((condition, rate))
+        found[0][str(cell_id)] = condition
+        found[1][str(cell_id)] = recipes.setdefault(tuple(key[: len(names) + len(fixed)]), f"recipe-{len(recipes)}")
     return found
+
+
+# Settings of a method, which another method does not have: only what adapts a frozen base can hold it quantised. What a
+# run is scored on besides changes nothing that is compared.
+_OF_METHOD = ("config.method", "config.rank", "config.model.quantization", "config.evaluate_also")
 
 
 # ---------------------------------------------------------------- recipes

@@ -151,3 +151,13 @@ def test_names_that_look_alike_are_spelled_out(tmp_path: Path, names: tuple[str,
     for number, name in enumerate(names):
         save_run(tmp_path, f"run{number}", dataset__name=name, metrics=measured())
     assert sorted(cells_of(tmp_path)["dataset"]) == sorted(shown)
+
+
+def test_one_placement_under_two_ids_is_two_rows(tmp_path: Path) -> None:
+    """Names were part of ids; blocks that are spelled in two ways were too."""
+    save_run(tmp_path, "a", metrics=measured())
+    save_run(tmp_path, "b", target_layers__name="mine", metrics=measured())
+    save_run(tmp_path, "c", blocks=[0, 1], metrics=measured())
+    save_run(tmp_path, "d", blocks="first_2", metrics=measured())
+    best = select.best_cells(cells_of(tmp_path))
+    assert sorted(best["cell_id"]) == ["a", "b", "c", "d"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from wandb_file import read_artifacts, read_wandb_file
 
 from analysis.__main__ import main
 from analysis.report import write_report
+from harness.launches import record_launch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -148,6 +150,41 @@ def test_a_sweep_without_a_sweep_file_says_so(runs_dir: Path, tmp_path: Path) ->
     report_dir = write_report(runs_dir, tmp_path / "reports", "other", console=quiet())
     page = (report_dir / "report.md").read_text(encoding="utf-8")
     assert "- Runs: 1 (1 finished).\n- What is still to do is not known: no sweep file lists the runs" in page
+
+
+DEMO = "python -m harness -m sweeps=demo"
+
+
+def head_of(report_dir: Path) -> str:
+    return (report_dir / "report.md").read_text(encoding="utf-8").partition("\n## ")[0]
+
+
+def test_a_report_covers_every_launch_and_says_what_each_added(tmp_path: Path) -> None:
+    """Six runs, then two more ranks and seeds of the README, then the first command again."""
+    for run_id in ("r1-s0", "r8-s0", "r4-s0", "r4-s1"):
+        save_run(tmp_path / "runs", run_id, cell_id=run_id[:2], rank=int(run_id[1]), seed=int(run_id[-1]))
+    record_launch(tmp_path / "runs", "demo", run_ids=["r1-s0", "r8-s0"], command=DEMO)
+    record_launch(tmp_path / "runs", "demo", run_ids=["r8-s0", "r4-s0", "r4-s1"], command=f"{DEMO} rank=r4,r8")
+    record_launch(tmp_path / "runs", "demo", run_ids=["r1-s0", "r8-s0"], command=DEMO)
+    head = head_of(write_report(tmp_path / "runs", tmp_path / "reports", "demo", console=quiet()))
+    head = re.sub("20[0-9T:+-]{23}", "WHEN", head)
+    assert "- Runs: 4 (4 finished, 0 to do).\n" in head
+    assert (
+        "- Commands, 4 runs altogether (1 more launches added none):\n"
+        f"  - `{DEMO}`, WHEN: 2 runs\n"
+        f"  - `{DEMO} rank=r4,r8`, WHEN: 3 runs, 2 of them added by it\n"
+    ) in head
+    assert "Superseded" not in head
+
+
+def test_a_run_that_its_command_no_longer_names_is_said(tmp_path: Path) -> None:
+    for run_id in ("old-s0", "new-s0"):
+        save_run(tmp_path / "runs", run_id, metrics=measured())
+    record_launch(tmp_path / "runs", "demo", run_ids=["old-s0"], command=DEMO)
+    record_launch(tmp_path / "runs", "demo", run_ids=["new-s0"], command=DEMO)
+    head = head_of(write_report(tmp_path / "runs", tmp_path / "reports", "demo", console=quiet()))
+    assert "- Superseded: the last launch of the same command names other runs in their place" in head
+    assert "Still counted here: `old-s0`." in head
 
 
 def test_folders_are_runs_and_reports_unless_named(
