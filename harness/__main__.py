@@ -1,7 +1,7 @@
 """`python -m harness ...`: Hydra's entry. Composes a config, runs it, and exits with what became of it.
 
 Exit codes: 0 finished; 1 a run failed, diverged or ran out of memory; 2 the config or the data cannot be used; 75
-stopped by SIGTERM, with a checkpoint to go on from; 130 interrupted.
+stopped by SIGTERM or Ctrl-C, and the same command resumes it; 130 interrupted with nothing to resume, or a sweep.
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ def main() -> int:
             exit_codes.append(2)
             return
         except PreemptedError as error:
+            if HydraConfig.get().mode is RunMode.MULTIRUN:  # Hydra's own launcher would begin the next run
+                raise KeyboardInterrupt from error
             _print_problem(error)
             exit_codes.append(75)
             return

@@ -71,11 +71,16 @@ class StopRequest:
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """While inside, a stop signal asks instead of killing. Python lets only the main thread hear signals."""
+        """While inside, a stop signal asks instead of killing; so does a first Ctrl-C, where that would interrupt.
+
+        Python lets only the main thread hear signals.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._hear) for number in STOP_SIGNALS}
+        interrupts = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        heard = (*STOP_SIGNALS, *((signal.SIGINT,) if interrupts else ()))
+        before = {number: signal.signal(number, self._hear) for number in heard}
         try:
             yield
         finally:
@@ -95,6 +100,8 @@ class StopRequest:
             self._interrupts = False
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and (self._is_asked or self._interrupts):
+            raise KeyboardInterrupt
         self.ask()
         if self._interrupts:
             self._interrupts = False  # a second signal does not disturb the way out
