@@ -6,6 +6,7 @@ checkpoint of unknown origin can be loaded without running code out of it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from harness.parallel import like, put, whole
+from harness.parallel import gathered, like, put, whole
 
 logger = logging.getLogger("harness")
 
@@ -54,10 +56,15 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | No
 
 
 def pack_training(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None, best_state: dict[str, Tensor] | None
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    best_state: dict[str, Tensor] | None,
+    *,
+    accelerator: Accelerator,
 ) -> dict[str, Tensor]:
     """Every tensor that decides how training goes on: trained parameters, optimizer, random states, best so far.
 
+    The random states are those of all processes, `(processes, bytes)`, so all of them must call this at once.
     `optimizer` is None when all steps are made.
     """
     trainable = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
@@ -65,16 +72,19 @@ def pack_training(
     for name, value in trainable if optimizer is not None else ():
         tensors |= {f"optimizer/{name}/{key}": whole(entry) for key, entry in optimizer.state[value].items()}
     tensors |= {f"best/{name}": value for name, value in (best_state or {}).items()}
-    tensors["random/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors |= {f"random/cuda{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    tensors["random/cpu"] = gathered(torch.get_rng_state(), accelerator)
+    if accelerator.device.type == "cuda":
+        tensors["random/cuda"] = gathered(torch.cuda.get_rng_state(accelerator.device), accelerator)
     return tensors
 
 
 def unpack_training(
-    tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
+    tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, *, accelerator: Accelerator
 ) -> dict[str, Tensor] | None:
-    """Puts model, optimizer and random states back as `pack_training` found them; returns the best state."""
+    """Puts model, optimizer and random states back as `pack_training` found them; returns the best state.
+
+    With another number of processes no state is any process's own, and each takes a new one that follows from the old.
+    """
     groups: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "best": {}, "random": {}}
     for name, value in tensors.items():
         group, _, rest = name.partition("/")
@@ -89,8 +99,22 @@ def unpack_training(
         parameter, _, key = name.rpartition("/")
         states.setdefault(ordered.index(parameter), {})[key] = like(parameters[parameter], value)
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-    torch.set_rng_state(groups["random"]["cpu"])
-    cuda = [value for name, value in sorted(groups["random"].items()) if name.startswith("cuda")]
-    if cuda and torch.cuda.device_count() == len(cuda):
-        torch.cuda.set_rng_state_all(cuda)
+    _restore_random_state(groups["random"], accelerator)
     return groups["best"] or None
+
+
+def _restore_random_state(states: dict[str, Tensor], accelerator: Accelerator) -> None:
+    number, num_processes = accelerator.process_index, accelerator.num_processes
+    if len(states["cpu"]) == num_processes:
+        torch.set_rng_state(states["cpu"][number].clone())  # PyTorch reads a view of it from the wrong place
+        if accelerator.device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"][number].clone(), accelerator.device)
+        return
+    logger.warning(
+        "the checkpoint is of %d processes and these are %d: what is drawn at random (dropout) will differ from an "
+        "undisturbed run",
+        len(states["cpu"]),
+        num_processes,
+    )
+    drawn = hashlib.sha256(states["cpu"].numpy().tobytes() + f"{number} of {num_processes}".encode()).digest()
+    torch.manual_seed(int.from_bytes(drawn[:7]))

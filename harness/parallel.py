@@ -7,17 +7,115 @@ matrix (FSDP2) and the blocks are put together one at a time while they compute.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from harness.placement import ARCHITECTURES
+
+
+class ProcessFailedError(RuntimeError):
+    """Another process of the run failed, and this one ends with it. `status` and `error` are those of the first."""
+
+    def __init__(self, process: int, status: str, error: str) -> None:
+        self.process, self.status, self.error = process, status, error
+        super().__init__(f"process {process} of this run failed: {error}")
+
+
+class Companions:
+    """The other processes of a run: an error in one of them ends all.
+
+    What fails is written into the store through which the processes found each other. Over gloo, those that wait for
+    the failed one hear at once that its connections are closed, and find the reason there. NCCL waits on; a thread that
+    watches the store ends its communication.
+
+    Args:
+        accelerator: of this run; with one process nothing here does anything.
+        name: of the run, the same in all processes.
+        store, abort: in place of those of the process group.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        name: str,
+        *,
+        store: Any = None,
+        abort: Callable[[], object] | None = None,
+        poll_seconds: float = 1.0,
+    ) -> None:
+        self._process = accelerator.process_index
+        self._key = f"lora-harness/failed/{name}"
+        if store is None and accelerator.num_processes > 1:
+            store = distributed_c10d._get_default_store()
+            if torch.distributed.get_backend() != "gloo":
+                abort = distributed_c10d._abort_process_group
+        self._store, self._abort, self._poll_seconds = store, abort, poll_seconds
+        self._over = threading.Event()
+
+    def report(self, error: BaseException, *, status: str = "failed") -> ProcessFailedError | None:
+        """Says that this process fails with `error`; returns the failure of another where that is what caused it."""
+        if self._store is None:
+            return None
+        own = {"process": self._process, "status": status, "error": f"{type(error).__name__}: {error}"}
+        try:
+            first = json.loads(self._store.compare_set(self._key, "", json.dumps(own)))
+        except RuntimeError:  # the store ended with the process that held it
+            return None
+        # A lost connection is an error of no other type. What each process finds by itself is its own.
+        is_consequence = type(error) is RuntimeError or isinstance(error, torch.distributed.DistError)
+        return ProcessFailedError(**first) if is_consequence and first["process"] != self._process else None
+
+    def check(self) -> None:
+        """Raises `ProcessFailedError` when another process has failed."""
+        if self._store is not None and self._store.check([self._key]):
+            first = json.loads(self._store.get(self._key))
+            if first["process"] != self._process:
+                raise ProcessFailedError(**first)
+
+    @contextmanager
+    def together(self, *, shared: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+        """Reports an error that leaves this block, and raises that of another process where it is the cause.
+
+        Args:
+            shared: errors that all processes raise by themselves; they are passed on as they are.
+        """
+        watch = threading.Thread(target=self._watch, name="companions", daemon=True)
+        if self._abort is not None:
+            watch.start()
+        try:
+            yield
+        except shared:
+            raise
+        except Exception as error:
+            cause = self.report(error)
+            if cause is not None:
+                raise cause from error
+            raise
+        finally:
+            self._over.set()
+            if watch.is_alive():
+                watch.join()
+
+    def _watch(self) -> None:
+        assert self._abort is not None
+        while not self._over.wait(self._poll_seconds):
+            try:
+                self.check()
+            except RuntimeError:  # of another process, or of the store
+                self._abort()
+                return
 
 
 def summed(values: Sequence[float], accelerator: Accelerator) -> list[float]:
@@ -27,6 +125,12 @@ def summed(values: Sequence[float], accelerator: Accelerator) -> list[float]:
     # Counts up to 2^53 are exact.
     total = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
     return accelerator.reduce(total, reduction="sum").tolist()
+
+
+def gathered(tensor: Tensor, accelerator: Accelerator) -> Tensor:
+    """The tensor of each process, `(processes, ...)`, on the CPU of all of them."""
+    everyone: Tensor = accelerator.gather(tensor.unsqueeze(0).to(accelerator.device))
+    return everyone.cpu()
 
 
 def summed_on_device(parts: Sequence[Sequence[Tensor]], accelerator: Accelerator) -> Tensor:

@@ -67,6 +67,7 @@ from harness.measure import (
     require_free_device,
 )
 from harness.models import ModelError
+from harness.parallel import Companions, ProcessFailedError, summed
 from harness.placement import PlacementError, head_modules, select_modules
 from harness.preparation import PreparationError, preparation_of_a_run
 from harness.results import RunResult, Status, write_atomically, write_json_atomically
@@ -92,6 +93,7 @@ USER_ERRORS = (
     DeviceBusyError,
     OutputError,
     PreparationError,
+    ProcessFailedError,
 )
 
 
@@ -109,6 +111,7 @@ class PreparedRun:
     target_modules: list[str]
     environment: dict[str, object]
     base: models.BaseModel
+    companions: Companions
 
 
 @dataclass(frozen=True)
@@ -159,24 +162,30 @@ def run(config: RunConfig) -> RunResult:
             prepared = prepare(config)
         stop.share(prepared.accelerator)
         spending = Spending(started, prepared.accelerator.device, preparation)
-        if not prepared.accelerator.is_main_process:
-            return _follow(prepared, folder, stop, spending)
-        # Only now, when nothing is left to go wrong before training, does the run leave a trace.
-        with Claim.acquire(folder) as claim:
-            # Whoever had the claim before may have ended the run while this process prepared.
-            settle(folder)
-            kept = kept_result(config)
-            if kept is None:
-                attempt = Attempt.begin(config, claim)
-                with _logged_to(folder / LOG_FILE):
-                    kept = _run_claimed(prepared, attempt, stop, spending)
-                attempt.end()
-            claim.release(ended=True)
+        with prepared.companions.together(shared=(PreemptedError,)):
+            if not prepared.accelerator.is_main_process:
+                return _follow(prepared, folder, stop, spending)
+            # Only now, when nothing is left to go wrong before training, does the run leave a trace.
+            with Claim.acquire(folder) as claim:
+                # Whoever had the claim before may have ended the run while this process prepared.
+                settle(folder)
+                kept = kept_result(config)
+                summed([kept is not None], prepared.accelerator)  # which the others ask for
+                if kept is None:
+                    attempt = Attempt.begin(config, claim)
+                    with _logged_to(folder / LOG_FILE):
+                        kept = _run_claimed(prepared, attempt, stop, spending)
+                    attempt.end()
+                claim.release(ended=True)
     return kept
 
 
 def _follow(prepared: PreparedRun, folder: Path, stop: StopRequest, spending: Spending) -> RunResult:
     """What the processes beside the main one do: the same training, and nothing written."""
+    if any(summed([False], prepared.accelerator)):  # the main process has found a result
+        kept = kept_result(prepared.config)
+        assert kept is not None
+        return kept
     prepared.accelerator.wait_for_everyone()
     directory = attempt_dir(folder)
     journal = FollowingJournal(directory, stop, spending, made_from=_made_from(prepared))
@@ -233,6 +242,15 @@ def prepare(config: RunConfig) -> PreparedRun:
     # PyTorch's own choice knows nothing of a container's quota.
     torch.set_num_threads(config.num_threads or min(torch.get_num_threads(), available_cores()))
     accelerator = _accelerator(config)
+    companions = Companions(accelerator, run_id(config))
+    try:
+        return _prepare(config, accelerator, companions)
+    except Exception as error:
+        companions.report(error)  # the others find it where they meet
+        raise
+
+
+def _prepare(config: RunConfig, accelerator: Accelerator, companions: Companions) -> PreparedRun:
     if not config.allow_busy_device:
         require_free_device(accelerator.device)
     base = _base_model(config)
@@ -286,7 +304,9 @@ def prepare(config: RunConfig) -> PreparedRun:
     if _label_names(data):
         recorded["label_names"] = _label_names(data)
     head = loaded.head
-    return PreparedRun(config, accelerator, data, also, model, tokenizer, head, target_modules, recorded, loaded)
+    return PreparedRun(
+        config, accelerator, data, also, model, tokenizer, head, target_modules, recorded, loaded, companions
+    )
 
 
 def _base_model(config: RunConfig) -> ModelConfig:
@@ -363,6 +383,7 @@ def _train_and_evaluate(
         with prepared.accelerator.autocast():
             metrics |= _score_test(prepared, objective, journal, outcome, before)
         stop.check("saving")
+        prepared.companions.check()
         if config.save_weights:
             metrics["checkpoint_bytes"] = journal.once("save", lambda: _save(prepared, directory))
         with prepared.accelerator.autocast():
@@ -374,6 +395,9 @@ def _train_and_evaluate(
     except Exception as problem:
         status = Status.OUT_OF_MEMORY if is_out_of_memory(problem) else Status.FAILED
         error = f"{type(problem).__name__}: {problem}"
+        cause = prepared.companions.report(problem, status=status)
+        if cause is not None:
+            status, error = Status(cause.status), f"process {cause.process}: {cause.error}"
         logger.error("%s", traceback.format_exc())
     metrics = journal.measured | metrics
     metrics |= spending.total()

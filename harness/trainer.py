@@ -298,7 +298,7 @@ def train(
 
     def keep(optimizer: torch.optim.Optimizer | None) -> None:
         at.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
-        journal.keep_checkpoint(pack_training(bare_model, optimizer, best_state), at)
+        journal.keep_checkpoint(pack_training(bare_model, optimizer, best_state, accelerator=accelerator), at)
 
     def score(*, is_kept: bool) -> Evaluation:
         """Scores the state after `at.step` on val. Unless it is kept already, it is when that fails."""
@@ -341,7 +341,7 @@ def train(
             accelerator.scaler.load_state_dict(scaler_state)
         measured["num_steps"] = num_steps
     if checkpoint is not None:
-        best_state = unpack_training(checkpoint[0], bare_model, optimizer)
+        best_state = unpack_training(checkpoint[0], bare_model, optimizer, accelerator=accelerator)
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(at.scaler)
         del checkpoint

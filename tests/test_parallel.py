@@ -7,7 +7,9 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from harness.checkpoint import pack_training, unpack_training
+from harness.config import TrainerConfig
 from harness.data import Batch, TrainingBatches
+from harness.parallel import Companions, ProcessFailedError
+from harness.trainer import build_optimizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -144,3 +150,177 @@ def test_two_processes_are_one(sums: Path, tmp_path: Path, method: tuple[str, ..
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
     files = {path.relative_to(folder) for folder in (one, two) for path in folder.rglob("*") if path.is_file()}
     assert all((one / path).is_file() == (two / path).is_file() for path in files), files
+
+
+# ---------------------------------------------------------------- failing and resuming together
+
+# What `torchrun` starts instead of `-m harness`: the same, with something happening to one process of the two.
+UNDER_TORCHRUN = """
+import os, signal, sys
+import torch
+from harness import claims, language
+from harness.__main__ import main
+
+what, rank = sys.argv.pop(1), int(os.environ["RANK"])
+if what == "out_of_memory" and rank == 1:
+    plain, calls = language.LanguageObjective.summed_loss, []
+
+    def failing(self, model, batch):
+        calls.append(1)
+        if len(calls) == 5:
+            raise torch.OutOfMemoryError("this device alone is full")
+        return plain(self, model, batch)
+
+    language.LanguageObjective.summed_loss = failing
+if what == "claimed" and rank == 0:
+    def taken(*_):
+        raise claims.RunClaimedError("it is being computed by process 7 on other.")
+
+    claims.Claim.acquire = taken
+if what == "stopped" and rank == 0:
+    from harness.journal import RunJournal
+
+    stepped = RunJournal.stepped
+
+    def stopping(self, step, values):
+        stepped(self, step, values)
+        if step == 4 and str(self._config.runs_dir).endswith("parts") and not self.resumed_at_step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    RunJournal.stepped = stopping
+runs_dirs = sys.argv.pop(1).split(",")
+common = sys.argv[1:]
+for runs_dir in runs_dirs:
+    sys.argv[1:] = [*common, f"runs_dir={runs_dir}"]
+    code = main()
+    print("exit code", code, flush=True)
+sys.exit(code)
+"""
+
+
+def run_with(
+    what: str, arguments: list[str], folder: Path, *, runs_dirs: tuple[str, ...] = ("runs",)
+) -> subprocess.CompletedProcess[str]:
+    """Runs once for each folder of runs, one after the other in the same two processes."""
+    script = folder / "under_torchrun.py"
+    script.write_text(UNDER_TORCHRUN)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), what]
+    launch.append(",".join(str(folder / name) for name in runs_dirs))
+    return subprocess.run(
+        [sys.executable, *launch, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "LORA_HARNESS_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+@pytest.mark.slow
+def test_an_error_in_one_process_is_the_result_of_the_run(sums: Path, tmp_path: Path) -> None:
+    ended = run_with("out_of_memory", arguments(sums, tmp_path, "rank=r4", "target_layers=all"), tmp_path)
+    assert ended.returncode != 0
+    (path,) = (tmp_path / "runs").glob("*/result.json")
+    result = json.loads(path.read_text())
+    assert result["status"] == "out_of_memory"
+    assert result["error"] == "process 1: OutOfMemoryError: this device alone is full"
+
+
+@pytest.mark.slow
+def test_a_run_that_is_claimed_ends_all_processes(sums: Path, tmp_path: Path) -> None:
+    ended = run_with("claimed", arguments(sums, tmp_path, "rank=r4", "target_layers=all"), tmp_path)
+    assert ended.returncode != 0
+    assert "it is being computed by process 7 on other." in ended.stderr
+    assert not list((tmp_path / "runs").glob("*/result.json"))
+
+
+@pytest.mark.slow
+def test_each_process_resumes_with_its_own_random_state(sums: Path, tmp_path: Path) -> None:
+    """Dropout draws in both processes; the losses after the stop are those of a run that was never stopped."""
+    dropout = ("rank=r4", "target_layers=all", "method.adapter_dropout=0.5", "trainer.checkpoint_every=0")
+    ended = run_with("stopped", arguments(sums, tmp_path, *dropout), tmp_path, runs_dirs=("whole", "parts", "parts"))
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert ended.stdout.count("exit code 75") == 2
+    (one,), (two,) = ((path.parent for path in (tmp_path / name).glob("*/result.json")) for name in ("whole", "parts"))
+    assert len(losses(two)) == 12
+    assert losses(two) == losses(one)
+
+
+class Store(dict[str, str]):
+    """Stands in for the store of a process group."""
+
+    def compare_set(self, key: str, expected: str, desired: str) -> str:
+        if self.get(key, "") == expected:
+            self[key] = desired
+        return self[key]
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self for key in keys)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return super().get(key, default)
+
+
+def companions(process: int, store: Store | None, **options: Any) -> Companions:
+    accelerator = SimpleNamespace(process_index=process, num_processes=1)
+    return Companions(accelerator, "run", store=store, **options)  # type: ignore[arg-type]
+
+
+def test_a_lost_connection_is_explained_by_the_failure_of_another_process() -> None:
+    store = Store()
+    first, second = companions(1, store), companions(0, store)
+    assert first.report(MemoryError("full"), status="out_of_memory") is None
+    message = "process 1 of this run failed: MemoryError: full"
+    with pytest.raises(ProcessFailedError, match=message) as caught, second.together():
+        raise RuntimeError("Connection closed by peer")
+    assert (caught.value.status, caught.value.process) == ("out_of_memory", 1)
+    with pytest.raises(ProcessFailedError):
+        second.check()
+    first.check()
+    # What it finds by itself stays its own, and so does everything of one process alone.
+    with pytest.raises(KeyError), second.together():
+        raise KeyError("mine")
+    with pytest.raises(RuntimeError, match="mine"), companions(0, None).together():
+        raise RuntimeError("mine")
+
+
+def test_communication_is_ended_when_another_process_has_failed() -> None:
+    store, aborted = Store(), threading.Event()
+    waiting = companions(0, store, abort=aborted.set, poll_seconds=0.01)
+    with waiting.together():
+        companions(1, store).report(ValueError("wrong"))
+        assert aborted.wait(5)
+    calm = companions(0, Store(), abort=lambda: pytest.fail("nobody failed"), poll_seconds=0.01)
+    with calm.together():
+        pass
+    assert not any(thread.name == "companions" for thread in threading.enumerate())
+
+
+def test_a_checkpoint_holds_the_random_state_of_every_process(caplog: pytest.LogCaptureFixture) -> None:
+    model, config = torch.nn.Linear(2, 2), TrainerConfig(learning_rate=1e-3)
+    optimizer = build_optimizer(model, config)
+    torch.manual_seed(1)
+    other = torch.get_rng_state()
+    drawn = torch.rand(3)
+    torch.manual_seed(0)
+
+    def process(number: int, num: int) -> Any:
+        return SimpleNamespace(
+            process_index=number,
+            num_processes=num,
+            device=torch.device("cpu"),
+            gather=lambda tensor: torch.cat([tensor, other.unsqueeze(0)]),
+        )
+
+    tensors = pack_training(model, optimizer, None, accelerator=process(0, 2))
+    unpack_training(tensors, model, build_optimizer(model, config), accelerator=process(1, 2))
+    assert torch.equal(torch.rand(3), drawn)
+    assert not caplog.records
+
+    draws = []
+    for number, num in ((0, 3), (1, 3), (0, 3), (0, 1)):
+        unpack_training(tensors, model, build_optimizer(model, config), accelerator=process(number, num))
+        draws.append(torch.rand(3))
+    assert "the checkpoint is of 2 processes and these are 3" in caplog.text
+    assert torch.equal(draws[0], draws[2])
+    assert not torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[3])
