@@ -18,8 +18,9 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from harness.config import ConfigError, RunConfig, from_composed, register, run_id
+from harness.config import ConfigError, RunConfig, from_composed, register
 from harness.folder import require_writable
+from harness.identity import Identity, identify
 from harness.launches import command_line, record_launch
 from harness.overrides import CONF_DIR, came_from_composing, explain_refusal, literal_texts
 from harness.results import Status
@@ -53,8 +54,9 @@ def main() -> int:
 
         try:
             plan(config)  # a wrong placement is told before anything is downloaded or tokenised
-            _record_single_run(config)
-            result = run(config)
+            identity = identify(config)
+            _record_single_run(config, identity)
+            result = run(config, identity)
         except (*USER_ERRORS, RunClaimedError, ClaimLostError) as error:
             _print_problem(error)
             exit_codes.append(2)
@@ -91,12 +93,12 @@ def main() -> int:
     return max(exit_codes, default=0)
 
 
-def _record_single_run(config: RunConfig) -> None:
+def _record_single_run(config: RunConfig, identity: Identity) -> None:
     """A run that names its sweep belongs to it, as W&B's agents launch them; the sweeper records those of `-m`."""
     is_single = HydraConfig.get().mode is RunMode.RUN
     if config.sweep is not None and is_single and os.environ.get("RANK", "0") == "0":
         require_writable(config.runs_dir)
-        record_launch(Path(config.runs_dir), config.sweep, run_ids=[run_id(config)], command=command_line())
+        record_launch(Path(config.runs_dir), config.sweep, run_ids=[identity.run_id], command=command_line())
 
 
 def _compose(overrides: list[str]) -> object:

@@ -9,11 +9,10 @@ Enum members are spelled like their values because OmegaConf looks enums up by m
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from typing import Any, cast
 
@@ -799,62 +798,3 @@ def _name_problems(setting: str, name: str) -> list[str]:
     if _SAFE_NAME.fullmatch(name):
         return []
     return [f"{setting}={name!r}: letters, digits, '.', '_' and '-' only, beginning with a letter or digit."]
-
-
-# ---------------------------------------------------------------- identity
-
-
-def scientific(config: RunConfig) -> dict[str, Any]:
-    """What decides a run's result and therefore its identity: no tracking, no paths, no sweep name."""
-    return _scientific_fields(config)
-
-
-def _scientific_fields(node: Any) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for item in fields(node):
-        value = getattr(node, item.name)
-        if not item.metadata.get("scientific", True):
-            continue
-        values[item.name] = _scientific_value(value)
-        if item.metadata.get("added_later") and values[item.name] == _scientific_value(_default(item)):
-            del values[item.name]
-    return values
-
-
-def _scientific_value(value: Any) -> Any:
-    if is_dataclass(value):
-        return _scientific_fields(value)
-    if isinstance(value, dict):
-        entries = {key: _scientific_value(entry) for key, entry in value.items()}
-        # JSON objects are hashed in the order of their keys; here the first is special.
-        return {"order": list(value), **entries} if len(value) > 1 else entries
-    return value
-
-
-def _default(item: Field[Any]) -> Any:
-    return item.default if item.default_factory is MISSING else item.default_factory()
-
-
-def _hash(values: dict[str, Any]) -> str:
-    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:8]
-
-
-def cell_id(config: RunConfig) -> str:
-    """Identity of the cell: the run without its seed, as `<readable slug>-<8 hex>`."""
-    values = scientific(config)
-    del values["seed"]
-    return f"{_slug(config)}-{_hash(values)}"
-
-
-def run_id(config: RunConfig) -> str:
-    """Identity of the run, `<readable slug>-s<seed>-<8 hex>`; a name for humans, nothing is parsed out of it."""
-    return f"{_slug(config)}-s{config.seed}-{_hash(scientific(config))}"
-
-
-def _slug(config: RunConfig) -> str:
-    parts = [config.model.name, config.dataset.name, str(config.method.name)]
-    if config.rank is not None and config.target_layers is not None:
-        parts += [f"r{config.rank.rank}", config.target_layers.name]
-    parts.append(f"lr{config.trainer.learning_rate:g}")
-    return "-".join(parts)

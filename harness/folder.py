@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.claims import CLAIMS_DIR, Claim, RunClaimedError, current_owner
-from harness.config import Method, Rerun, RunConfig, Task, run_id
+from harness.config import Method, Rerun
+from harness.identity import PlannedRun
 from harness.results import RESULT_FILE, ResultError, RunResult, Status, read_result, write_result
 
 CONFIG_FILE = "config.yaml"
@@ -52,12 +53,12 @@ def require_writable(runs_dir: str) -> None:
         ) from error
 
 
-def run_dir(config: RunConfig) -> Path:
+def run_dir(planned: PlannedRun) -> Path:
     """Where a run lies."""
-    return Path(config.runs_dir) / run_id(config)
+    return Path(planned.config.runs_dir) / planned.run_id
 
 
-def kept_result(config: RunConfig) -> RunResult | None:
+def kept_result(planned: PlannedRun) -> RunResult | None:
     """The result of an earlier run that `config.rerun` lets stand, if there is one.
 
     `never`: any. `failed`: one that finished or diverged; a run that failed or ran out of memory is tried again.
@@ -65,19 +66,19 @@ def kept_result(config: RunConfig) -> RunResult | None:
 
     What a process that was killed just after its result had left undone is done first.
     """
-    folder = run_dir(config)
+    folder = run_dir(planned)
     if any((folder / name).exists() for name in (f"{_RERUN_DIR}/{RESULT_FILE}", *_UNFINISHED, CLAIMS_DIR)):
         with contextlib.suppress(RunClaimedError, OSError):
             if _ended_result(folder) is not None and current_owner(folder) is None:
                 with Claim.acquire(folder) as claim:
                     settle(folder)
                     claim.release(ended=True)
-    if config.rerun is Rerun.all:
+    if planned.config.rerun is Rerun.all:
         return None
     result = _read(folder)
     if result is None:
         return None
-    stands = config.rerun is Rerun.never or _stands(result)
+    stands = planned.config.rerun is Rerun.never or _stands(result)
     return result if stands else None
 
 
@@ -154,17 +155,17 @@ class Attempt:
     claim: Claim
 
     @classmethod
-    def begin(cls, config: RunConfig, claim: Claim) -> Attempt:
+    def begin(cls, planned: PlannedRun, claim: Claim) -> Attempt:
         """Takes out what an earlier attempt left and this one does not resume. The caller holds the claim.
 
         A checkpoint is resumed, unless `rerun=all` is to repeat a run that has ended.
         """
-        folder = run_dir(config)
+        folder = run_dir(planned)
         attempt = cls(folder, attempt_dir(folder), claim)
         if attempt.dir != folder:
             attempt.dir.mkdir(exist_ok=True)
         else:
-            if (folder / RESULT_FILE).exists() and config.rerun is Rerun.all:
+            if (folder / RESULT_FILE).exists() and planned.config.rerun is Rerun.all:
                 for name in _UNFINISHED:
                     _remove(folder / name)
             (folder / RESULT_FILE).unlink(missing_ok=True)
@@ -198,34 +199,34 @@ class Attempt:
         settle(self.folder)
 
 
-def record_failure(config: RunConfig, result: RunResult) -> RunResult:
+def record_failure(planned: PlannedRun, result: RunResult) -> RunResult:
     """Records that a run could not record its own end; returns that result, or one that stands (see `kept_result`).
 
     Raises:
         RunClaimedError, ClaimLostError: another process is computing it.
         OSError: it cannot be written.
     """
-    with Claim.acquire(run_dir(config)) as claim:
-        kept = kept_result(config)
+    with Claim.acquire(run_dir(planned)) as claim:
+        kept = kept_result(planned)
         if kept is None or kept.status in (Status.FAILED, Status.OUT_OF_MEMORY):
             kept = result
-            Attempt(run_dir(config), run_dir(config), claim).record(result)
+            Attempt(run_dir(planned), run_dir(planned), claim).record(result)
         claim.release(ended=True)
     return kept
 
 
-def result_stamp(config: RunConfig) -> tuple[int, int] | None:
+def result_stamp(planned: PlannedRun) -> tuple[int, int] | None:
     """What changes when a run's result is written; None without one."""
-    for folder in (run_dir(config) / _RERUN_DIR, run_dir(config)):
+    for folder in (run_dir(planned) / _RERUN_DIR, run_dir(planned)):
         with contextlib.suppress(OSError):
             found = (folder / RESULT_FILE).stat()
             return found.st_mtime_ns, found.st_ino
     return None
 
 
-def run_state(config: RunConfig) -> str:
+def run_state(planned: PlannedRun) -> str:
     """`running`, or the status of a run's result, `stopped` (it has a checkpoint), `new`, `unreadable`."""
-    folder = run_dir(config)
+    folder = run_dir(planned)
     if current_owner(folder) is not None:
         return "running"
     if (folder / RESULT_FILE).is_file():
@@ -234,39 +235,3 @@ def run_state(config: RunConfig) -> str:
         except ResultError:
             return "unreadable"
     return "stopped" if (folder / CHECKPOINT_FILE).is_file() else "new"
-
-
-def base_model_dir(config: RunConfig) -> Path:
-    """Where the weights of `config.model.run` lie. Raises `FileNotFoundError`, saying what that run is instead."""
-    named = f"model.run={config.model.run}"
-    folder = Path(config.runs_dir) / str(config.model.run)
-    try:
-        result = read_result(folder / RESULT_FILE)
-    except ResultError:
-        state = "was not finished" if folder.is_dir() else "does not exist"
-        raise FileNotFoundError(
-            f"{named}: this run {state} in runs_dir={config.runs_dir}; make it first. {_possible_bases(config)}"
-        ) from None
-    if result.status is not Status.FINISHED:
-        raise FileNotFoundError(
-            f"{named}: this run ended as {result.status}: {result.error}. {_possible_bases(config)}"
-        )
-    method = result.config["method"]["name"]
-    if method != Method.full:
-        raise FileNotFoundError(
-            f"{named}: this run has method={method} and so no weights of its own to start from; a base is a run with "
-            f"method=full. {_possible_bases(config)}"
-        )
-    if config.dataset.task.is_language and not Task(result.config["dataset"]["task"]).is_language:
-        raise FileNotFoundError(
-            f"{named}: this run trained a classifier, and dataset.task={config.dataset.task} needs a language model. "
-            f"{_possible_bases(config)}"
-        )
-    if not (folder / "model" / "config.json").is_file():
-        raise FileNotFoundError(f"{named}: its weights were not kept; make it again with save_weights=true rerun=all.")
-    return folder / "model"
-
-
-def _possible_bases(config: RunConfig) -> str:
-    found = sorted(path.parent.parent.name for path in Path(config.runs_dir).glob("*/model/config.json"))
-    return f"Finished full runs there: {', '.join(found[:5]) or 'none'}{', ...' if len(found) > 5 else ''}."

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from harness.checkpoint import read_checkpoint, write_checkpoint
-from harness.config import RunConfig, run_id
+from harness.config import RunConfig
 from harness.evaluate import Evaluation
 from harness.folder import CHECKPOINT_FILE, LEDGER_FILE, Attempt
 from harness.ledger import Ledger, Spending
@@ -136,6 +136,7 @@ class RunJournal:
         made_from: Mapping[str, Any],
     ) -> None:
         self._config = config
+        self._run_id = attempt.folder.name
         self._made_from = dict(made_from)
         self._path = attempt.dir / CHECKPOINT_FILE
         self._tracker = tracker
@@ -182,7 +183,7 @@ class RunJournal:
         self._num_steps = num_steps
         self.measured = measured
         self.first_step_at = time.time()
-        self._progress = open_progress(self._config.tracking, total_steps=num_steps, description=run_id(self._config))
+        self._progress = open_progress(self._config.tracking, total_steps=num_steps, description=self._run_id)
         self._spending.begin_training()
         self._stop.check("rehearsing")
 

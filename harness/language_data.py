@@ -37,6 +37,7 @@ import torch
 
 from harness.assets import cache_dir
 from harness.config import BadRows, Blocks, DatasetConfig, Task, TooLong
+from harness.content import chat_template_file
 from harness.data import Batch, Tokenizer, tokenizer_text
 from harness.preparation import once
 from harness.readers import counted_rows, place
@@ -569,7 +570,9 @@ def _chat_template(config: DatasetConfig, tokenizer: Any) -> str:
     if given == "chatml":
         return CHATML
     try:
-        return Path(given).expanduser().read_text(encoding="utf-8")
+        path = chat_template_file(config)
+        assert path is not None
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise DataError(
             f"dataset.chat_template={given}: neither chatml nor a file that can be read ({error.strerror})."

@@ -45,17 +45,13 @@ from transformers.utils import logging as transformers_logging
 
 from harness.assets import asset_dir, cache_dir
 from harness.config import ModelConfig, Quantization, ScratchConfig, TinyModel
+from harness.content import ModelError, file_digest, vocabulary_file
 from harness.measure import is_out_of_memory
 from harness.parallel import whole
 from harness.placement import ARCHITECTURES, head_modules
 from harness.preparation import once
 from harness.results import write_atomically
-from harness.sources import digest, file_digest, read_column
-
-
-class ModelError(ValueError):
-    """A base model that cannot be had or built as configured; the message says how to go on."""
-
+from harness.sources import digest, read_column
 
 # What the families call their dropout rates. `load_model` checks that no dropout of another rate is left.
 _DROPOUT_FIELDS = (
@@ -681,9 +677,7 @@ def _learned_bpe(name: str, scratch: ScratchConfig) -> Path:
     else:
         assert scratch.asset is not None
         folder = _verified_asset_dir(scratch.asset, cache_dir())
-    source = folder / scratch.file
-    if not source.is_file():
-        raise ModelError(f"model.scratch.file={scratch.file}: no such file in {folder}.")
+    source = vocabulary_file(folder, scratch.file)
     key = digest(file_digest(source), scratch.column, str(scratch.vocab_size))[:16]
     path = cache_dir() / "tokenizers" / f"{name}-{key}.json"
     if not path.is_file():

@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -29,14 +29,12 @@ from harness.config import (
     ConfigError,
     Device,
     Method,
-    ModelConfig,
     Precision,
     RunConfig,
     Task,
-    cell_id,
-    run_id,
     to_dict,
 )
+from harness.content import ContentError, ModelError, base_model, require_content
 from harness.cores import available_cores
 from harness.data import Batch, Split, TextData, TrainingBatches, load_data
 from harness.evaluate import Evaluation, SequenceObjective, SummedLoss
@@ -50,12 +48,12 @@ from harness.folder import (
     Attempt,
     OutputError,
     attempt_dir,
-    base_model_dir,
     kept_result,
     require_writable,
     run_dir,
     settle,
 )
+from harness.identity import Identity, PlannedRun, identify
 from harness.journal import FollowingJournal, RunJournal
 from harness.language import LanguageObjective, generate, makes_whole_logits, num_cut_prompts
 from harness.language_data import LanguageData, TokenSplit, load_language_data
@@ -66,7 +64,6 @@ from harness.measure import (
     is_out_of_memory,
     require_free_device,
 )
-from harness.models import ModelError
 from harness.parallel import Companions, ProcessFailedError, summed
 from harness.placement import PlacementError, head_modules, select_modules
 from harness.preparation import PreparationError, preparation_of_a_run
@@ -89,6 +86,7 @@ USER_ERRORS = (
     lora.LoRAError,
     ModelError,
     DataError,
+    ContentError,
     AssetError,
     DeviceBusyError,
     OutputError,
@@ -102,6 +100,7 @@ class PreparedRun:
     """Everything that training needs, built and checked."""
 
     config: RunConfig
+    identity: Identity
     accelerator: Accelerator
     data: TextData | LanguageData
     also: dict[str, LanguageData]
@@ -128,7 +127,7 @@ def plan(config: RunConfig) -> Plan:
     Raises `PlacementError`, `LoRAError` or `ModelError` for a placement or rank that the model does not allow.
     """
     is_language = config.dataset.task.is_language
-    skeleton = models.build_skeleton(_base_model(config), num_labels=None if is_language else 2)
+    skeleton = models.build_skeleton(base_model(config), num_labels=None if is_language else 2)
     _require_packing(skeleton.config.model_type, config)
     head = head_modules(skeleton.config.model_type, language_model=is_language)
     target_modules = _adapt(skeleton, config, head)
@@ -136,10 +135,11 @@ def plan(config: RunConfig) -> Plan:
     return Plan(target_modules, counts.num_adapter_params)
 
 
-def run(config: RunConfig) -> RunResult:
+def run(config: RunConfig, identity: Identity | None = None) -> RunResult:
     """Runs one config and returns its result, which lies in `<runs_dir>/<run_id>/result.json`.
 
-    A run that has a result already (see `kept_result`) is not made again; one that left a checkpoint goes on from it.
+    `identity` is what the run was planned as; without it, it is determined here. A run that has a result already (see
+    `kept_result`) is not made again; one that left a checkpoint goes on from it.
     A run that diverges, exhausts the memory or fails in training returns a result that says so. Where an earlier result
     stands (`rerun=all`), a failure is returned and that result stays in the folder.
 
@@ -150,8 +150,9 @@ def run(config: RunConfig) -> RunResult:
         One of `USER_ERRORS`, with nothing written, for what can be known before training.
     """
     started = time.perf_counter()
-    folder = run_dir(config)
-    kept = kept_result(config)
+    planned = PlannedRun(config, identity or identify(config))
+    folder = run_dir(planned)
+    kept = kept_result(planned)
     if kept is not None:
         logger.info("%s: %s already; rerun=all makes it again", kept.run_id, kept.status)
         return kept
@@ -159,7 +160,7 @@ def run(config: RunConfig) -> RunResult:
     stop = StopRequest()
     with stop.signals():
         with stop.interrupting("loading"), preparation_of_a_run() as preparation:
-            prepared = prepare(config)
+            prepared = prepare(config, planned.identity)
         stop.share(prepared.accelerator)
         spending = Spending(started, prepared.accelerator.device, preparation)
         with prepared.companions.together(shared=(PreemptedError,)):
@@ -169,10 +170,10 @@ def run(config: RunConfig) -> RunResult:
             with Claim.acquire(folder) as claim:
                 # Whoever had the claim before may have ended the run while this process prepared.
                 settle(folder)
-                kept = kept_result(config)
+                kept = kept_result(planned)
                 summed([kept is not None], prepared.accelerator)  # which the others ask for
                 if kept is None:
-                    attempt = Attempt.begin(config, claim)
+                    attempt = Attempt.begin(planned, claim)
                     with _logged_to(folder / LOG_FILE):
                         kept = _run_claimed(prepared, attempt, stop, spending)
                     attempt.end()
@@ -196,15 +197,15 @@ def _follow(prepared: PreparedRun, folder: Path, stop: StopRequest, spending: Sp
 def _run_claimed(prepared: PreparedRun, attempt: Attempt, stop: StopRequest, spending: Spending) -> RunResult:
     config = prepared.config
     (attempt.dir / CONFIG_FILE).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
-    logger.info("%s", run_id(config))
+    logger.info("%s", prepared.identity.run_id)
     for kind in ("data_notes", "model_notes"):
         for note in cast(list[str], prepared.environment.get(kind, [])):
             logger.warning("%s", note)
     tracker = open_tracker(
         config.tracking,
         run_dir=attempt.dir,
-        run_id=run_id(config),
-        cell_id=cell_id(config),
+        run_id=prepared.identity.run_id,
+        cell_id=prepared.identity.cell_id,
         job_type=str(config.method.name),
         sweep=config.sweep,
         run_config=to_dict(config),
@@ -231,29 +232,33 @@ def _run_claimed(prepared: PreparedRun, attempt: Attempt, stop: StopRequest, spe
 def _made_from(prepared: PreparedRun) -> dict[str, Any]:
     """What a checkpoint must have been made from to be of use to this run, each under its name in a message."""
     return {
-        "settings or content (run id)": run_id(prepared.config),
+        "settings or content (run id)": prepared.identity.run_id,
         "data": prepared.data.fingerprint,
         "numbers of training examples": len(prepared.data.train),
     }
 
 
-def prepare(config: RunConfig) -> PreparedRun:
-    """Loads data and model, applies the method, and checks everything that can be checked before training."""
+def prepare(config: RunConfig, identity: Identity | None = None) -> PreparedRun:
+    """Loads data and model, applies the method, and checks everything that can be checked before training.
+
+    What was loaded is what `identity` stands for: files that were edited in between raise `ContentError`.
+    """
+    identity = identity or identify(config)
     # PyTorch's own choice knows nothing of a container's quota.
     torch.set_num_threads(config.num_threads or min(torch.get_num_threads(), available_cores()))
     accelerator = _accelerator(config)
-    companions = Companions(accelerator, run_id(config))
+    companions = Companions(accelerator, identity.run_id)
     try:
-        return _prepare(config, accelerator, companions)
+        return _prepare(config, identity, accelerator, companions)
     except Exception as error:
         companions.report(error)  # the others find it where they meet
         raise
 
 
-def _prepare(config: RunConfig, accelerator: Accelerator, companions: Companions) -> PreparedRun:
+def _prepare(config: RunConfig, identity: Identity, accelerator: Accelerator, companions: Companions) -> PreparedRun:
     if not config.allow_busy_device:
         require_free_device(accelerator.device)
-    base = _base_model(config)
+    base = base_model(config)
     tokenizer = models.load_tokenizer(base)
     max_tokens = models.max_tokens(base, tokenizer)
     named = {"dataset": config.dataset} | {f"evaluate_also.{name}": also for name, also in config.evaluate_also.items()}
@@ -286,8 +291,11 @@ def _prepare(config: RunConfig, accelerator: Accelerator, companions: Companions
     target_modules = _adapt(model, config, loaded.head)
     if config.trainer.gradient_checkpointing:
         models.checkpoint_activations(model)
+    # After everything is read, so that an edit while it was read is seen too.
+    require_content(config, identity.content)
     recorded = environment(accelerator.device, num_threads=config.num_threads)
     recorded["data_fingerprint"] = data.fingerprint
+    recorded["content"] = identity.content
     if accelerator.num_processes > 1:
         recorded |= {"num_processes": accelerator.num_processes, "shard_model": config.shard_model}
     notes = [note for found in (data, *also.values()) for note in found.notes]
@@ -303,21 +311,20 @@ def _prepare(config: RunConfig, accelerator: Accelerator, companions: Companions
         recorded["model_notes"] = loaded.notes
     if _label_names(data):
         recorded["label_names"] = _label_names(data)
-    head = loaded.head
     return PreparedRun(
-        config, accelerator, data, also, model, tokenizer, head, target_modules, recorded, loaded, companions
+        config,
+        identity,
+        accelerator,
+        data,
+        also,
+        model,
+        tokenizer,
+        loaded.head,
+        target_modules,
+        recorded,
+        loaded,
+        companions,
     )
-
-
-def _base_model(config: RunConfig) -> ModelConfig:
-    """The model with `model.run` resolved to the folder of that run's weights. Raises `ModelError`."""
-    if config.model.run is None or config.model.path is not None:
-        return config.model
-    try:
-        folder = base_model_dir(config)
-    except FileNotFoundError as error:
-        raise ModelError(str(error)) from None
-    return replace(config.model, path=str(folder))
 
 
 def _require_packing(model_type: str, config: RunConfig) -> None:
@@ -404,8 +411,8 @@ def _train_and_evaluate(
     times = {"started_at": started_at, "first_step_at": journal.first_step_at, "ended_at": time.time()}
     recorded = {name: value for name, value in times.items() if value is not None}
     return RunResult(
-        run_id=run_id(config),
-        cell_id=cell_id(config),
+        run_id=prepared.identity.run_id,
+        cell_id=prepared.identity.cell_id,
         sweep=config.sweep,
         status=status,
         error=error,
@@ -458,7 +465,7 @@ def _counts(prepared: PreparedRun) -> lora.ParameterCounts:
         return lora.count_parameters(prepared.model, prepared.head)
     config = prepared.config
     num_labels = None if config.dataset.task.is_language else prepared.model.config.num_labels
-    skeleton = models.build_skeleton(_base_model(config), num_labels=num_labels)
+    skeleton = models.build_skeleton(base_model(config), num_labels=num_labels)
     _adapt(skeleton, config, prepared.head)
     return lora.count_parameters(skeleton, prepared.head)
 

@@ -12,13 +12,9 @@ from typing import Any
 import datasets
 import pandas as pd
 
-from harness.assets import asset_dir
 from harness.config import DatasetConfig
+from harness.content import DataError, data_files, file_digest
 from harness.readers import ENDINGS, ReadRows, is_missing, read_rows
-
-
-class DataError(ValueError):
-    """Data that cannot be used; the message counts what is wrong, shows some of it, and names the setting."""
 
 
 @dataclass(frozen=True)
@@ -51,28 +47,10 @@ def open_source(config: DatasetConfig) -> Source:
 
 
 def _open_files(config: DatasetConfig) -> Source:
-    folder, given = None, {"train": config.train_file, "val": config.val_file, "test": config.test_file}
-    if config.path is not None:
-        folder = Path(config.path).expanduser()
-        if folder.is_file() and config.train_file is None:
-            folder, given["train"] = folder.parent, folder.name
-        elif not folder.is_dir():
-            raise DataError(f"dataset.path={config.path}: no such folder. Give the folder that holds {_named(given)}.")
-    elif config.asset is not None:
-        folder = asset_dir(config.asset)
-    files: dict[str, Path] = {}
-    for split, name in given.items():
-        if name is None:
-            continue
-        path = (folder / name) if folder is not None else Path(name).expanduser()
-        if not path.is_file():
-            raise DataError(f"dataset.{split}_file={name}: no file {path}. There: {_listing(path.parent)}.")
+    files = data_files(config)
+    for split, path in files.items():
         if path.suffix not in ENDINGS:
-            raise DataError(f"dataset.{split}_file={name}: known endings are {', '.join(ENDINGS)}.")
-        files[split] = path
-    if "train" not in files:
-        there = f" In {folder}: {_listing(folder)}." if folder is not None else ""
-        raise DataError(f"dataset.train_file: not set. Name the file with the training rows.{there}")
+            raise DataError(f"dataset.{split}_file={path.name}: known endings are {', '.join(ENDINGS)}.")
 
     def read() -> Rows:
         found = {split: _read_file(path, config) for split, path in files.items()}
@@ -81,30 +59,14 @@ def _open_files(config: DatasetConfig) -> Source:
         return Rows({split: rows.table for split, rows in found.items()}, [], notes)
 
     hashes = {split: file_digest(path) for split, path in files.items()}
-    if config.task.is_language:  # the same bytes are other rows under another ending
+    # The same bytes are other rows under another ending. The .tab files of assets keep the fingerprints that stand in
+    # earlier results.
+    if config.task.is_language or any(path.suffix != ".tab" for path in files.values()):
         hashes |= {f"{split}_ending": path.suffix for split, path in files.items()}
     if any(path.suffix == ".txt" for path in files.values()) and config.line_separator is not None:
         hashes["lines"] = json.dumps([config.line_separator, config.line_columns])
     description = ", ".join(path.name for path in files.values())
     return Source(description, digest(json.dumps(hashes)), read)
-
-
-def _named(given: dict[str, str | None]) -> str:
-    return ", ".join(name for name in given.values() if name is not None) or "dataset.train_file"
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    return (", ".join(names[:10]) + (", ..." if len(names) > 10 else "")) or "nothing"
-
-
-def file_digest(path: Path) -> str:
-    """The sha256 of a file's content, 64 hex digits. Raises `DataError` when it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
 
 
 def _open_hub(config: DatasetConfig) -> Source:

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from test_launcher import base, exact, results, sweep  # noqa: F401 (base is a fixture)
 
 from harness.config import ConfigError, register
+from harness.identity import Identity
 from harness.results import Status
 from hydra_plugins.lora_harness import clusters
 from hydra_plugins.lora_harness._worker import NOT_FINISHED, Outcome
@@ -78,9 +79,9 @@ def test_a_run_that_slurm_stopped_asks_to_be_queued_again(
     asked: list[int] = []
     before = signal.signal(signal.SIGUSR2, lambda number, _: asked.append(number))
     try:
-        monkeypatch.setattr(clusters, "compute", lambda values: Outcome(status))
+        monkeypatch.setattr(clusters, "compute", lambda values, identity: Outcome(status))
         monkeypatch.setenv("SLURM_JOB_ID", "1")
-        assert clusters.ClusterRun()({}).status == status
+        assert clusters.ClusterRun()({}, Identity("r", "c", {})).status == status
     finally:
         signal.signal(signal.SIGUSR2, before)
     assert bool(asked) == requeued

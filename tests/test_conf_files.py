@@ -30,11 +30,10 @@ from harness.config import (
     Task,
     TrackingConfig,
     TrainerConfig,
-    cell_id,
     from_composed,
     register,
-    run_id,
 )
+from harness.identity import identify
 from harness.models import build_skeleton
 from harness.placement import ARCHITECTURES, UNEMBEDDING, head_modules, select_modules
 from harness.run import plan
@@ -241,7 +240,8 @@ OF_A_RUN = {"newsgpt"}
 
 
 def _ids(config: RunConfig) -> list[str]:
-    return [run_id(config), cell_id(config)]
+    identity = identify(config)
+    return [identity.run_id, identity.cell_id]
 
 
 def test_every_model_on_every_dataset_has_the_identity_that_it_always_had() -> None:

@@ -15,8 +15,9 @@ from test_run import config, rows  # noqa: F401
 
 from harness import run as run_module
 from harness.claims import Claim, ClaimLostError
-from harness.config import Rerun, RunConfig, cell_id, run_id, to_dict
+from harness.config import Rerun, RunConfig, to_dict
 from harness.folder import Attempt, kept_result, run_state
+from harness.identity import identify, planned
 from harness.results import RunResult, Status, read_result, write_result
 from harness.run import run
 from harness.tracking import Trackers
@@ -35,11 +36,11 @@ def wanted(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunCo
 
 
 def ended(config: RunConfig, status: Status, error: str = "") -> RunResult:
-    return RunResult(run_id(config), cell_id(config), None, status, to_dict(config), error=error)
+    return RunResult(identify(config).run_id, identify(config).cell_id, None, status, to_dict(config), error=error)
 
 
 def folder_of(config: RunConfig) -> Path:
-    return Path(config.runs_dir) / run_id(config)
+    return Path(config.runs_dir) / identify(config).run_id
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -56,7 +57,7 @@ def dead_job(config: RunConfig, stamp_before: object, number: int = signal.SIGKI
     """What the launcher holds of a process that died by a signal without a reply."""
     nothing = SimpleNamespace(poll=lambda: False)
     process = SimpleNamespace(exitcode=-number)
-    return SimpleNamespace(config=config, reply=nothing, process=process, stamp_before=stamp_before)
+    return SimpleNamespace(run=planned(config), reply=nothing, process=process, stamp_before=stamp_before)
 
 
 @pytest.mark.parametrize("rerun", [Rerun.failed, Rerun.all])
@@ -72,7 +73,7 @@ def test_a_child_killed_in_a_rerun_has_failed_and_the_earlier_result_stands(want
     wanted = replace(wanted, rerun=Rerun.all)
     path = write_result(folder_of(wanted), ended(wanted, Status.FINISHED))
     before = path.read_bytes()
-    outcome = launcher._outcome(dead_job(wanted, launcher.result_stamp(wanted)))
+    outcome = launcher._outcome(dead_job(wanted, launcher.result_stamp(planned(wanted))))
     assert (outcome.status, "SIGKILL" in outcome.error) == ("failed", True)
     assert path.read_bytes() == before
 
@@ -89,14 +90,14 @@ def test_a_child_told_to_stop_before_it_could_hear_is_not_finished(wanted: RunCo
 
 
 def test_who_lost_its_claim_leaves_the_run_to_its_new_owner(wanted: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    def lose(config: RunConfig) -> None:
+    def lose(*_: Any) -> None:
         raise ClaimLostError("taken over")
 
     monkeypatch.setattr(run_module, "run", lose)
     with Claim.acquire(folder_of(wanted)):
-        assert worker.compute(to_dict(wanted)) == worker.Outcome(worker.CLAIMED, "taken over")
+        assert worker.compute(to_dict(wanted), identify(wanted)) == worker.Outcome(worker.CLAIMED, "taken over")
         # Whatever else went wrong in a process that has not got the run.
-        assert worker.write_failure(wanted, "late").status == worker.CLAIMED
+        assert worker.write_failure(planned(wanted), "late").status == worker.CLAIMED
     assert not (folder_of(wanted) / "result.json").exists()
 
 
@@ -107,7 +108,7 @@ def test_a_failure_never_replaces_a_result_that_stands(wanted: RunConfig) -> Non
         with Claim.acquire(folder) as claim:
             assert not Attempt(folder, folder, claim).record(ended(wanted, late))
         assert read_result(path).status is status
-        assert worker.write_failure(wanted, "late") == worker.Outcome(str(status), was_kept=True)
+        assert worker.write_failure(planned(wanted), "late") == worker.Outcome(str(status), was_kept=True)
     with Claim.acquire(folder) as claim:
         (folder / f"claims/{claim._number + 1}.json").write_text("{}")
         with pytest.raises(ClaimLostError):
@@ -166,7 +167,7 @@ def test_a_rerun_killed_while_it_takes_the_old_one_s_place_is_completed(
             run(replace(wanted, rerun=Rerun.all))
     assert len(renamed) == 1
     assert read_result(folder_of(wanted) / "result.json") == first
-    kept = kept_result(wanted)
+    kept = kept_result(planned(wanted))
     assert kept is not None and kept.environment["ended_at"] > first.environment["ended_at"]
     assert content(folder_of(wanted)).keys() == names
     assert not (folder_of(wanted) / ".rerun").exists()
@@ -178,7 +179,7 @@ def test_what_a_kill_right_after_the_result_leaves_is_removed(wanted: RunConfig)
     (folder_of(wanted) / "checkpoint.safetensors").write_bytes(b"")
     (folder_of(wanted) / "claims").mkdir()
     (folder_of(wanted) / "claims/0.json").write_text("{}")
-    assert kept_result(wanted) is not None
+    assert kept_result(planned(wanted)) is not None
     assert content(folder_of(wanted)) == before
     assert not (folder_of(wanted) / "claims").exists()
 
@@ -190,14 +191,14 @@ def test_a_tracker_that_fails_at_the_end_does_not_change_the_result(
         raise OSError("no such mirror")
 
     monkeypatch.setattr(Trackers, "finish", fail)
-    assert worker.compute(to_dict(wanted)).status == "finished"
+    assert worker.compute(to_dict(wanted), identify(wanted)).status == "finished"
     assert read_result(folder_of(wanted) / "result.json").status is Status.FINISHED
     assert "tracking did not end properly" in caplog.text
 
 
 def test_a_run_that_is_rerun_is_running(wanted: RunConfig) -> None:
     write_result(folder_of(wanted), ended(wanted, Status.FINISHED))
-    assert run_state(wanted) == "finished"
+    assert run_state(planned(wanted)) == "finished"
     with Claim.acquire(folder_of(wanted)):
-        assert run_state(wanted) == "running"
+        assert run_state(planned(wanted)) == "running"
         assert os.path.exists(folder_of(wanted) / "claims")

@@ -30,9 +30,11 @@ LAYERS = {
     "harness.assets": 1,
     "harness.checkpoint": 1,
     "harness.claims": 1,
+    "harness.content": 1,
     "harness.evaluate": 1,
     "harness.flops": 1,
     "harness.folder": 1,
+    "harness.identity": 1,
     "harness.language": 1,
     "harness.language_data": 1,
     "harness.ledger": 1,
@@ -323,6 +325,8 @@ LIGHT = {
     "harness.config": {"torch", "pandas", "transformers", "datasets", "wandb"},
     "harness.results": {"torch", "pandas", "transformers", "datasets", "wandb"},
     "harness.placement": {"torch", "pandas", "transformers", "datasets", "wandb"},
+    "harness.folder": {"torch", "pandas", "transformers", "datasets", "wandb"},
+    "harness.identity": {"torch", "pandas", "transformers", "datasets", "wandb"},
     "analysis.__main__": {"torch", "transformers", "datasets", "wandb"},
 }
 

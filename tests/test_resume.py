@@ -20,8 +20,9 @@ from test_run_language import data  # noqa: F401
 
 from harness import checkpoint, evaluate, language, models
 from harness import run as run_module
-from harness.config import RunConfig, run_id
+from harness.config import RunConfig
 from harness.evaluate import Evaluation
+from harness.identity import identify
 from harness.results import RunResult, Status
 from harness.run import run
 from harness.stopping import PreemptedError, StopRequest
@@ -116,7 +117,7 @@ def test_a_run_stopped_and_failing_everywhere_ends_as_an_undisturbed_one(
             result = run(wanted)
         except PreemptedError as error:
             assert "stopped" in str(error)
-            assert not (tmp_path / "wild" / run_id(wanted) / "result.json").exists()
+            assert not (tmp_path / "wild" / identify(wanted).run_id / "result.json").exists()
             continue
         if result.status is Status.FINISHED:
             break
@@ -176,7 +177,7 @@ def test_a_failed_run_keeps_its_checkpoint_and_a_finished_one_does_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     wanted = classification(rows, tmp_path)
-    folder = tmp_path / run_id(wanted)
+    folder = tmp_path / identify(wanted).run_id
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "_score_test", lambda *_: (_ for _ in ()).throw(KeyError("surprise")))
         first = run(wanted)

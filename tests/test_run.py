@@ -22,9 +22,11 @@ from transformers import AutoModelForSequenceClassification
 from harness import lora, models
 from harness import run as run_module
 from harness.claims import Claim, RunClaimedError
-from harness.config import ModelConfig, RunConfig, TinyModel, from_dict, run_id
+from harness.config import ModelConfig, RunConfig, TinyModel, from_dict
+from harness.content import ContentError
 from harness.data import TrainingBatches
 from harness.folder import kept_result
+from harness.identity import identify, planned
 from harness.placement import PlacementError
 from harness.results import METRICS, Status, read_result
 from harness.run import plan, run
@@ -89,7 +91,7 @@ def exact(metrics: dict[str, float]) -> dict[str, float]:
 def test_a_run_leaves_what_the_contract_says(rows: Path, tmp_path: Path, method: str, folder: str) -> None:
     wanted = config(rows, tmp_path, method)
     result = run(wanted)
-    run_dir = tmp_path / run_id(wanted)
+    run_dir = tmp_path / identify(wanted).run_id
 
     assert result.status is Status.FINISHED
     assert read_result(run_dir / "result.json") == result
@@ -239,6 +241,41 @@ def test_a_finished_run_is_not_made_again(rows: Path, tmp_path: Path, monkeypatc
     assert run(config(rows, tmp_path)) == first
 
 
+def test_flipped_labels_are_another_run_and_a_copy_of_the_file_is_the_same(rows: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(rows.read_text())
+    first = run(config(path, tmp_path / "runs"))
+    copied = tmp_path / "copied.csv"
+    copied.write_text(rows.read_text())
+    assert run(config(copied, tmp_path / "runs")) == first
+    assert first.environment["content"] == identify(config(path, tmp_path)).content
+    path.write_text(rows.read_text().replace(",fruit", ",x").replace(",metal", ",fruit").replace(",x", ",metal"))
+    second = run(config(path, tmp_path / "runs"))
+    assert second.run_id != first.run_id
+    assert second.metrics["train_nll"] != first.metrics["train_nll"]
+
+
+@pytest.mark.parametrize("when", ["before it is read", "after it is read"])
+def test_data_that_are_edited_after_planning_are_refused(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(rows.read_text())
+    wanted = config(path, tmp_path / "runs")
+    planned = identify(wanted)
+    load = run_module.load_data
+
+    def edited(*arguments: Any) -> Any:
+        loaded = load(*arguments) if when == "after it is read" else None
+        path.write_text(rows.read_text().replace(",fruit", ",x"))
+        return loaded or load(*arguments)
+
+    monkeypatch.setattr(run_module, "load_data", edited)
+    with pytest.raises(ContentError, match=r"dataset\.train: changed since this run was planned"):
+        run(wanted, planned)
+    assert not (tmp_path / "runs" / planned.run_id).exists()
+
+
 @pytest.mark.parametrize(
     ("status", "rerun", "stands"),
     [
@@ -252,24 +289,27 @@ def test_a_finished_run_is_not_made_again(rows: Path, tmp_path: Path, monkeypatc
 )
 def test_which_results_stand(rows: Path, tmp_path: Path, status: str, rerun: str, stands: bool) -> None:
     wanted = config(rows, tmp_path, rerun=rerun)
-    path = tmp_path / run_id(wanted) / "result.json"
+    path = tmp_path / identify(wanted).run_id / "result.json"
     path.parent.mkdir(parents=True)
-    fields = {"run_id": run_id(wanted), "cell_id": "c", "sweep": None, "config": {}, "schema_version": 1}
+    fields = {"run_id": identify(wanted).run_id, "cell_id": "c", "sweep": None, "config": {}, "schema_version": 1}
     path.write_text(json.dumps({**fields, "status": status}))
-    assert (kept_result(wanted) is not None) == stands
+    assert (kept_result(planned(wanted)) is not None) == stands
 
 
 def test_a_half_written_result_does_not_stand(rows: Path, tmp_path: Path) -> None:
     wanted = config(rows, tmp_path)
-    path = tmp_path / run_id(wanted) / "result.json"
+    path = tmp_path / identify(wanted).run_id / "result.json"
     path.parent.mkdir(parents=True)
     path.write_text('{"run_id": ')
-    assert kept_result(wanted) is None
+    assert kept_result(planned(wanted)) is None
 
 
 def test_a_run_that_another_process_computes_is_left_to_it(rows: Path, tmp_path: Path) -> None:
     wanted = config(rows, tmp_path)
-    with Claim.acquire(tmp_path / run_id(wanted)), pytest.raises(RunClaimedError, match=f"process {os.getpid()} on"):
+    with (
+        Claim.acquire(tmp_path / identify(wanted).run_id),
+        pytest.raises(RunClaimedError, match=f"process {os.getpid()} on"),
+    ):
         run(wanted)
     assert run(wanted).status is Status.FINISHED
 
@@ -290,7 +330,7 @@ def test_sigterm_writes_a_checkpoint_and_the_run_goes_on_from_it_bitwise(
 
     monkeypatch.setattr(run_module.RunJournal, "stepped", terminated_at_5)
     wanted = config(rows, tmp_path / "cut", trainer=trainer, **dropout)
-    run_dir = tmp_path / "cut" / run_id(wanted)
+    run_dir = tmp_path / "cut" / identify(wanted).run_id
     with pytest.raises(PreemptedError, match="stopped after step 5"):
         run(wanted)
     assert (run_dir / "checkpoint.safetensors").is_file()
@@ -311,7 +351,7 @@ def test_a_damaged_checkpoint_is_refused_with_a_word_and_the_run_starts_over(
     rows: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     wanted = config(rows, tmp_path)
-    run_dir = tmp_path / run_id(wanted)
+    run_dir = tmp_path / identify(wanted).run_id
     run_dir.mkdir()
     (run_dir / "checkpoint.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0not a header")
     assert run(wanted).status is Status.FINISHED
@@ -339,11 +379,11 @@ def test_a_checkpoint_of_other_data_is_refused_with_a_word_and_the_run_starts_ov
     with pytest.raises(PreemptedError):
         run(more)
     monkeypatch.undo()
-    checkpoint, folder = "checkpoint.safetensors", tmp_path / "runs" / run_id(wanted)
+    checkpoint, folder = "checkpoint.safetensors", tmp_path / "runs" / identify(wanted).run_id
     again = run(config(fewer, tmp_path / "runs", trainer=trainer, rerun="never"))
     assert again == undisturbed
     (folder / "result.json").unlink()
-    (tmp_path / "runs" / run_id(more) / checkpoint).rename(folder / checkpoint)
+    (tmp_path / "runs" / identify(more).run_id / checkpoint).rename(folder / checkpoint)
     again = run(wanted)
     assert "was made from other settings or content (run id), data, numbers of training examples" in caplog.text
     assert exact(again.metrics) == exact(undisturbed.metrics)

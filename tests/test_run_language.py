@@ -16,12 +16,14 @@ import pytest
 import torch
 import transformers
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
 
 from harness import lora, models, trainer
 from harness import run as run_module
-from harness.config import ConfigError, RankConfig, RunConfig, from_dict, run_id
+from harness.config import ConfigError, RankConfig, RunConfig, from_dict
 from harness.data import TrainingBatches
 from harness.flops import formula_flops
+from harness.identity import identify
 from harness.language import LanguageObjective
 from harness.models import ModelError
 from harness.results import METRICS, Status, read_result
@@ -102,7 +104,7 @@ def test_a_run_leaves_what_the_contract_says(data: Path, tmp_path: Path, task: s
     result = run(wanted)
     metrics = result.metrics
     assert result.status is Status.FINISHED, result.error
-    assert read_result(tmp_path / run_id(wanted) / "result.json") == result
+    assert read_result(tmp_path / identify(wanted).run_id / "result.json") == result
     assert set(metrics) <= set(METRICS)
     assert metrics["num_head_params"] == 0
     # q: 64 -> 64, v: 64 -> 32, two blocks.
@@ -112,7 +114,7 @@ def test_a_run_leaves_what_the_contract_says(data: Path, tmp_path: Path, task: s
         assert metrics[f"{split}_bits_per_byte"] > 0
         assert metrics[f"{split}_nll"] < metrics[f"{split}_nll_before"]
     assert metrics["train_flops"] > 0
-    adapter = json.loads((tmp_path / run_id(wanted) / "adapter/adapter_config.json").read_text())
+    adapter = json.loads((tmp_path / identify(wanted).run_id / "adapter/adapter_config.json").read_text())
     assert adapter["task_type"] == "CAUSAL_LM"
 
 
@@ -212,10 +214,19 @@ def test_a_finished_full_run_is_a_base(data: Path, tmp_path: Path) -> None:
     )
 
 
-def test_identity_includes_the_base(data: Path, tmp_path: Path) -> None:
-    ids = {run_id(config(data, tmp_path, model=based_on(name))) for name in ("a-s0-11111111", "a-s0-22222222")}
-    ids.add(run_id(config(data, tmp_path)))
-    assert len(ids) == 3
+def test_a_base_that_was_computed_again_is_another_run(data: Path, tmp_path: Path) -> None:
+    base = run(config(data, tmp_path, "full"))
+    child = config(data, tmp_path, model=based_on(base.run_id))
+    first = run(child)
+    run(config(data, tmp_path, "full", rerun="all"))
+    assert run(child) == first  # the same weights, bit for bit
+    weights = load_file(tmp_path / base.run_id / "model/model.safetensors")
+    save_file(
+        {name: value * 1.5 for name, value in weights.items()}, tmp_path / base.run_id / "model/model.safetensors"
+    )
+    second = run(child)
+    assert second.run_id != first.run_id
+    assert second.metrics["test_nll_before"] != first.metrics["test_nll_before"]
 
 
 def test_a_base_that_cannot_be_one_is_refused_before_anything_is_loaded(data: Path, tmp_path: Path) -> None:
@@ -297,7 +308,7 @@ def test_a_family_that_cannot_be_packed_is_refused(data: Path, tmp_path: Path) -
 
 def curve(runs_dir: Path, wanted: RunConfig) -> list[float]:
     run(wanted)
-    lines = (runs_dir / run_id(wanted) / "metrics.jsonl").read_text().splitlines()
+    lines = (runs_dir / identify(wanted).run_id / "metrics.jsonl").read_text().splitlines()
     return [row["train_nll"] for row in map(json.loads, lines) if "train_nll" in row]
 
 

@@ -18,7 +18,7 @@ from transformers import GPT2Config, LlamaConfig, RobertaConfig
 
 from harness import models
 from harness.__main__ import main
-from harness.config import cell_id, to_dict
+from harness.config import to_dict
 from harness.launches import read_launches
 from harness.measure import environment
 from harness.results import RunResult, Status, write_result
@@ -45,8 +45,14 @@ class Launched(Exception):
 
 
 @pytest.fixture
-def sweep(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """Runs `python -m harness -m ARGUMENTS` up to the launcher; returns exit code, runs and what was launched."""
+def sweep(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Runs `python -m harness -m ARGUMENTS` up to the launcher; returns exit code, runs and what was launched.
+
+    DIR in the arguments is a folder with the files of E2E.
+    """
+    e2e = tmp_path_factory.mktemp("e2e")
+    for name in ("train.txt", "valid.txt", "test.txt"):
+        (e2e / name).write_text("meaning || reference\n")
     seen: dict[str, Any] = {}
     Plugins.instance()  # Hydra's scan runs the plug-in modules once more and would undo what is replaced below
     merge = sweeper_module._merge_equal
@@ -72,7 +78,11 @@ def sweep(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     def call(*arguments: str) -> tuple[int, dict[str, Any]]:
         seen.clear()
         GlobalHydra.instance().clear()
-        monkeypatch.setattr(sys, "argv", ["harness", "-m", f"runs_dir={tmp_path}", *arguments])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            ["harness", "-m", f"runs_dir={tmp_path}", *(word.replace("=DIR", f"={e2e}") for word in arguments)],
+        )
         return main(), seen
 
     return call
@@ -153,7 +163,7 @@ def test_every_sweep_file_expands_validates_and_counts_right(
     assert launches.run_ids == [run.run_id for run in seen["runs"]]
     if path.stem not in NOT_GOLDEN:
         # Another id orphans every finished run: whoever changes the golden file does so on purpose.
-        assert {run.run_id: cell_id(run.config) for run in seen["runs"]} == GOLDEN["sweeps"][path.stem]
+        assert {run.run_id: run.planned.identity.cell_id for run in seen["runs"]} == GOLDEN["sweeps"][path.stem]
 
 
 def test_a_part_of_a_sweep_is_added_to_what_was_launched_before(sweep: Any, tmp_path: Path) -> None:

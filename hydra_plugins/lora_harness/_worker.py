@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from harness.config import RunConfig
+    from harness.identity import Identity, PlannedRun
 
 # What a run can come to beside the statuses of the results contract; it has no result then.
 NOT_FINISHED = "not finished"
@@ -34,52 +34,56 @@ class Outcome:
     was_kept: bool = False
 
 
-def compute(values: dict[str, Any]) -> Outcome:
+def compute(values: dict[str, Any], identity: Identity) -> Outcome:
     """Computes one run in this process, without a progress display.
 
     Args:
         values: the run's config, as `to_dict` gives it.
+        identity: what the run was planned as.
 
     A run that cannot even begin (data that cannot be used, a model that cannot be had) leaves a failed result with the
     message: in a sweep it is a row like any other.
     """
     from harness.claims import ClaimLostError, RunClaimedError
     from harness.config import from_dict
+    from harness.identity import PlannedRun
     from harness.run import USER_ERRORS, PreemptedError, run
 
     config = from_dict(values)
+    planned = PlannedRun(config, identity)
     try:
-        result = run(replace(config, tracking=replace(config.tracking, progress=False)))
+        result = run(replace(config, tracking=replace(config.tracking, progress=False)), identity)
     except (RunClaimedError, ClaimLostError) as error:
         return Outcome(CLAIMED, str(error))
     except PreemptedError as error:
         return Outcome(NOT_FINISHED, str(error))
     except USER_ERRORS as error:
-        return write_failure(config, str(error))
+        return write_failure(planned, str(error))
     except Exception as error:  # the disk is full, the folder went away: the sweep's other runs must hear why
         with contextlib.suppress(OSError):
             traceback.print_exc()
-        return write_failure(config, f"{type(error).__name__}: {error}")
+        return write_failure(planned, f"{type(error).__name__}: {error}")
     return Outcome(str(result.status), result.error)
 
 
-def write_failure(config: RunConfig, error: str) -> Outcome:
+def write_failure(planned: PlannedRun, error: str) -> Outcome:
     """Leaves a result for a run that could not leave one itself, unless another process has the run or has ended it."""
     from harness.claims import ClaimLostError, RunClaimedError
-    from harness.config import cell_id, run_id, to_dict
+    from harness.config import to_dict
     from harness.folder import record_failure
     from harness.results import RunResult, Status
 
+    config = planned.config
     result = RunResult(
-        run_id=run_id(config),
-        cell_id=cell_id(config),
+        run_id=planned.identity.run_id,
+        cell_id=planned.identity.cell_id,
         sweep=config.sweep,
         status=Status.FAILED,
         config=to_dict(config),
         error=error,
     )
     try:
-        recorded = record_failure(config, result)
+        recorded = record_failure(planned, result)
     except (RunClaimedError, ClaimLostError) as problem:
         return Outcome(CLAIMED, str(problem))
     except OSError as problem:
@@ -88,33 +92,40 @@ def write_failure(config: RunConfig, error: str) -> Outcome:
     return Outcome(str(recorded.status), recorded.error, was_kept=recorded is not result)
 
 
-def outcome_of_dead(config: RunConfig, error: str | None, *, stamp_before: object) -> Outcome:
+def outcome_of_dead(planned: PlannedRun, error: str | None, *, stamp_before: object) -> Outcome:
     """What became of a run whose process died without a word: it may have died after its result.
 
     Args:
-        config: the run's config.
+        planned: the run.
         error: how the process died; None when it was told to.
-        stamp_before: `result_stamp(config)` from before the process was started.
+        stamp_before: `result_stamp(planned)` from before the process was started.
     """
     from harness.config import Rerun
     from harness.folder import kept_result, result_stamp
 
-    if result_stamp(config) not in (None, stamp_before):
-        result = kept_result(replace(config, rerun=Rerun.never))
+    if result_stamp(planned) not in (None, stamp_before):
+        result = kept_result(replace(planned, config=replace(planned.config, rerun=Rerun.never)))
         if result is not None:
             return Outcome(str(result.status), result.error)
     if error is None:
         return Outcome(NOT_FINISHED, "its process was told to stop")
-    return write_failure(config, error)
+    return write_failure(planned, error)
 
 
 def run_in_process(
-    values: dict[str, Any], *, log_path: str, variables: dict[str, str], launcher_pid: int, reply: Connection
+    values: dict[str, Any],
+    *,
+    identity: Identity,
+    log_path: str,
+    variables: dict[str, str],
+    launcher_pid: int,
+    reply: Connection,
 ) -> None:
     """Computes one run in a process of the queue launcher and sends the outcome.
 
     Args:
         values: the run's config, as `to_dict` gives it.
+        identity: what the run was planned as.
         log_path: file that takes everything the process prints.
         variables: environment variables that give the process its device.
         launcher_pid: when this process is gone, the run writes a checkpoint and ends.
@@ -125,7 +136,7 @@ def run_in_process(
     os.environ.update(variables)
     _redirect_output(Path(log_path))
     threading.Thread(target=_end_with, args=(launcher_pid,), daemon=True).start()
-    reply.send(compute(values))
+    reply.send(compute(values, identity))
 
 
 def find_busy(variables: dict[str, str], reply: Connection) -> None:

@@ -27,8 +27,9 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from harness.config import ConfigError, RunConfig, run_id, to_dict
+from harness.config import ConfigError, to_dict
 from harness.folder import kept_result, result_stamp
+from harness.identity import Identity, PlannedRun
 from harness.results import Status
 from hydra_plugins.lora_harness._composing import compose_run
 from hydra_plugins.lora_harness._worker import NOT_FINISHED, Outcome, compute, outcome_of_dead
@@ -67,19 +68,19 @@ for name, node in (("submitit_base", SubmititLauncherConf), ("ray_base", RayLaun
 class ClusterRun:
     """One run as submitit carries it to its machine."""
 
-    def __call__(self, values: dict[str, Any]) -> Outcome:
+    def __call__(self, values: dict[str, Any], identity: Identity) -> Outcome:
         """Computes the run. One that SLURM stopped is queued again by submitit; its checkpoint is on disk."""
-        outcome = compute(values)
+        outcome = compute(values, identity)
         if outcome.status == NOT_FINISHED and os.environ.get("SLURM_JOB_ID"):
             # Submitit's own handler is in place again: it calls `checkpoint`, queues the job and ends this process.
             os.kill(os.getpid(), signal.SIGUSR2)
         return outcome
 
-    def checkpoint(self, values: dict[str, Any]) -> Any:
+    def checkpoint(self, values: dict[str, Any], identity: Identity) -> Any:
         """Called by submitit before it queues the job again: the state is in the run's folder already."""
         from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(self, values)
+        return DelayedSubmission(self, values, identity)
 
 
 class _ClusterLauncher(Launcher):
@@ -99,34 +100,31 @@ class _ClusterLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Runs every config; returns one JobReturn each, whose value is the status or why there is none."""
         assert self.config is not None and self.hydra_context is not None
-        configs = [compose_run(self.hydra_context, self.config, overrides) for overrides in job_overrides]
+        runs = [compose_run(self.hydra_context, self.config, overrides) for overrides in job_overrides]
         outcomes: dict[str, Outcome] = {}
         todo = []
-        for config in configs:
-            kept = kept_result(config)
+        for run in runs:
+            kept = kept_result(run)
             if kept is None:
-                todo.append(config)
+                todo.append(run)
             else:
-                outcomes[run_id(config)] = Outcome(str(kept.status), kept.error, was_kept=True)
-        logger.info("%d of %d runs have a result already", len(outcomes), len(configs))
-        self._stamps = {run_id(config): result_stamp(config) for config in todo}
+                outcomes[run.run_id] = Outcome(str(kept.status), kept.error, was_kept=True)
+        logger.info("%d of %d runs have a result already", len(outcomes), len(runs))
+        self._stamps = {run.run_id: result_stamp(run) for run in todo}
         outcomes |= self.compute_all(todo)
         for name, outcome in outcomes.items():
             if outcome.status != Status.FINISHED:
                 logger.info("%s: %s: %s", outcome.status, name, outcome.error)
         num_finished = sum(outcome.status == Status.FINISHED for outcome in outcomes.values())
-        logger.info("%d of %d runs finished", num_finished, len(configs))
-        return [
-            job_return(overrides, outcomes[run_id(config)])
-            for overrides, config in zip(job_overrides, configs, strict=True)
-        ]
+        logger.info("%d of %d runs finished", num_finished, len(runs))
+        return [job_return(overrides, outcomes[run.run_id]) for overrides, run in zip(job_overrides, runs, strict=True)]
 
-    def died(self, config: RunConfig, error: str) -> Outcome:
+    def died(self, run: PlannedRun, error: str) -> Outcome:
         """What became of a run whose process is gone."""
-        return outcome_of_dead(config, error, stamp_before=self._stamps.get(run_id(config)))
+        return outcome_of_dead(run, error, stamp_before=self._stamps.get(run.run_id))
 
     @abstractmethod
-    def compute_all(self, configs: Sequence[RunConfig]) -> dict[str, Outcome]:
+    def compute_all(self, runs: Sequence[PlannedRun]) -> dict[str, Outcome]:
         """The outcome of every run, by run id."""
 
 
@@ -151,43 +149,44 @@ class SubmititLauncher(_ClusterLauncher):
         self._dry_run = dry_run
         self._parameters = _plain(parameters)
 
-    def compute_all(self, configs: Sequence[RunConfig]) -> dict[str, Outcome]:
+    def compute_all(self, runs: Sequence[PlannedRun]) -> dict[str, Outcome]:
         """Submits the runs and waits for all of them."""
         submitit = _import("submitit", "slurm")
         if self._dry_run:
-            print(_slurm_script(self._folder, self._parameters, len(configs), self._max_parallel))
-            return {run_id(config): Outcome(NOT_FINISHED, "dry run: nothing was submitted") for config in configs}
+            print(_slurm_script(self._folder, self._parameters, len(runs), self._max_parallel))
+            return {run.run_id: Outcome(NOT_FINISHED, "dry run: nothing was submitted") for run in runs}
         executor = submitit.AutoExecutor(folder=self._folder, cluster=self._cluster)
         parameters = dict(self._parameters)
         if self._cluster == "slurm":
             parameters["slurm_array_parallelism"] = self._max_parallel
         executor.update_parameters(**parameters)
         if self._cluster == "slurm":
-            jobs = executor.map_array(ClusterRun(), [to_dict(config) for config in configs]) if configs else []
-            return {run_id(config): self._collect(config, job) for config, job in zip(configs, jobs, strict=True)}
-        return self._compute_locally(executor, configs)
+            values, identities = [to_dict(run.config) for run in runs], [run.identity for run in runs]
+            jobs = executor.map_array(ClusterRun(), values, identities) if runs else []
+            return {run.run_id: self._collect(run, job) for run, job in zip(runs, jobs, strict=True)}
+        return self._compute_locally(executor, runs)
 
-    def _compute_locally(self, executor: Any, configs: Sequence[RunConfig]) -> dict[str, Outcome]:
+    def _compute_locally(self, executor: Any, runs: Sequence[PlannedRun]) -> dict[str, Outcome]:
         """Submitit's local executor starts everything at once: here at most `max_parallel` run at a time."""
-        todo, running, outcomes = list(configs), [], {}
+        todo, running, outcomes = list(runs), [], {}
         while todo or running:
             while todo and len(running) < self._max_parallel:
-                config = todo.pop(0)
-                running.append((config, executor.submit(ClusterRun(), to_dict(config))))
+                run = todo.pop(0)
+                running.append((run, executor.submit(ClusterRun(), to_dict(run.config), run.identity)))
             time.sleep(_POLL_SECONDS)
-            for config, job in [pair for pair in running if pair[1].done()]:
-                running.remove((config, job))
-                outcomes[run_id(config)] = self._collect(config, job)
-                logger.info("%s: %s", run_id(config), outcomes[run_id(config)].status)
+            for run, job in [pair for pair in running if pair[1].done()]:
+                running.remove((run, job))
+                outcomes[run.run_id] = self._collect(run, job)
+                logger.info("%s: %s", run.run_id, outcomes[run.run_id].status)
         return outcomes
 
-    def _collect(self, config: RunConfig, job: Any) -> Outcome:
+    def _collect(self, run: PlannedRun, job: Any) -> Outcome:
         """Waits for a submitit job."""
         error = job.exception()
         if error is None:
             outcome: Outcome = job.result()
             return outcome
-        return self.died(config, f"submitit job {job.job_id} died: {str(error).strip().splitlines()[-1]}")
+        return self.died(run, f"submitit job {job.job_id} died: {str(error).strip().splitlines()[-1]}")
 
 
 class RayLauncher(_ClusterLauncher):
@@ -203,23 +202,23 @@ class RayLauncher(_ClusterLauncher):
         self._init = _plain(init)
         self._remote = _plain(remote)
 
-    def compute_all(self, configs: Sequence[RunConfig]) -> dict[str, Outcome]:
+    def compute_all(self, runs: Sequence[PlannedRun]) -> dict[str, Outcome]:
         """Hands the runs to Ray and waits for all of them."""
         ray = _import("ray", "ray")
         ray.init(**{"logging_level": logging.WARNING, "include_dashboard": False, **self._init})
         try:
             # max_calls=1: the worker process ends with its run, or memory figures would carry over.
             task = ray.remote(**{"max_calls": 1, "max_retries": 0, **self._remote})(compute)
-            waiting = {task.remote(to_dict(config)): config for config in configs}
+            waiting = {task.remote(to_dict(run.config), run.identity): run for run in runs}
             outcomes = {}
             while waiting:
                 (reference, *_), _ = ray.wait(list(waiting), num_returns=1)
-                config = waiting.pop(reference)
+                run = waiting.pop(reference)
                 try:
-                    outcomes[run_id(config)] = ray.get(reference)
+                    outcomes[run.run_id] = ray.get(reference)
                 except ray.exceptions.RayError as error:
-                    outcomes[run_id(config)] = self.died(config, f"Ray lost the run: {error}")
-                logger.info("%s: %s", run_id(config), outcomes[run_id(config)].status)
+                    outcomes[run.run_id] = self.died(run, f"Ray lost the run: {error}")
+                logger.info("%s: %s", run.run_id, outcomes[run.run_id].status)
             return outcomes
         finally:
             ray.shutdown()

@@ -26,9 +26,10 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from harness.claims import current_owner
-from harness.config import ConfigError, Device, RunConfig, run_id, to_dict
+from harness.config import ConfigError, Device, RunConfig, to_dict
 from harness.cores import available_cores
 from harness.folder import LOG_FILE, kept_result, result_stamp, run_dir
+from harness.identity import PlannedRun
 from harness.results import RESULT_FILE, ResultError, Status, read_result
 from hydra_plugins.lora_harness import _worker as worker
 from hydra_plugins.lora_harness._composing import compose_run
@@ -76,7 +77,7 @@ class Slot:
 class Job:
     """A run that a process is computing."""
 
-    config: RunConfig
+    run: PlannedRun
     slot: Slot
     process: Any
     reply: Connection
@@ -86,7 +87,7 @@ class Job:
     @property
     def run_id(self) -> str:
         """Identity of the run."""
-        return run_id(self.config)
+        return self.run.run_id
 
 
 class QueueLauncher(Launcher):
@@ -116,15 +117,13 @@ class QueueLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Runs every config; returns one JobReturn each, whose value is the status or why there is none."""
         assert self.config is not None and self.hydra_context is not None
-        configs = [compose_run(self.hydra_context, self.config, overrides) for overrides in job_overrides]
+        runs = [compose_run(self.hydra_context, self.config, overrides) for overrides in job_overrides]
+        configs = [run.config for run in runs]
         slots = find_slots(configs, runs_per_device=self._runs_per_device, workers=self._workers)
-        queue = Queue(configs, slots, self._processes)
-        with open_screen(len(configs)) as screen:
+        queue = Queue(runs, slots, self._processes)
+        with open_screen(len(runs)) as screen:
             outcomes = queue.run(screen)
-        return [
-            job_return(overrides, outcomes[run_id(config)])
-            for overrides, config in zip(job_overrides, configs, strict=True)
-        ]
+        return [job_return(overrides, outcomes[run.run_id]) for overrides, run in zip(job_overrides, runs, strict=True)]
 
 
 def find_slots(configs: Sequence[RunConfig], *, runs_per_device: int, workers: int | None) -> list[Slot]:
@@ -159,9 +158,9 @@ def find_slots(configs: Sequence[RunConfig], *, runs_per_device: int, workers: i
 class Queue:
     """The runs of one sweep on their way through the slots."""
 
-    def __init__(self, configs: Sequence[RunConfig], slots: Sequence[Slot], processes: Any) -> None:
-        self._todo = deque(configs)
-        self._elsewhere: list[RunConfig] = []
+    def __init__(self, runs: Sequence[PlannedRun], slots: Sequence[Slot], processes: Any) -> None:
+        self._todo = deque(runs)
+        self._elsewhere: list[PlannedRun] = []
         self._free = list(slots)
         self._jobs: list[Job] = []
         self._processes = processes
@@ -195,26 +194,26 @@ class Queue:
 
     def _start(self, screen: Screen) -> None:
         while self._free and self._todo:
-            config = self._todo.popleft()
-            kept = kept_result(config)
+            run = self._todo.popleft()
+            kept = kept_result(run)
             if kept is not None:
-                self._outcomes[run_id(config)] = Outcome(str(kept.status), kept.error, was_kept=True)
-                screen.ended(run_id(config), self._outcomes[run_id(config)])
+                self._outcomes[run.run_id] = Outcome(str(kept.status), kept.error, was_kept=True)
+                screen.ended(run.run_id, self._outcomes[run.run_id])
                 continue
-            if current_owner(run_dir(config)) is not None:
-                self._elsewhere.append(config)
+            if current_owner(run_dir(run)) is not None:
+                self._elsewhere.append(run)
                 continue
             slot = self._free.pop(0)
             if slot.is_shared:
                 # A run could not tell its neighbour from a stranger: the device is looked at before the first of them.
-                busy = "" if self._is_used(slot) or config.allow_busy_device else self._find_busy(slot)
+                busy = "" if self._is_used(slot) or run.config.allow_busy_device else self._find_busy(slot)
                 if busy:
                     self._free.append(slot)
-                    self._end(config, worker.write_failure(config, busy), screen)
+                    self._end(run, worker.write_failure(run, busy), screen)
                     continue
-                config = replace(config, allow_busy_device=True)
-            self._jobs.append(self._spawn(config, slot))
-            screen.started(run_id(config), slot.name)
+                run = replace(run, config=replace(run.config, allow_busy_device=True))
+            self._jobs.append(self._spawn(run, slot))
+            screen.started(run.run_id, slot.name)
 
     def _is_used(self, slot: Slot) -> bool:
         return any(job.slot.name == slot.name for job in self._jobs)
@@ -239,16 +238,18 @@ class Queue:
         else:
             time.sleep(_POLL_SECONDS)
 
-    def _spawn(self, config: RunConfig, slot: Slot) -> Job:
+    def _spawn(self, run: PlannedRun, slot: Slot) -> Job:
+        config = run.config
         if config.num_threads is None and slot.num_threads is not None:
             config = replace(config, num_threads=slot.num_threads)
-        stamp_before = result_stamp(config)
+        stamp_before = result_stamp(run)
         receiver, sender = self._processes.Pipe(duplex=False)
         process = self._processes.Process(
             target=worker.run_in_process,
             kwargs={
                 "values": to_dict(config),
-                "log_path": str(run_dir(config) / LOG_FILE),
+                "identity": run.identity,
+                "log_path": str(run_dir(run) / LOG_FILE),
                 "variables": slot.variables,
                 "launcher_pid": os.getpid(),
                 "reply": sender,
@@ -257,23 +258,23 @@ class Queue:
         )
         process.start()
         sender.close()
-        return Job(config, slot, process, receiver, time.time(), stamp_before)
+        return Job(run, slot, process, receiver, time.time(), stamp_before)
 
     def _reap(self, screen: Screen) -> None:
         for job in [job for job in self._jobs if not job.process.is_alive()]:
             job.process.join()
             self._jobs.remove(job)
             self._free.append(job.slot)
-            if self._end(job.config, _outcome(job), screen):
+            if self._end(job.run, _outcome(job), screen):
                 self._note_gap(job)
 
-    def _end(self, config: RunConfig, outcome: Outcome, screen: Screen) -> bool:
+    def _end(self, run: PlannedRun, outcome: Outcome, screen: Screen) -> bool:
         """Keeps what became of a run, unless that is for another launcher to say."""
         if outcome.status == worker.CLAIMED:
-            self._elsewhere.append(config)
+            self._elsewhere.append(run)
             return False
-        self._outcomes[run_id(config)] = outcome
-        screen.ended(run_id(config), outcome)
+        self._outcomes[run.run_id] = outcome
+        screen.ended(run.run_id, outcome)
         return True
 
     def _look_elsewhere(self, screen: Screen) -> None:
@@ -282,16 +283,16 @@ class Queue:
             return
         self._looked = time.monotonic()
         waiting, self._elsewhere = self._elsewhere, []
-        for config in waiting:
-            if current_owner(run_dir(config)) is not None:
-                self._elsewhere.append(config)
+        for run in waiting:
+            if current_owner(run_dir(run)) is not None:
+                self._elsewhere.append(run)
             else:
-                self._todo.append(config)
+                self._todo.append(run)
 
     def _note_gap(self, job: Job) -> None:
         """Measures from the end of the previous run to the first step of this one; meaningful with one slot."""
         try:
-            times = read_result(run_dir(job.config) / RESULT_FILE).environment
+            times = read_result(run_dir(job.run) / RESULT_FILE).environment
         except ResultError:
             return
         first_step = times.get("first_step_at")
@@ -309,7 +310,7 @@ class Queue:
 
 
 def _as_running(job: Job) -> RunningRun:
-    owner = current_owner(run_dir(job.config))
+    owner = current_owner(run_dir(job.run))
     return RunningRun(job.run_id, job.slot.name, time.time() - job.started, owner.progress if owner else {})
 
 
@@ -324,14 +325,14 @@ def _outcome(job: Job) -> Outcome:
     code = job.process.exitcode
     if code is not None and -code in _STOPPING:
         # Before the run could hear it, or after its end.
-        return worker.outcome_of_dead(job.config, None, stamp_before=job.stamp_before)
+        return worker.outcome_of_dead(job.run, None, stamp_before=job.stamp_before)
     if code is not None and code < 0:
         error = f"the process was killed by {signal.Signals(-code).name}"
         if -code == signal.SIGKILL:
             error += " (Linux does that when memory runs out)"
     else:
         error = f"the process ended with exit code {code}; see log.txt"
-    return worker.outcome_of_dead(job.config, error, stamp_before=job.stamp_before)
+    return worker.outcome_of_dead(job.run, error, stamp_before=job.stamp_before)
 
 
 def job_return(overrides: Sequence[str], outcome: Outcome) -> JobReturn:

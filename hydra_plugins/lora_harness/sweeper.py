@@ -32,8 +32,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from harness.config import ConfigError, RunConfig, run_id
+from harness.assets import AssetError
+from harness.config import ConfigError, RunConfig
+from harness.content import DataError, ModelError
 from harness.folder import require_writable, run_dir, run_state
+from harness.identity import PlannedRun
 from harness.launches import command_line, record_launch
 from harness.overrides import came_from_composing, explain_refusal
 from harness.results import RESULT_FILE, Status, read_result
@@ -63,12 +66,17 @@ class SweepRun:
     """One run of a sweep: what makes it, and what it is."""
 
     overrides: Overrides
-    config: RunConfig
+    planned: PlannedRun
+
+    @property
+    def config(self) -> RunConfig:
+        """What it is."""
+        return self.planned.config
 
     @property
     def run_id(self) -> str:
         """Identity of the run."""
-        return run_id(self.config)
+        return self.planned.run_id
 
 
 class GridSweeper(Sweeper):
@@ -131,6 +139,8 @@ class GridSweeper(Sweeper):
             except ConfigError as error:
                 for problem in error.problems:
                     problems.setdefault(problem, []).append(overrides)
+            except (DataError, ModelError, AssetError) as error:
+                problems.setdefault(str(error), []).append(overrides)
             except Exception as error:  # Hydra lets whatever an override makes it do come through
                 if not isinstance(error, HydraException) and not came_from_composing(error):
                     raise
@@ -200,9 +210,9 @@ def show_plan(runs: Sequence[SweepRun], plans: Mapping[str, Plan]) -> None:
     table.add_column("overrides")
     counts: Counter[str] = Counter()
     for run in runs:
-        state = run_state(run.config)
+        state = run_state(run.planned)
         counts[state] += 1
-        note = _code_differs(run.config) if state == Status.FINISHED else ""
+        note = _code_differs(run.planned) if state == Status.FINISHED else ""
         # As Text: rich would take [x] in a file's name for markup.
         overrides = Text(" ".join(run.overrides))
         table.add_row(run.run_id, state + note, f"{plans[run.run_id].num_adapter_params:,}", overrides)
@@ -212,11 +222,11 @@ def show_plan(runs: Sequence[SweepRun], plans: Mapping[str, Plan]) -> None:
     console.print(f"{len(runs)} runs: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
 
 
-def _code_differs(config: RunConfig) -> str:
+def _code_differs(run: PlannedRun) -> str:
     """Says when a finished run was made by other code or other versions than those here."""
     from harness.measure import environment
 
-    then = read_result(run_dir(config) / RESULT_FILE).environment
+    then = read_result(run_dir(run) / RESULT_FILE).environment
     here = environment("cpu")
     what = {"git_commit": "commit", "git_dirty": "uncommitted changes", "versions": "package versions"}
     differing = [words for name, words in what.items() if then.get(name) != here.get(name)]
