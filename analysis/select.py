@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Sequence
@@ -22,7 +23,14 @@ import pandas as pd
 from scipy import stats
 
 from analysis.names import CONTENT, FINGERPRINT, is_source, placement_keys, with_names
-from harness.results import METRICS, Direction, Metric, Status
+from harness.results import (
+    METRICS,
+    Direction,
+    Metric,
+    Status,
+    is_fact_without_effect,
+    is_setting_without_effect,
+)
 
 CONFIDENCE = 0.95
 COLLAPSED_ABOVE = 0.999
@@ -447,7 +455,7 @@ def _conditions(frame: pd.DataFrame) -> tuple[dict[str, str], dict[str, str]]:
         and column not in ("config.model.name", "config.dataset.name", "config.trainer.learning_rate", "config.seed")
     ]
     firsts = frame.drop_duplicates("cell_id")
-    shown = {column: firsts[column].map(show_value).tolist() for column in settings}
+    shown = {column: _values(firsts, column).tolist() for column in settings}
     names = [firsts["model"].tolist(), firsts["dataset"].tolist()]
     fixed = [shown[column] for column in settings if not column.startswith(_OF_METHOD)]
     varied = [shown[column] for column in settings if column.startswith(_OF_METHOD)]
@@ -491,29 +499,7 @@ _COMPARED = {
     "config.trainer.learning_rate",
     "config.seed",
 }
-_WITHOUT_EFFECT = {
-    "config.method.learning_rate",  # only what trainer.learning_rate fell back to
-    "config.sweep",
-    "config.runs_dir",
-    "config.device",  # asked for; environment.device_type and device_name tell what it was
-    "config.num_threads",  # likewise
-    "config.rerun",
-    "config.allow_busy_device",
-    "config.save_weights",
-    "config.shard_model",  # what it came to is in the environment
-    "config.trainer.checkpoint_every",
-    "config.dataset.generation.batch_size",
-    "environment.hostname",  # a name; what the machine is made of is compared
-    "environment.data_notes",  # follow from the data and the tokenizer, which are compared
-    "environment.model_notes",  # follow from the base model, likewise
-    "environment.label_names",  # follow from the data
-    "environment.started_at",
-    "environment.first_step_at",
-    "environment.ended_at",
-}
-_TRACKING = "config.tracking."
 _ALSO = "config.evaluate_also"
-_EVALUATED_ALSO = "environment.evaluated_also."  # scores, which every run has of its own
 
 # Settings that may differ between rows because these columns do: compared only among rows that agree in them.
 _SCOPES = {
@@ -527,16 +513,26 @@ _SCOPES = {
     "environment.generation_signatures.": "dataset",
 }
 # What `analysis.names` tells apart by name: other values are another model, dataset or placement, and no other recipe.
-_TOLD_BY_NAME = ("config.target_layers", FINGERPRINT, f"{CONTENT}model", f"{CONTENT}dataset.")
+_TOLD_BY_NAME = ("config.target_layers", FINGERPRINT, CONTENT)
 
 
-def _is_without_effect(setting: str) -> bool:
-    return (
-        setting in _WITHOUT_EFFECT
-        or setting.startswith((_TRACKING, _EVALUATED_ALSO))
-        # Of the further sets only the nll is taken.
-        or (setting.startswith(f"{_ALSO}.") and ".generation." in setting)
-    )
+def _is_without_effect(column: str) -> bool:
+    kind, _, name = column.partition(".")
+    return is_setting_without_effect(name) if kind == "config" else is_fact_without_effect(name)
+
+
+def _values(frame: pd.DataFrame, setting: str) -> pd.Series[Any]:
+    """A setting's values as text; where it names a file, the content of that file in the runs that recorded it."""
+    values = frame[setting].map(show_value)
+    named = _NAMES_A_FILE.fullmatch(setting)
+    content = "" if named is None else f"{CONTENT}{named[1]}.{_CONTENT_OF.get(named[2], named[2])}"
+    return values if content not in frame else frame[content].where(frame[content].notna(), values)
+
+
+_NAMES_A_FILE = re.compile(
+    r"config\.((?:dataset|evaluate_also\.[^.]+))\.(path|train_file|val_file|test_file|chat_template)"
+)
+_CONTENT_OF = {"path": "train", "train_file": "train", "val_file": "val", "test_file": "test"}
 
 
 def _recipe_differences(frame: pd.DataFrame) -> dict[str, tuple[str, ...]]:
@@ -585,7 +581,7 @@ def _evaluated_also(frame: pd.DataFrame) -> list[tuple[str, ...]]:
 
 def _within_scopes(runs: pd.DataFrame, setting: str) -> Iterator[tuple[pd.Series[Any], pd.Series[Any]]]:
     """A setting's values as text, and their cells, apart for each group of runs in which it must agree."""
-    values = runs[setting].map(show_value)
+    values = _values(runs, setting)
     scope = next((column for prefix, column in _SCOPES.items() if setting.startswith(prefix)), None)
     if scope not in runs:
         yield values, runs["cell_id"]

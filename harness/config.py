@@ -153,8 +153,6 @@ class WandbMode(StrEnum):
     disabled = "disabled"
 
 
-# Marks a field that cannot change a result and is therefore no part of `run_id`.
-NOT_SCIENTIFIC = {"scientific": False}
 # Marks a field that came after the first runs were made. It is left out of `run_id` while it has its default, so that
 # those runs keep their names.
 ADDED_LATER = {"added_later": True}
@@ -212,7 +210,7 @@ class GenerationConfig:
     length_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
     num_examples: int | None = None
-    batch_size: int = field(default=32, metadata=NOT_SCIENTIFIC)
+    batch_size: int = 32
 
 
 @dataclass
@@ -282,7 +280,7 @@ class MethodConfig:
 
     name: Method = Method.lora
     adapter_dropout: float = 0.0
-    learning_rate: float = field(default=1e-3, metadata=NOT_SCIENTIFIC)
+    learning_rate: float = 1e-3
 
 
 @dataclass
@@ -355,8 +353,8 @@ class TrainerConfig:
     loss_chunk_tokens: int | None = field(default=None, metadata=ADDED_LATER)
     eval_every: int = 0
     eval_each_epoch: bool = False
-    eval_batch_size: int = field(default=64, metadata=NOT_SCIENTIFIC)
-    checkpoint_every: int = field(default=0, metadata=NOT_SCIENTIFIC)
+    eval_batch_size: int = 64
+    checkpoint_every: int = 0
 
 
 @dataclass
@@ -387,15 +385,15 @@ class RunConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     seed: int = 0
     evaluate_also: dict[str, DatasetConfig] = field(default_factory=dict, metadata=ADDED_LATER)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig, metadata=NOT_SCIENTIFIC)
-    sweep: str | None = field(default=None, metadata=NOT_SCIENTIFIC)
-    runs_dir: str = field(default="runs", metadata=NOT_SCIENTIFIC)
-    rerun: Rerun = field(default=Rerun.failed, metadata=NOT_SCIENTIFIC)
-    device: Device = field(default=Device.auto, metadata=NOT_SCIENTIFIC)
-    num_threads: int | None = field(default=None, metadata=NOT_SCIENTIFIC)
-    allow_busy_device: bool = field(default=False, metadata=NOT_SCIENTIFIC)
-    save_weights: bool = field(default=True, metadata=NOT_SCIENTIFIC)
-    shard_model: bool = field(default=False, metadata=NOT_SCIENTIFIC)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    sweep: str | None = None
+    runs_dir: str = "runs"
+    rerun: Rerun = Rerun.failed
+    device: Device = Device.auto
+    num_threads: int | None = None
+    allow_busy_device: bool = False
+    save_weights: bool = True
+    shard_model: bool = False
 
 
 # ---------------------------------------------------------------- composing

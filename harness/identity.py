@@ -17,6 +17,7 @@ from typing import Any
 from harness.config import DatasetConfig, ModelConfig, RunConfig
 from harness.content import find_content, is_pinned, pinned_names
 from harness.placement import canonical_blocks, canonical_projections
+from harness.results import is_setting_without_effect
 
 # Which content a dataset has, once `content` says it: where it lies decides nothing.
 _WHERE_DATA_LIES = (
@@ -78,7 +79,7 @@ def identify(config: RunConfig) -> Identity:
 
 def scientific(config: RunConfig, content: Mapping[str, str]) -> dict[str, Any]:
     """What decides a run's numbers: settings, and digests where settings name local files."""
-    values = _scientific_fields(config)
+    values = _scientific_fields(config, "")
     values["dataset"] = _with_content(values["dataset"], config.dataset, "dataset", content)
     also = values.get("evaluate_also", {})
     for name, dataset in config.evaluate_also.items():
@@ -120,16 +121,17 @@ def _model_with_content(values: dict[str, Any], config: ModelConfig, content: Ma
     return values
 
 
-def _scientific_fields(node: Any) -> dict[str, Any]:
+def _scientific_fields(node: Any, prefix: str) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for item in fields(node):
-        if not item.metadata.get("scientific", True):
+        name = f"{prefix}{item.name}"
+        if is_setting_without_effect(name):
             continue
         value = getattr(node, item.name)
         if isinstance(value, int) and not isinstance(value, bool) and _is_float(type(node), item.name):
             value = float(value)
-        values[item.name] = _scientific_value(value)
-        if item.metadata.get("added_later") and values[item.name] == _scientific_value(_default(item)):
+        values[item.name] = _scientific_value(value, name)
+        if item.metadata.get("added_later") and values[item.name] == _scientific_value(_default(item), name):
             del values[item.name]
     return values
 
@@ -140,11 +142,11 @@ def _is_float(schema: type, name: str) -> bool:
     return float in (hint, *typing.get_args(hint))
 
 
-def _scientific_value(value: Any) -> Any:
+def _scientific_value(value: Any, name: str) -> Any:
     if is_dataclass(value):
-        return _scientific_fields(value)
+        return _scientific_fields(value, f"{name}.")
     if isinstance(value, dict):
-        entries = {key: _scientific_value(entry) for key, entry in value.items()}
+        entries = {key: _scientific_value(entry, f"{name}.{key}") for key, entry in value.items()}
         # JSON objects are hashed in the order of their keys; here the first is special.
         return {"order": list(value), **entries} if len(value) > 1 else entries
     return value + 0.0 if isinstance(value, float) else value  # one zero

@@ -412,6 +412,38 @@ def test_rates_that_differ_in_what_changes_nothing_are_one_condition(tmp_path: P
     assert (row["tried"], row["learning_rate"]) == ((1e-3, 2e-3), 2e-3)
 
 
+def test_rates_scored_in_batches_of_another_size_are_one_condition(tmp_path: Path) -> None:
+    for rate, batch in ((1e-3, 8), (2e-3, 32)):
+        options = {"trainer__eval_batch_size": batch, "trainer__checkpoint_every": batch}
+        save_lm_run(tmp_path, f"a{rate}", learning_rate=rate, metrics=language_metrics(2 - rate, 0.5), **options)
+    frame = load_runs(tmp_path).frame
+    (row,) = select.best_cells(select.cells(frame)).to_dict("records")
+    assert (row["tried"], row["learning_rate"]) == ((1e-3, 2e-3), 2e-3)
+    assert recipe_notes(frame) == []
+
+
+def test_rates_that_read_the_same_content_in_two_folders_are_one_condition(tmp_path: Path) -> None:
+    for rate, folder in ((1e-3, "here"), (2e-3, "there")):
+        names = {"path": folder, "train_file": f"{folder}.jsonl", "chat_template": f"{folder}.jinja"}
+        content = {
+            "dataset": {"train": "d1.jsonl", "chat_template": "d2"},
+            "evaluate_also": {"old": {"train": "d3.txt"}},
+        }
+        save_lm_run(
+            tmp_path,
+            f"a{rate}",
+            learning_rate=rate,
+            metrics=language_metrics(2 - rate, 0.5),
+            environment=ENVIRONMENT | {"content": content},
+            also={"old": {"name": "old", "path": folder, "train_file": f"{folder}.txt"}},
+            **dataset_settings(**names),
+        )
+    frame = load_runs(tmp_path).frame
+    (row,) = select.best_cells(select.cells(frame)).to_dict("records")
+    assert (row["tried"], row["learning_rate"]) == ((1e-3, 2e-3), 2e-3)
+    assert recipe_notes(frame) == []
+
+
 # ---------------------------------------------------------------- figures
 
 
