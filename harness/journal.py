@@ -28,7 +28,7 @@ logger = logging.getLogger("harness")
 
 _LAST_SCORES = "score val last"
 # What a checkpoint says beside the position.
-_STATE = ("losses", "rows", "spent", "id")
+_STATE = ("losses", "rows", "spent", "id", "made_by")
 
 
 def _read(path: Path, made_from: Mapping[str, Any]) -> tuple[dict[str, Tensor], Position, dict[str, Any]] | None:
@@ -80,6 +80,7 @@ class FollowingJournal:
         self._stop = stop
         self._ledger = Ledger(attempt_dir / LEDGER_FILE, spending, is_writer=False)
         self._trained: str | None = None
+        self.made_by: list[dict[str, Any]] = []
         self.measured: dict[str, float] = {}
         self.first_step_at: float | None = None
 
@@ -122,7 +123,8 @@ class RunJournal:
 
     Curves get the mean loss since the last record, every `tracking.log_every` steps; scores come at once. A checkpoint
     holds the curve so far, so that a run that resumes leaves the same curve as an undisturbed one, and `made_from`,
-    what the run is made from: a checkpoint that was made from anything else is not used.
+    what the run is made from: a checkpoint that was made from anything else is not used. `made_by` is the code and the
+    device that compute; where a run resumes with others, it lists them all.
     """
 
     def __init__(
@@ -134,10 +136,12 @@ class RunJournal:
         spending: Spending,
         *,
         made_from: Mapping[str, Any],
+        made_by: Mapping[str, Any],
     ) -> None:
         self._config = config
         self._run_id = attempt.folder.name
         self._made_from = dict(made_from)
+        self.made_by = [dict(made_by)]
         self._path = attempt.dir / CHECKPOINT_FILE
         self._tracker = tracker
         self._claim = attempt.claim
@@ -173,6 +177,11 @@ class RunJournal:
         for step, values in state["rows"]:
             self._log(step, values)
         self.resumed_at_step = position.step
+        if state["made_by"][-1] != self.made_by[-1]:
+            logger.warning("%s was made by other code, other versions or on another device", self._path)
+            self.made_by = [*state["made_by"], *self.made_by]
+        else:
+            self.made_by = state["made_by"]
         if self._trained is not None:
             position.last = _evaluation(self._ledger.find(self._trained, _LAST_SCORES))
         logger.info("resumes from its checkpoint at step %d", position.step)
@@ -235,6 +244,7 @@ class RunJournal:
             "rows": self._rows,
             "spent": self._spending.total(),
             "id": self._trained,
+            "made_by": self.made_by,
         }
         try:
             write_checkpoint(self._path, tensors, state)

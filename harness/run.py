@@ -77,6 +77,8 @@ from harness.trainer import TrainingDivergedError, TrainingOutcome, train
 logger = logging.getLogger("harness")
 
 LABELS_FILE = "labels.json"
+# What of the environment a run may find changed when it resumes; the result then lists all.
+MADE_BY = ("git_commit", "git_dirty", "versions", "device_name")
 
 
 # What a user can mend: each ends a run before training, with its message and no traceback.
@@ -210,7 +212,8 @@ def _run_claimed(prepared: PreparedRun, attempt: Attempt, stop: StopRequest, spe
         sweep=config.sweep,
         run_config=to_dict(config),
     )
-    journal = RunJournal(config, attempt, tracker, stop, spending, made_from=_made_from(prepared))
+    made_by = {name: value for name, value in prepared.environment.items() if name in MADE_BY}
+    journal = RunJournal(config, attempt, tracker, stop, spending, made_from=_made_from(prepared), made_by=made_by)
     prepared.accelerator.wait_for_everyone()  # whatever an earlier attempt left is cleared
     prepared.accelerator.wait_for_everyone()  # and the others have read what is resumed
     try:
@@ -409,7 +412,9 @@ def _train_and_evaluate(
     metrics = journal.measured | metrics
     metrics |= spending.total()
     times = {"started_at": started_at, "first_step_at": journal.first_step_at, "ended_at": time.time()}
-    recorded = {name: value for name, value in times.items() if value is not None}
+    recorded: dict[str, Any] = {name: value for name, value in times.items() if value is not None}
+    if len(journal.made_by) > 1:
+        recorded["made_by"] = journal.made_by
     return RunResult(
         run_id=prepared.identity.run_id,
         cell_id=prepared.identity.cell_id,

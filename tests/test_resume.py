@@ -184,7 +184,16 @@ def test_a_failed_run_keeps_its_checkpoint_and_a_finished_one_does_not(
     assert first.status is Status.FAILED
     assert first.metrics["train_seconds"] > 0
     assert {path.name for path in folder.iterdir()} >= {"result.json", "checkpoint.safetensors", "phases.jsonl"}
-    second = run(wanted)
+    assert "made_by" not in first.environment
+    with monkeypatch.context() as patch:
+        facts = run_module.environment
+        patch.setattr(run_module, "environment", lambda *p, **n: facts(*p, **n) | {"git_commit": "f" * 40})
+        second = run(wanted)
+    # Trained by one commit and scored by another: both are named.
+    assert [maker.get("git_commit") for maker in second.environment["made_by"]] == [
+        first.environment.get("git_commit"),
+        "f" * 40,
+    ]
     assert second.status is Status.FINISHED
     assert {path.name for path in folder.iterdir()} == {
         "adapter",
