@@ -20,6 +20,8 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.formats import as_code
+
 # Where a model or a dataset comes from. Runs that agree in these, or in the content that they recorded, have the same.
 MODEL_SOURCE = ("asset", "hub_id", "revision", "tiny", "path", "run", "scratch")
 DATA_SOURCE = (
@@ -64,6 +66,31 @@ def with_names(frame: pd.DataFrame) -> pd.DataFrame:
     others = frame.drop(columns=[*names], errors="ignore")
     # Not `assign`, which warns of a frame of so many columns.
     return pd.concat([pd.DataFrame(names, frame.index, dtype=object), others], axis="columns")
+
+
+def name_notes(frame: pd.DataFrame) -> Iterator[str]:
+    """What stands behind the names that are not those of the configs, in words."""
+    named = with_names(frame)
+    told: dict[str, None] = {}
+    for group, settings in (("model", MODEL_SOURCE), ("dataset", DATA_SOURCE)):
+        sources = zip(*(_settings(frame, f"config.{group}.{setting}") for setting in settings), strict=True)
+        for label, name, source in zip(named[group], frame[f"config.{group}.name"], sources, strict=True):
+            if label != name:
+                known = [f"{key}={value}" for key, value in zip(settings, source, strict=True) if value is not None]
+                told[f"{as_code(label)} is {as_code(' '.join([f'{group}={name}', *known]))}"] = None
+    for label, name in zip(named["target_layers"], _column(frame, "config.target_layers.name"), strict=True):
+        if label is not None and label.partition(" (")[0] != name:
+            told[f"{as_code(label)} is {as_code(f'target_layers={name}')}"] = None
+    if told:
+        listed = [*told][:_NUM_TOLD]
+        more = f"; and {len(told) - _NUM_TOLD} more" if len(told) > _NUM_TOLD else ""
+        yield (
+            "Named by what ran and not by its config, in which one name stands for several things or for another: "
+            f"{'; '.join(listed)}{more}."
+        )
+
+
+_NUM_TOLD = 20
 
 
 def is_source(setting: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from analysis.select import (
     BY_MEDIAN,
     COLLAPSED_ABOVE,
     FORGETTING,
+    LARGEST,
     best_beyond_noise,
     is_score,
     metric,
@@ -376,7 +376,7 @@ def ratio_to(row: Cell, reference: Cell | None, name: str) -> float | None:
     if name in BY_DEVICE and _device_departures(row) != _device_departures(reference):
         return None
     ratio = float(row[name]) / float(reference[name])
-    return ratio if math.isfinite(ratio) else None
+    return ratio if abs(ratio) < LARGEST else None
 
 
 def _device_departures(row: Cell) -> set[str]:

@@ -34,6 +34,8 @@ from harness.results import (
 
 CONFIDENCE = 0.95
 COLLAPSED_ABOVE = 0.999
+# What lies above is no measurement, and its square no number.
+LARGEST = 1e150
 
 # Computed here from others, so not in the registry of what runs record.
 TRAINABLE_SHARE = "trainable_share"
@@ -121,7 +123,7 @@ def cells(frame: pd.DataFrame) -> pd.DataFrame:
     values = {name: frame[name].to_numpy(dtype=float) for name in names}
     totals = frame["num_total_params"].where(frame["num_total_params"] > 0)
     shares = (frame["num_trainable_params"] / totals).to_numpy(dtype=float)
-    values[TRAINABLE_SHARE] = np.where(np.isfinite(shares), shares, math.nan)
+    values[TRAINABLE_SHARE] = np.where(np.abs(shares) < LARGEST, shares, math.nan)
     learned = frame["test_nll_before"] - frame["test_nll"]
     if learned.notna().any():
         values[LEARNED] = learned.to_numpy(dtype=float)

@@ -20,6 +20,7 @@ from analysis.forms import (
     target_layers_at_budget,
     tasks_by_methods,
 )
+from analysis.names import name_notes
 from analysis.rows import (
     CELL_NAMES,
     EN_DASH,
@@ -156,6 +157,7 @@ def tradeoff(best: pd.DataFrame, frame: pd.DataFrame, *, scores: str = "best") -
         numbers=best.drop(columns="by_seed"),
         notes=[
             *_definitions(rows, reference, frame),
+            *name_notes(frame),
             *forgetting_notes(rows),
             *_generation_notes(score_names, frame, scores),
             *bold_note(rows, score_names, any_bold=bool(text.bold)),

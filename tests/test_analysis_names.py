@@ -61,6 +61,8 @@ def test_a_name_that_lies_is_printed_as_what_it_is(tmp_path: Path) -> None:
     frame = load_runs(tmp_path).frame
     tradeoff = paper_tables(frame, select.cells(frame))[0]
     assert {(row[2], row[3]) for row in tradeoff.text.rows} == {("qv", "1,024"), ("q", "512")}
+    (note,) = (note for note in tradeoff.notes if note.startswith("Named by what ran"))
+    assert note.endswith("for another: `q` is `target_layers=qv`.")
 
 
 def test_expressions_have_a_mark_and_no_name_of_projections(tmp_path: Path) -> None:
@@ -88,7 +90,10 @@ def test_two_files_called_local_are_two_datasets_and_never_averaged(tmp_path: Pa
     assert all(re.fullmatch(r"local \[train.csv [0-9a-f]{6}\]", name) for name in cells["dataset"])
     assert cells["dataset"].nunique() == cells["cell_id"].nunique() == cells["condition_id"].nunique() == 2
     frame = load_runs(tmp_path).frame
-    assert len(paper_tables(frame, select.cells(frame))[0].text.rows) == 2
+    tradeoff = paper_tables(frame, select.cells(frame))[0]
+    assert len(tradeoff.text.rows) == 2
+    (note,) = (note for note in tradeoff.notes if note.startswith("Named by what ran"))
+    assert note.count("is `dataset=local train_file=data/train.csv`") == 2
 
 
 def test_the_same_content_in_two_folders_is_one_dataset(tmp_path: Path) -> None:
