@@ -233,9 +233,9 @@ def test_chaos(base: list[str], tmp_path: Path) -> None:
             while launcher.poll() is None:
                 # The launcher may be about to be started, and the round about to end.
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    launcher.wait(draw.uniform(0, seconds) if hit.total() < kills else 300)
+                    launcher.wait(draw.uniform(0, seconds / 4) if hit.total() < kills else 300)
                 if launcher.poll() is None and hit.total() < kills:
-                    hit[_hit(draw, launcher.pid, runs_dir)] += 1
+                    hit.update(_hit(draw, launcher.pid, runs_dir))
                 for path in runs_dir.glob("*/result.json"):
                     content = path.read_bytes()
                     if read_result(path).status is Status.FINISHED:
@@ -258,16 +258,25 @@ def test_chaos(base: list[str], tmp_path: Path) -> None:
         print(f"{count:5} {what}")
 
 
-def _hit(draw: random.Random, launcher: int, runs_dir: Path) -> str:
-    """Kills the launcher or a worker, or tells it to stop; says which, and what it was doing."""
-    number = draw.choice([signal.SIGKILL, signal.SIGTERM])
+def _hit(draw: random.Random, launcher: int, runs_dir: Path) -> list[str]:
+    """Kills the launcher or a worker, or tells it to stop; says which, and what it was doing.
+
+    A launcher without workers is mostly spared, or no sweep would get beyond its start.
+    """
+    number, index, chance = draw.choice([signal.SIGKILL, signal.SIGTERM]), draw.random(), draw.random()
     workers = _workers(launcher)
-    wants_worker, index = draw.random() < 0.7, draw.random()
-    victim = workers[int(index * len(workers))] if wants_worker and workers else launcher
-    doing = _phase(victim, runs_dir) if victim != launcher else "working" if workers else "starting or waiting"
-    with contextlib.suppress(ProcessLookupError):
+    if chance < (0.3 if workers else 0.1):
+        victim, what = launcher, f"launcher, {'working' if workers else 'starting or waiting'}"
+    elif workers:
+        victim = workers[int(index * len(workers))]
+        what = f"worker, {_phase(victim, runs_dir)}"
+    else:
+        return []
+    try:
         os.kill(victim, number)
-    return f"{number.name} {'worker' if victim != launcher else 'launcher'}, {doing}"
+    except ProcessLookupError:
+        return []
+    return [f"{number.name} {what}"]
 
 
 def _workers(launcher: int) -> list[int]:
