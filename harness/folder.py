@@ -111,6 +111,8 @@ def settle(folder: Path) -> None:
     if result is not None and _stands(result):
         for name in _UNFINISHED:
             _remove(folder / name)
+        with contextlib.suppress(OSError):  # a rerun that is to be resumed is in it, or nothing
+            (folder / _RERUN_DIR).rmdir()
 
 
 def _replace_by_rerun(folder: Path) -> None:
