@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from harness.config import DatasetConfig, Task
 from harness.data import Batch, Split
+from harness.parallel import reshard
 from harness.results import METRICS, Direction
 from harness.stopping import StopRequest
 
@@ -161,6 +162,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+        reshard(model)
 
 
 def predict(model: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from harness.placement import ARCHITECTURES
@@ -143,14 +143,41 @@ def summed_on_device(parts: Sequence[Sequence[Tensor]], accelerator: Accelerator
     return total if accelerator.num_processes == 1 else accelerator.reduce(total, reduction="sum")
 
 
+def place(model: nn.Module, accelerator: Accelerator, *, shard_model: bool) -> None:
+    """Puts a model from the CPU on the device: whole, or this process's part of every matrix."""
+    if shard_model and accelerator.num_processes > 1:
+        shard(model, accelerator)
+    # Quantised weights lie on their device already, and transformers refuses to move them.
+    elif not getattr(model, "is_quantized", False):
+        model.to(accelerator.device)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the processes hold parts of the model's matrices."""
+    return isinstance(model, FSDPModule)
+
+
 def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """Spreads the weights over all processes, in place: each block by itself, then what is left."""
+    """Shards the weights over all processes, in place: each block by itself, then what is left.
+
+    One of these at a time goes to the device and is cut there, so no device ever holds more of the model than its part,
+    one block, and at the end what is in no block (the embeddings).
+    """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     path = re.escape(ARCHITECTURES[model.config.model_type].block).replace(re.escape("{}"), r"\d+")
     for name, module in model.named_modules():
         if re.fullmatch(path, name):
             fully_shard(module, mesh=mesh)
     return fully_shard(model, mesh=mesh)
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees what a forward pass without a backward pass has left whole: what is in no block.
+
+    Until then `parameters()` gives whole tensors in place of the parts that are trained.
+    """
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:

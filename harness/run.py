@@ -64,7 +64,7 @@ from harness.measure import (
     is_out_of_memory,
     require_free_device,
 )
-from harness.parallel import Companions, ProcessFailedError, summed
+from harness.parallel import Companions, ProcessFailedError, place, summed
 from harness.placement import PlacementError, head_modules, select_modules
 from harness.preparation import PreparationError, preparation_of_a_run
 from harness.results import RunResult, Status, write_atomically, write_json_atomically
@@ -385,6 +385,7 @@ def _train_and_evaluate(
     started_at = time.time()
     try:
         objective = _objective(prepared, stop)
+        place(prepared.model, prepared.accelerator, shard_model=config.shard_model)
         before = _score_before(prepared, objective, journal)
         metrics |= before
         outcome = _train(prepared, objective, journal)
@@ -448,7 +449,6 @@ def _train(prepared: PreparedRun, objective: _Objective, journal: RunJournal | F
         config=config.trainer,
         accelerator=prepared.accelerator,
         journal=journal,
-        shard_model=config.shard_model and prepared.accelerator.num_processes > 1,
         flops=_step_flops(prepared),
     )
 
@@ -518,8 +518,6 @@ def _score_before(
     if not isinstance(prepared.data, LanguageData):
         return {}
     model = prepared.model
-    if not getattr(model, "is_quantized", False):
-        model.to(prepared.accelerator.device)
     splits = {"val_nll_before": prepared.data.val, "test_nll_before": prepared.data.test}
     if prepared.also:
         splits["base_domain_nll_before"] = _base_domain(prepared)

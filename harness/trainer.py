@@ -29,7 +29,7 @@ from harness.measure import (
     rehearse_beside_optimizer,
     reset_device_peaks,
 )
-from harness.parallel import put, shard, summed, summed_on_device, whole
+from harness.parallel import is_sharded, put, summed, summed_on_device, whole
 from harness.prefetch import prefetched
 from harness.stopping import PreemptedError
 
@@ -214,7 +214,6 @@ def train(
     config: TrainerConfig,
     accelerator: Accelerator,
     journal: Journal,
-    shard_model: bool = False,
     flops: StepFlops | None = None,
 ) -> TrainingOutcome:
     """Trains the parameters that require a gradient; the model ends at its last step.
@@ -233,7 +232,8 @@ def train(
 
     `flops` says what the model's operations come to; without it `train_flops` is missing from what is measured.
 
-    Several processes (see `harness.parallel`) make the steps that one would make; each scores all of val.
+    Several processes (see `harness.parallel`) make the steps that one would make; each scores all of val. The model
+    lies on the accelerator's device already, whole or sharded.
 
     A run that resumes from a checkpoint makes the steps that an undisturbed one would have made, bitwise on the CPU.
     When all steps are made, the state is kept before it is scored; so is the state that a scoring in between fails or
@@ -245,12 +245,9 @@ def train(
         torch.OutOfMemoryError: a step does not fit; also RuntimeError on the CPU.
     """
     device = accelerator.device
-    # Quantised weights lie on their device already, and transformers refuses to move them.
-    if not getattr(model, "is_quantized", False):
-        model.to(device)
+    sharded = is_sharded(model)
     model.train()
-    if shard_model:
-        model = shard(model, accelerator)
+    if sharded:
         optimizer = accelerator.prepare_optimizer(build_optimizer(model, config))
     else:
         model, optimizer = accelerator.prepare(model, build_optimizer(model, config))
@@ -263,7 +260,7 @@ def train(
         losses = []
         for number, batch in enumerate(micro_batches, start=1):
             is_last = number == len(micro_batches)
-            with contextlib.nullcontext() if is_last or shard_model else accelerator.no_sync(model):
+            with contextlib.nullcontext() if is_last or sharded else accelerator.no_sync(model):
                 with accelerator.autocast():
                     loss, reported = objective.summed_loss(model, batch.to(device)).over(num_targets)
                 if batch.num_targets == 0:  # stands in for examples that this process has no more of
@@ -328,7 +325,7 @@ def train(
     if not at.measured:
         scaler_state = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
         measured: dict[str, float] = {}
-        if shard_model:  # a part of a matrix has no storage that could be followed
+        if sharded:  # a part of a matrix has no storage that could be followed
             rehearse_scoring()
         else:
             rehearse_beside_optimizer(rehearse_scoring, model, optimizer, first=lambda: rehearse(batches.shortest()))

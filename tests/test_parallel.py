@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +17,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
+from harness import models
 from harness.checkpoint import pack_training, unpack_training
-from harness.config import TrainerConfig
+from harness.config import ModelConfig, TinyModel, TrainerConfig
 from harness.data import Batch, TrainingBatches
-from harness.parallel import Companions, ProcessFailedError
+from harness.evaluate import evaluating
+from harness.language import summed_nll
+from harness.parallel import Companions, ProcessFailedError, is_sharded, place
 from harness.trainer import build_optimizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -324,3 +330,50 @@ def test_a_checkpoint_holds_the_random_state_of_every_process(caplog: pytest.Log
     assert "the checkpoint is of 2 processes and these are 3" in caplog.text
     assert torch.equal(draws[0], draws[2])
     assert not torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[3])
+
+
+@pytest.fixture
+def _process_group() -> Iterator[None]:
+    """One process that takes itself for several."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def sharded_llama(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A tiny Llama, sharded over the one process."""
+    model = models.load_model(ModelConfig(name="tiny", tiny=TinyModel.llama), num_labels=None, pad_token_id=0, seed=0)
+    accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=2)
+    monkeypatch.setattr("harness.parallel.init_device_mesh", lambda kind, _: init_device_mesh(kind, (1,)))
+    monkeypatch.setattr(type(model.model), "to", lambda *_: pytest.fail("moved as a whole"))
+    place(model.model, accelerator, shard_model=True)  # type: ignore[arg-type]
+    return model.model
+
+
+@pytest.mark.usefixtures("_process_group")
+def test_a_model_that_is_sharded_is_never_whole_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[int] = []
+
+    def moving(params: list[Any], buffers: list[Any], device: torch.device) -> None:
+        moved.append(sum(value.nbytes for value in params if not isinstance(value, DTensor)))
+
+    monkeypatch.setattr("torch.distributed.fsdp._fully_shard._fsdp_init._move_states_to_device", moving)
+    model = sharded_llama(monkeypatch)
+    assert len(moved) == 3  # two blocks, and what is in none
+    assert sum(moved) == sum(value.nbytes for value in model.parameters())
+    assert max(moved) < sum(moved) / 2
+    assert is_sharded(model)
+
+
+@pytest.mark.usefixtures("_process_group")
+def test_scoring_leaves_the_parts_of_a_sharded_model_where_the_optimizer_finds_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """FSDP keeps what is in no block whole after a forward pass, and only a backward pass undoes that."""
+    model = sharded_llama(monkeypatch)
+    parts = dict(model.named_parameters())
+    assert all(isinstance(part, DTensor) for part in parts.values())
+    ids = torch.randint(3, 260, (2, 8))
+    with evaluating(model):
+        summed_nll(model, Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids, 16, 14))
+    assert all(value is parts[name] for name, value in model.named_parameters())
