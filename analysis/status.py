@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from analysis.load import Runs, load_runs
-from harness.claims import current_owner
+from harness.claims import Owner, current_owner
 from harness.results import Status, duration_text
 
 LOG_FILE = "log.txt"
@@ -57,7 +57,10 @@ def _urgency(state: str) -> tuple[int, str]:
 def _ended(runs: Runs, runs_dir: Path) -> Iterator[RunStatus]:
     for row in runs.frame.itertuples(index=False):
         run_id, status, error = str(row.run_id), str(row.status), str(row.error or "")
-        if status == Status.FINISHED:
+        owner = current_owner(runs_dir / run_id)
+        if owner is not None:  # rerun=all
+            yield _running(run_id, owner)
+        elif status == Status.FINISHED:
             yield RunStatus(run_id, status, "")
         else:
             yield RunStatus(run_id, status, error or _last_line(runs_dir / run_id / LOG_FILE))
@@ -71,7 +74,11 @@ def _not_ended(runs: Runs, runs_dir: Path) -> Iterator[RunStatus]:
         if owner is None:
             yield RunStatus(run_id, "to do", _last_line(runs_dir / run_id / LOG_FILE))
         else:
-            yield RunStatus(run_id, "running", _how_far(owner.progress, f"{owner.host}, process {owner.pid}"))
+            yield _running(run_id, owner)
+
+
+def _running(run_id: str, owner: Owner) -> RunStatus:
+    return RunStatus(run_id, "running", _how_far(owner.progress, f"{owner.host}, process {owner.pid}"))
 
 
 def _unfinished_ids(runs: Runs, runs_dir: Path) -> Sequence[str]:

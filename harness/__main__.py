@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -36,6 +38,8 @@ def main() -> int:
         )
         return 2
     register()
+    # A run hears the signal itself, in every phase; this is for the seconds before it begins.
+    heard_before = signal.signal(signal.SIGTERM, _stop_before_a_run)
     exit_codes: list[int] = []
     started = False
 
@@ -90,6 +94,7 @@ def main() -> int:
         return 2
     finally:
         sys.argv = typed
+        signal.signal(signal.SIGTERM, heard_before)
     return max(exit_codes, default=0)
 
 
@@ -99,6 +104,11 @@ def _record_single_run(config: RunConfig, identity: Identity) -> None:
     if config.sweep is not None and is_single and os.environ.get("RANK", "0") == "0":
         require_writable(config.runs_dir)
         record_launch(Path(config.runs_dir), config.sweep, run_ids=[identity.run_id], command=command_line())
+
+
+def _stop_before_a_run(number: int, frame: FrameType | None) -> None:
+    print("stopped before a run began; the same command starts it", file=sys.stderr)
+    sys.exit(75)
 
 
 def _compose(overrides: list[str]) -> object:

@@ -18,7 +18,13 @@ from typing import Any, cast
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 from harness import placement
 
@@ -476,6 +482,8 @@ def explain_omegaconf(error: OmegaConfBaseException) -> str:
         return f"{key}: a value is needed and none was given."
     if "is not a ListConfig" in first_line:
         return f"{key}: a list is needed, such as {key}=[a,b]."
+    if isinstance(error, InterpolationKeyError):
+        return f"{key}: {first_line.rstrip('.')}; where the text is to hold ${{...}} itself, write \\${{...}}."
     return f"{key}: {first_line.rstrip('.')}."
 
 

@@ -25,7 +25,7 @@ _SPLITS = ("train", "val", "test")
 # What transformers may read of a model's folder; not its README, nor what a trainer left beside the weights.
 _MODEL_ENDINGS = (".safetensors", ".bin", ".json", ".model", ".jinja", ".tiktoken")
 _MODEL_TEXTS = ("vocab.txt", "merges.txt")
-_NOT_OF_THE_MODEL = ("training_args.bin", "trainer_state.json", "optimizer.bin", "scheduler.bin", "all_results.json")
+_NOT_OF_THE_MODEL = ("training_args.bin", "trainer_state.json", "optimizer.bin", "scheduler.bin")
 
 # A time stamp can be as coarse as two seconds: a file changed within them is digested again.
 _SETTLED_NANOSECONDS = 2 * 10**9
@@ -205,6 +205,7 @@ def _model_files(folder: Path) -> dict[str, str]:
         if path.is_file()
         and (path.suffix in _MODEL_ENDINGS or path.name in _MODEL_TEXTS)
         and path.name not in _NOT_OF_THE_MODEL
+        and not path.name.endswith("_results.json")
         and not path.name.startswith(".")
     ]
     if any(name.endswith(".safetensors") for name in names):

@@ -13,6 +13,12 @@ def available_cores(*, root: Path = Path("/")) -> int:
     return max(1, int(min([cores, *_quotas(root)])))
 
 
+def asked_threads() -> int | None:
+    """The threads that the environment allows a process (OMP_NUM_THREADS); None where it says nothing."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list has one number per nesting level
+    return int(first) if first.isdecimal() and int(first) > 0 else None
+
+
 def _quotas(root: Path) -> Iterator[float]:
     """The quota in cores of each control group around this process that has one, in both versions of their files."""
     try:

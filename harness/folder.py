@@ -3,7 +3,7 @@
 A result is recorded by `Attempt.record` and nothing else: under the run's claim, and never a failure over a result that
 stands. A run that is run again while a result stands (`rerun=all`) writes into `.rerun/` in its folder; once its result
 is there, it takes the old one's place. So whenever a process is killed, a complete run is in the folder, the old or the
-new one.
+new one, and never an old result beside new weights.
 """
 
 from __future__ import annotations
@@ -118,6 +118,8 @@ def settle(folder: Path) -> None:
 def _replace_by_rerun(folder: Path) -> None:
     """Puts the run in `.rerun/`, whose result is there, in the place of the old one; can be repeated at any point."""
     rerun = folder / _RERUN_DIR
+    # The first: whoever reads meanwhile finds no result, and not the old one beside some of the new files.
+    (folder / RESULT_FILE).unlink(missing_ok=True)
     for name in _UNFINISHED:
         _remove(rerun / name)
     for path in rerun.iterdir():
@@ -202,17 +204,22 @@ class Attempt:
 
 
 def record_failure(planned: PlannedRun, result: RunResult) -> RunResult:
-    """Records that a run could not record its own end; returns that result, or one that stands (see `kept_result`).
+    """Records that a run could not record its own end; returns that result, or one that the run has left after all.
+
+    Under `rerun=all` a result from before the rerun stands in the folder and is not what became of the rerun.
 
     Raises:
         RunClaimedError, ClaimLostError: another process is computing it.
         OSError: it cannot be written.
     """
-    with Claim.acquire(run_dir(planned)) as claim:
-        kept = kept_result(planned)
-        if kept is None or kept.status in (Status.FAILED, Status.OUT_OF_MEMORY):
-            kept = result
-            Attempt(run_dir(planned), run_dir(planned), claim).record(result)
+    folder = run_dir(planned)
+    with Claim.acquire(folder) as claim:
+        is_from_before = planned.config.rerun is Rerun.all and _read(folder / _RERUN_DIR) is None
+        settle(folder)
+        found = _read(folder)
+        kept = found if found is not None and _stands(found) and not is_from_before else result
+        if kept is result:
+            Attempt(folder, folder, claim).record(result)
         claim.release(ended=True)
     return kept
 

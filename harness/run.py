@@ -186,7 +186,7 @@ def run(config: RunConfig, identity: Identity | None = None) -> RunResult:
 def _follow(prepared: PreparedRun, folder: Path, stop: StopRequest, spending: Spending) -> RunResult:
     """What the processes beside the main one do: the same training, and nothing written."""
     if any(summed([False], prepared.accelerator)):  # the main process has found a result
-        kept = kept_result(prepared.config)
+        kept = kept_result(PlannedRun(prepared.config, prepared.identity))
         assert kept is not None
         return kept
     prepared.accelerator.wait_for_everyone()

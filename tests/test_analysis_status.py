@@ -50,6 +50,11 @@ def test_every_state_is_told(runs_dir: Path) -> None:
     assert found["e"] == RunStatus("e", "to do", "")
 
 
+def test_a_run_that_is_rerun_is_running(runs_dir: Path) -> None:
+    with Claim.acquire(runs_dir / "a"):
+        assert {status.run_id: status.state for status in find_status(runs_dir, "s")}["a"] == "running"
+
+
 def test_it_prints_totals_and_a_line_for_what_is_not_finished(runs_dir: Path) -> None:
     console = Console(record=True, width=80)
     print_status(runs_dir, "s", console=console)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.cores import available_cores
+from harness.cores import asked_threads, available_cores
 
 ALL = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -61,6 +61,14 @@ def test_a_quota_is_respected(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
     assert available_cores(root=tree(tmp_path, files)) == cores
+
+
+@pytest.mark.parametrize(("value", "threads"), [("3", 3), ("4,2", 4), ("", None), ("many", None), ("0", None)])
+def test_the_environment_may_allow_fewer_threads(
+    value: str, threads: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    assert asked_threads() == threads
 
 
 def test_affinity_is_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -315,6 +315,7 @@ def test_the_base_model_counts_by_the_files_that_are_loaded(tmp_path: Path) -> N
     assert of(there) == first
     (there / "README.md").write_text("card")
     (there / "trainer_state.json").write_text("{}")
+    (there / "eval_results.json").write_text("{}")
     (there / ".cache").mkdir()
     (there / "pytorch_model.bin").write_bytes(b"not read beside safetensors")
     assert of(there) == first

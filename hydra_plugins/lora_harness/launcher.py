@@ -27,7 +27,7 @@ from omegaconf import DictConfig
 
 from harness.claims import current_owner
 from harness.config import ConfigError, Device, RunConfig, to_dict
-from harness.cores import available_cores
+from harness.cores import asked_threads, available_cores
 from harness.folder import LOG_FILE, kept_result, result_stamp, run_dir
 from harness.identity import PlannedRun
 from harness.results import RESULT_FILE, ResultError, Status, read_result
@@ -151,7 +151,7 @@ def find_slots(configs: Sequence[RunConfig], *, runs_per_device: int, workers: i
                 f"on {num_cores} cores; allowed is at most {max(1, num_cores // asked)}."
             ]
         )
-    threads = max(1, num_cores // num_workers)
+    threads = max(1, min(num_cores // num_workers, asked_threads() or num_cores))
     return [Slot(f"cpu {index}", num_threads=threads) for index in range(num_workers)]
 
 
