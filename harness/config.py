@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from typing import Any, cast
 
@@ -104,7 +105,10 @@ class Blocks(StrEnum):
 
 
 class TooLong(StrEnum):
-    """What becomes of a prompt with its target, or a conversation, of more than `max_length` tokens."""
+    """What becomes of a labelled text, a prompt with its target, or a conversation, of more than `max_length` tokens.
+
+    Raw text (`causal_lm`) is cut into blocks and never too long.
+    """
 
     truncate = "truncate"
     drop = "drop"
@@ -164,6 +168,58 @@ class WandbMode(StrEnum):
 ADDED_LATER = {"added_later": True}
 
 
+@dataclass(frozen=True)
+class ReadWhere:
+    """Where a field is read. Elsewhere a value other than its default would change the run's id and nothing else.
+
+    `words` continue "is read ..."; `holds` says it of a config.
+    """
+
+    words: str
+    holds: Callable[[RunConfig], bool]
+
+
+def _read(words: str, holds: Callable[[RunConfig], bool]) -> dict[str, ReadWhere]:
+    """Metadata of a field that is not read everywhere."""
+    return {"read_where": ReadWhere(words, holds)}
+
+
+def _read_by(*tasks: Task) -> dict[str, ReadWhere]:
+    words = f"by dataset.task={' and '.join(tasks)}"
+    return _read(words, lambda config: config.dataset.task in tasks)
+
+
+def _file_names(dataset: DatasetConfig) -> list[str]:
+    """The local files that a dataset names, as far as its settings tell."""
+    if dataset.hub_id is not None and dataset.path is None:
+        return []
+    named = [dataset.train_file or dataset.path, dataset.val_file, dataset.test_file]
+    return [name for name in named if name is not None]
+
+
+def _is_given(dataset: DatasetConfig, split: str) -> bool:
+    """Whether a split comes with the data, so that none is held out of train."""
+    is_hub = dataset.hub_id is not None and dataset.path is None
+    return getattr(dataset, f"{split}_split" if is_hub else f"{split}_file") is not None
+
+
+def _generates(config: RunConfig) -> bool:
+    return any(name in GENERATION_METRICS for name in config.dataset.metrics)
+
+
+_OF_HUB_DATA = _read("where dataset.hub_id names the data", lambda config: config.dataset.hub_id is not None)
+_OF_FILES = _read(
+    "where dataset.hub_id does not name the data (or dataset.path replaces it)",
+    lambda config: config.dataset.hub_id is None or config.dataset.path is not None,
+)
+_OF_LINES = _read(
+    "in files of lines (.txt)",
+    lambda config: any(name.endswith(".txt") for name in _file_names(config.dataset)),
+)
+_OF_GENERATION = _read("where dataset.metrics names a score of generated texts (bleu, exact_match, ...)", _generates)
+_OF_WANDB = _read("where W&B is on (tracking.wandb)", lambda config: config.tracking.wandb is not WandbMode.disabled)
+
+
 @dataclass
 class ScratchConfig:
     """A base model to be pretrained here: a small Llama of random weights, and a byte-level BPE learned from text.
@@ -193,7 +249,10 @@ class ModelConfig:
     name: str = "???"
     asset: str | None = None
     hub_id: str | None = None
-    revision: str | None = None
+    revision: str | None = field(
+        default=None,
+        metadata=_read("where model.hub_id names the base", lambda config: config.model.hub_id is not None),
+    )
     tiny: TinyModel | None = None
     path: str | None = None
     attention: str = "sdpa"
@@ -211,12 +270,18 @@ class GenerationConfig:
     `num_examples` takes the first prompts in the order of the file, null all; `no_repeat_ngram_size` 0 allows repeats.
     """
 
-    max_new_tokens: int = 64
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
-    num_examples: int | None = None
-    batch_size: int = 32
+    max_new_tokens: int = field(default=64, metadata=_OF_GENERATION)
+    num_beams: int = field(default=1, metadata=_OF_GENERATION)
+    length_penalty: float = field(
+        default=1.0,
+        metadata=_read(
+            "where texts are generated with several beams (dataset.generation.num_beams)",
+            lambda config: _generates(config) and config.dataset.generation.num_beams > 1,
+        ),
+    )
+    no_repeat_ngram_size: int = field(default=0, metadata=_OF_GENERATION)
+    num_examples: int | None = field(default=None, metadata=_OF_GENERATION)
+    batch_size: int = field(default=32, metadata=_OF_GENERATION)
 
 
 @dataclass
@@ -244,37 +309,67 @@ class DatasetConfig:
     name: str = "???"
     asset: str | None = None
     hub_id: str | None = None
-    subset: str | None = None
-    revision: str | None = None
+    subset: str | None = field(default=None, metadata=_OF_HUB_DATA)
+    revision: str | None = field(default=None, metadata=_OF_HUB_DATA)
     path: str | None = None
-    train_file: str | None = None
-    val_file: str | None = None
-    test_file: str | None = None
-    train_split: str = "train"
-    val_split: str | None = None
-    test_split: str | None = None
-    text_columns: list[str] = field(default_factory=lambda: ["text"])
-    label_column: str = "label"
+    train_file: str | None = field(default=None, metadata=_OF_FILES)
+    val_file: str | None = field(default=None, metadata=_OF_FILES)
+    test_file: str | None = field(default=None, metadata=_OF_FILES)
+    train_split: str = field(default="train", metadata=_OF_HUB_DATA)
+    val_split: str | None = field(default=None, metadata=_OF_HUB_DATA)
+    test_split: str | None = field(default=None, metadata=_OF_HUB_DATA)
+    text_columns: list[str] = field(
+        default_factory=lambda: ["text"], metadata=_read_by(Task.classification, Task.regression, Task.causal_lm)
+    )
+    label_column: str = field(default="label", metadata=_read_by(Task.classification, Task.regression))
     task: Task = Task.classification
     metrics: list[str] = field(default_factory=lambda: ["accuracy"])
     best_metric: str = "accuracy"
-    val_fraction: float = 0.1
-    test_fraction: float = 0.1
-    split_seed: int = 0
+    val_fraction: float = field(
+        default=0.1,
+        metadata=_read("where the data have no val split", lambda config: not _is_given(config.dataset, "val")),
+    )
+    test_fraction: float = field(
+        default=0.1,
+        metadata=_read("where the data have no test split", lambda config: not _is_given(config.dataset, "test")),
+    )
+    split_seed: int = field(
+        default=0,
+        metadata=_read(
+            "where the data have no val or no test split",
+            lambda config: not (_is_given(config.dataset, "val") and _is_given(config.dataset, "test")),
+        ),
+    )
     num_train_examples: int | None = None
-    subset_seed: int = 0
+    subset_seed: int = field(
+        default=0,
+        metadata=_read(
+            "where dataset.num_train_examples or dataset.num_eval_examples is set",
+            lambda config: (config.dataset.num_train_examples, config.dataset.num_eval_examples) != (None, None),
+        ),
+    )
     max_length: int = 128
     num_eval_examples: int | None = field(default=None, metadata=ADDED_LATER)
-    line_separator: str | None = field(default=None, metadata=ADDED_LATER)
-    line_columns: list[str] = field(default_factory=list, metadata=ADDED_LATER)
-    letters_only: bool = field(default=False, metadata=ADDED_LATER)
-    blocks: Blocks = field(default=Blocks.cut, metadata=ADDED_LATER)
-    attend_across_documents: bool = field(default=False, metadata=ADDED_LATER)
-    prompt_template: str | None = field(default=None, metadata=ADDED_LATER)
-    target_column: str = field(default="target", metadata=ADDED_LATER)
-    messages_column: str = field(default="messages", metadata=ADDED_LATER)
-    chat_template: str | None = field(default=None, metadata=ADDED_LATER)
-    too_long: TooLong = field(default=TooLong.truncate, metadata=ADDED_LATER)
+    line_separator: str | None = field(default=None, metadata=ADDED_LATER | _OF_LINES)
+    line_columns: list[str] = field(default_factory=list, metadata=ADDED_LATER | _OF_LINES)
+    letters_only: bool = field(default=False, metadata=ADDED_LATER | _read_by(Task.causal_lm))
+    blocks: Blocks = field(default=Blocks.cut, metadata=ADDED_LATER | _read_by(Task.causal_lm))
+    attend_across_documents: bool = field(
+        default=False,
+        metadata=ADDED_LATER
+        | _read(
+            "by dataset.task=causal_lm with dataset.blocks=packed",
+            lambda config: config.dataset.task is Task.causal_lm and config.dataset.blocks is Blocks.packed,
+        ),
+    )
+    prompt_template: str | None = field(default=None, metadata=ADDED_LATER | _read_by(Task.completion))
+    target_column: str = field(default="target", metadata=ADDED_LATER | _read_by(Task.completion))
+    messages_column: str = field(default="messages", metadata=ADDED_LATER | _read_by(Task.chat))
+    chat_template: str | None = field(default=None, metadata=ADDED_LATER | _read_by(Task.chat))
+    too_long: TooLong = field(
+        default=TooLong.truncate,
+        metadata=ADDED_LATER | _read_by(*(task for task in Task if task is not Task.causal_lm)),
+    )
     bad_rows: BadRows | None = field(default=None, metadata=ADDED_LATER)
     positive_label: str | None = field(default=None, metadata=ADDED_LATER)
     generation: GenerationConfig = field(default_factory=GenerationConfig, metadata=ADDED_LATER)
@@ -355,8 +450,12 @@ class TrainerConfig:
     max_gradient_norm: float | None = 1.0
     precision: Precision = Precision.fp32
     gradient_checkpointing: bool = False
-    label_smoothing: float = field(default=0.0, metadata=ADDED_LATER)
-    loss_chunk_tokens: int | None = field(default=None, metadata=ADDED_LATER)
+    label_smoothing: float = field(
+        default=0.0, metadata=ADDED_LATER | _read_by(*(task for task in Task if task is not Task.regression))
+    )
+    loss_chunk_tokens: int | None = field(
+        default=None, metadata=ADDED_LATER | _read_by(*(task for task in Task if task.is_language))
+    )
     eval_every: int = 0
     eval_each_epoch: bool = False
     eval_batch_size: int = 64
@@ -368,8 +467,8 @@ class TrackingConfig:
     """Where numbers go beside `metrics.jsonl` and `result.json`, which are always written."""
 
     wandb: WandbMode = WandbMode.offline
-    project: str = "lora-harness"
-    entity: str | None = None
+    project: str = field(default="lora-harness", metadata=_OF_WANDB)
+    entity: str | None = field(default=None, metadata=_OF_WANDB)
     progress: bool = True
     log_every: int = 10
 
@@ -500,7 +599,41 @@ def find_problems(config: RunConfig) -> list[str]:
         *_trainer_problems(config.trainer),
         *_dtype_problems(config),
         *_run_problems(config),
+        *_unread_problems(config),
     ]
+
+
+def _unread_problems(config: RunConfig) -> list[str]:
+    """Settings that this run would not read, of those that have another value than their default."""
+    problems = []
+    for name, item, value in _leaves(config):
+        where = item.metadata.get("read_where")
+        if where is None or value == default_of(item) or where.holds(config):
+            continue
+        problems.append(
+            f"{name}={_shown(value)}: is read {where.words}, and would decide nothing here; set it to "
+            f"{_shown(default_of(item))}, its default."
+        )
+    return problems
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]]:
+    """Dotted name, field and value of every setting; those of `evaluate_also` are the presets of datasets, whole."""
+    for item in fields(node):
+        value = getattr(node, item.name)
+        if is_dataclass(value):
+            yield from _leaves(value, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", item, value
+
+
+def default_of(item: Field[Any]) -> Any:
+    """The default of a field."""
+    return item.default if item.default_factory is MISSING else item.default_factory()
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _model_problems(model: ModelConfig) -> list[str]:
@@ -583,8 +716,6 @@ def _dataset_problems(dataset: DatasetConfig) -> list[str]:
             f"dataset.positive_label={dataset.positive_label!r}: names the class of the metric f1, which is not among "
             f"dataset.metrics=[{','.join(dataset.metrics)}]; add it there, or set it to null."
         )
-    if dataset.letters_only and dataset.task is not Task.causal_lm:
-        problems.append(f"dataset.letters_only=true: for raw text, and not for task={dataset.task}.")
     if (dataset.line_separator is None) != (not dataset.line_columns):
         problems.append(
             f"dataset.line_separator={dataset.line_separator!r} and dataset.line_columns={dataset.line_columns}: set "

@@ -29,7 +29,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from harness.assets import cache_dir
-from harness.config import BadRows, DatasetConfig, Task
+from harness.config import BadRows, DatasetConfig, Task, TooLong
 from harness.preparation import once
 from harness.readers import place
 from harness.row_checks import (
@@ -264,6 +264,7 @@ def load_data(config: DatasetConfig, tokenizer: Tokenizer) -> TextData:
         once(lambda: _tokenise(source, config, tokenizer, folder))
     rows = {name: datasets.load_from_disk(str(folder / name)) for name in _SPLITS if (folder / name).is_dir()}
     described = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
+    rows, notes = _fitting(rows, config)
     splits = _split(rows, config)
 
     def split(name: str) -> Split:
@@ -276,7 +277,7 @@ def load_data(config: DatasetConfig, tokenizer: Tokenizer) -> TextData:
         split("test"),
         label_names,
         source.fingerprint,
-        [*described["notes"], *_split_notes(splits, config)],
+        [*described["notes"], *notes, *_split_notes(splits, config)],
         _positive_class(label_names, config),
     )
 
@@ -297,6 +298,28 @@ def _positive_class(label_names: list[str], config: DatasetConfig) -> int | None
     return label_names.index(named)
 
 
+def _fitting(rows: dict[str, datasets.Dataset], config: DatasetConfig) -> tuple[dict[str, datasets.Dataset], list[str]]:
+    """The rows that `too_long` lets through, and a sentence for each split that lost some. Raises `DataError`."""
+    is_cut = {name: _column(table, _IS_CUT).astype(bool) for name, table in rows.items()}
+    counts = {name: int(cut.sum()) for name, cut in is_cut.items() if cut.any()}
+    if config.too_long is TooLong.truncate or not counts:
+        return rows, []
+    found = [
+        f"dataset={config.name}, {name}: {count} of {len(rows[name])} texts are longer than "
+        f"dataset.max_length={config.max_length} tokens"
+        for name, count in counts.items()
+    ]
+    if config.too_long is TooLong.error:
+        raise DataError(
+            "\n".join(f"{what}; give a larger one, or dataset.too_long=truncate or drop." for what in found)
+        )
+    kept = {name: table.select(np.flatnonzero(~is_cut[name])) for name, table in rows.items()}
+    empty = [name for name, table in kept.items() if not len(table)]
+    if empty:
+        raise DataError(f"dataset={config.name}: dataset.too_long=drop leaves no rows in {' and '.join(empty)}.")
+    return kept, [f"{what} and are left out (dataset.too_long=drop)." for what in found]
+
+
 def _split_notes(splits: dict[str, datasets.Dataset], config: DatasetConfig) -> list[str]:
     """Which texts are cut, and which stand in two splits."""
     splits = {name: splits[name] for name in _SPLITS}
@@ -314,7 +337,7 @@ def _split_notes(splits: dict[str, datasets.Dataset], config: DatasetConfig) -> 
 
 
 def _split(rows: dict[str, datasets.Dataset], config: DatasetConfig) -> dict[str, datasets.Dataset]:
-    """Carves what is missing out of train (test first, then val), then takes the subset of train."""
+    """Carves what is missing out of train (test first, then val), then takes the subsets."""
     splits = dict(rows)
     for name, fraction in (("test", config.test_fraction), ("val", config.val_fraction)):
         if name not in splits:
@@ -330,6 +353,10 @@ def _split(rows: dict[str, datasets.Dataset], config: DatasetConfig) -> dict[str
             )
         order = np.random.default_rng(config.subset_seed).permutation(available)
         splits["train"] = splits["train"].select(order[:num])
+    if config.num_eval_examples is not None:
+        for name in ("val", "test"):
+            order = np.random.default_rng(config.subset_seed).permutation(len(splits[name]))
+            splits[name] = splits[name].select(np.sort(order[: config.num_eval_examples]))
     if config.task is Task.classification and len(np.unique(_column(splits["train"], "label"))) < 2:
         raise DataError(
             f"dataset={config.name}: the {len(splits['train'])} training rows are all of one class; "

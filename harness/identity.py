@@ -10,11 +10,11 @@ import hashlib
 import json
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any
 
-from harness.config import DatasetConfig, ModelConfig, RunConfig
+from harness.config import DatasetConfig, ModelConfig, RunConfig, default_of
 from harness.content import find_content, is_pinned, pinned_names
 from harness.placement import canonical_blocks, canonical_projections
 from harness.results import is_setting_without_effect
@@ -131,7 +131,7 @@ def _scientific_fields(node: Any, prefix: str) -> dict[str, Any]:
         if isinstance(value, int) and not isinstance(value, bool) and _is_float(type(node), item.name):
             value = float(value)
         values[item.name] = _scientific_value(value, name)
-        if item.metadata.get("added_later") and values[item.name] == _scientific_value(_default(item), name):
+        if item.metadata.get("added_later") and values[item.name] == _scientific_value(default_of(item), name):
             del values[item.name]
     return values
 
@@ -150,10 +150,6 @@ def _scientific_value(value: Any, name: str) -> Any:
         # JSON objects are hashed in the order of their keys; here the first is special.
         return {"order": list(value), **entries} if len(value) > 1 else entries
     return value + 0.0 if isinstance(value, float) else value  # one zero
-
-
-def _default(item: Field[Any]) -> Any:
-    return item.default if item.default_factory is MISSING else item.default_factory()
 
 
 def _hash(values: dict[str, Any]) -> str:

@@ -114,7 +114,7 @@ PROBLEMS: list[tuple[Values, list[str]]] = [
     ({"dataset.name": "-r8"}, [f"dataset.name='-r8': {NAMES}."]),
     ({"dataset.train_file": None}, [NO_DATA]),
     (
-        {"dataset.asset": "reuters_r8", "dataset.hub_id": "nyu-mll/glue"},
+        {"dataset.asset": "reuters_r8", "dataset.hub_id": "nyu-mll/glue", "dataset.train_file": None},
         ["dataset: asset=reuters_r8 and hub_id=nyu-mll/glue both name data; set one to null."],
     ),
     ({"dataset.text_columns": []}, ["dataset.text_columns=[]: one or two columns are allowed."]),

@@ -24,8 +24,8 @@ import torch
 
 from harness import models, sources
 from harness.assets import AssetError, asset_dir
-from harness.config import BadRows, DatasetConfig, ModelConfig, Task, TinyModel
-from harness.data import Batch, Split, TrainingBatches, length_bucketed_batches, load_data
+from harness.config import BadRows, DatasetConfig, ModelConfig, Task, TinyModel, TooLong
+from harness.data import Batch, Split, TextData, TrainingBatches, length_bucketed_batches, load_data
 from harness.sources import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -335,6 +335,36 @@ def test_subsets_are_nested_and_the_other_splits_stay(csv: Path, tokenizer: Coun
         assert examples(subset.val) == examples(whole.val)
         assert examples(subset.test) == examples(whole.test)
         assert subset.label_names == whole.label_names
+
+
+def test_validation_and_test_rows_are_limited_and_train_stays(csv: Path, tokenizer: CountedTokenizer) -> None:
+    whole = load_data(local(csv), tokenizer)
+    few, more = (load_data(local(csv, num_eval_examples=num), tokenizer) for num in (5, 10))
+    assert examples(few.train) == examples(whole.train)
+    for name in ("val", "test"):
+        split = examples(getattr(whole, name))
+        assert len(getattr(few, name)) == 5 and len(getattr(more, name)) == 10
+        assert set(examples(getattr(few, name))) < set(examples(getattr(more, name))) < set(split)
+    other = load_data(local(csv, num_eval_examples=5, subset_seed=1), tokenizer)
+    assert examples(other.val) != examples(few.val)
+    assert len(load_data(local(csv, num_eval_examples=10**6), tokenizer).val) == len(whole.val)
+
+
+def test_texts_that_are_too_long_are_cut_left_out_or_refused(tmp_path: Path, tokenizer: CountedTokenizer) -> None:
+    rows = [("long " * 9 if n % 4 == 0 else f"a{n}", ("x", "y")[n % 2]) for n in range(40)]
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
+
+    def load(too_long: str) -> TextData:
+        return load_data(local(path, max_length=12, too_long=TooLong(too_long)), tokenizer)
+
+    cut, dropped = load("truncate"), load("drop")
+    assert [len(cut.train) + len(cut.val) + len(cut.test), cut.train.lengths.max()] == [40, 12]
+    assert len(dropped.train) + len(dropped.val) + len(dropped.test) == 30
+    assert max(split.lengths.max() for split in (dropped.train, dropped.val, dropped.test)) < 12
+    assert "10 of 40 texts are longer than dataset.max_length=12 tokens and are left out" in dropped.notes[0]
+    with pytest.raises(DataError, match=r"train: 10 of 40 texts are longer than dataset\.max_length=12 tokens; give"):
+        load("error")
 
 
 def test_subset_seed_draws_another_subset_and_the_same_validation_split(csv: Path, tokenizer: CountedTokenizer) -> None:
