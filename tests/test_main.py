@@ -98,7 +98,8 @@ def assert_refused(outcome: Outcome, tmp_path: Path, *messages: str) -> None:
     assert outcome.stderr.splitlines() == [f"error: {message}" for message in messages]
     assert outcome.exit_code == 2
     assert tree(tmp_path / "runs") == []
-    assert tree(tmp_path / "cache") == []
+    # Only what the files are called by their content: nothing was tokenised.
+    assert [name for name in tree(tmp_path / "cache") if not name.startswith("digests")] == []
 
 
 # ---------------------------------------------------------------- processes
@@ -303,8 +304,10 @@ def test_every_problem_of_the_data_has_a_line(run_here: Callable[..., Outcome], 
     assert_refused(
         run_here(*LORA),
         tmp_path,
-        "dataset=local, train rows of rows.csv: column text is empty in 1 rows (counted from 0): 0.",
-        "dataset=local, train rows of rows.csv: column label has no label in 1 rows (counted from 0): 1.",
+        "dataset=local, train rows of rows.csv: column text is empty in 1 rows (rows.csv line 2); "
+        "fix them, or leave them out with dataset.bad_rows=drop.",
+        "dataset=local, train rows of rows.csv: column label has no label in 1 rows (rows.csv line 3); "
+        "fix them, or leave them out with dataset.bad_rows=drop.",
     )
 
 
