@@ -10,8 +10,9 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from harness.parallel import gathered, like, put, whole
+from harness.results import write_atomically
+
+Written = TypeVar("Written")
 
 logger = logging.getLogger("harness")
 
@@ -39,6 +43,25 @@ def write_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, An
         raise OSError(str(error)) from error
     except BaseException:
         partial.unlink(missing_ok=True)
+        raise
+
+
+def write_in_its_place(path: Path, write: Callable[[], Written]) -> Written:
+    """Writes what a checkpoint was kept for; where the disk has no room for both, without the checkpoint.
+
+    If that fails as well, the checkpoint is put back and the error is raised.
+    """
+    try:
+        return write()
+    except (OSError, SafetensorError):
+        if not path.is_file():
+            raise
+    content = path.read_bytes()
+    path.unlink()
+    try:
+        return write()
+    except BaseException:
+        write_atomically(path, content)
         raise
 
 

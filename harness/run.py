@@ -22,6 +22,7 @@ from torch import nn
 
 from harness import lora, models
 from harness.assets import AssetError
+from harness.checkpoint import write_in_its_place
 from harness.claims import Claim, ClaimLostError
 from harness.config import (
     GENERATION_METRICS,
@@ -40,6 +41,7 @@ from harness.data import Batch, Split, TextData, TrainingBatches, load_data
 from harness.evaluate import Evaluation, SequenceObjective, SummedLoss
 from harness.flops import FlopsError, StepFlops, formula_flops
 from harness.folder import (
+    CHECKPOINT_FILE,
     CONFIG_FILE,
     GENERATIONS_DIR,
     LOG_FILE,
@@ -614,11 +616,19 @@ def _save(prepared: PreparedRun, folder: Path) -> int:
     if not prepared.accelerator.is_main_process:  # sharded weights are gathered by all processes, and kept by one
         with tempfile.TemporaryDirectory() as elsewhere:
             return _save_weights(prepared, Path(elsewhere) / name)
-    num_bytes = _save_weights(prepared, folder / SAVING_DIR / name)
-    shutil.rmtree(folder / name, ignore_errors=True)
-    (folder / SAVING_DIR / name).rename(folder / name)
-    (folder / SAVING_DIR).rmdir()
-    return num_bytes
+
+    def save() -> int:
+        try:
+            num_bytes = _save_weights(prepared, folder / SAVING_DIR / name)
+            shutil.rmtree(folder / name, ignore_errors=True)
+            (folder / SAVING_DIR / name).rename(folder / name)
+            return num_bytes
+        finally:
+            shutil.rmtree(folder / SAVING_DIR, ignore_errors=True)
+
+    # A second try would have to be one of all processes.
+    is_alone = prepared.accelerator.num_processes == 1
+    return write_in_its_place(folder / CHECKPOINT_FILE, save) if is_alone else save()
 
 
 def _save_weights(prepared: PreparedRun, directory: Path) -> int:

@@ -302,3 +302,22 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(
     monkeypatch.setattr(checkpoint, "save_file", full)
     assert run(classification(rows, tmp_path)).status is Status.FINISHED
     assert "cannot be written" in caplog.text
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_checkpoint_makes_room_for_what_it_was_kept_for(tmp_path: Path, fits: bool) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    path.write_bytes(b"state")
+
+    def write() -> str:
+        if path.exists() or not fits:
+            raise OSError(28, "No space left on device")
+        return "written"
+
+    if fits:
+        assert checkpoint.write_in_its_place(path, write) == "written"
+        assert not path.exists()
+    else:
+        with pytest.raises(OSError, match="No space left"):
+            checkpoint.write_in_its_place(path, write)
+        assert path.read_bytes() == b"state"
