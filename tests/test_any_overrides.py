@@ -145,7 +145,7 @@ def plan_only(
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.chdir(tmp_path)
     finished = RunResult(run_id="x", cell_id="x", sweep=None, status=Status.FINISHED, config={})
-    monkeypatch.setattr(harness.run, "run", lambda config: finished)
+    monkeypatch.setattr(harness.run, "run", lambda config, identity: finished)
 
     def call(overrides: list[str]) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["harness", *overrides])

@@ -22,7 +22,7 @@ import pytest
 import tokenizers
 import torch
 
-from harness import models, sources
+from harness import content, models, sources
 from harness.assets import AssetError, asset_dir
 from harness.config import BadRows, DatasetConfig, ModelConfig, Task, TinyModel, TooLong
 from harness.data import Batch, Split, TextData, TrainingBatches, length_bucketed_batches, load_data
@@ -682,7 +682,7 @@ def test_path_replaces_the_download_of_an_asset(
     def refuse(name: str) -> Path:
         raise AssetError(f"{name} was asked for")
 
-    monkeypatch.setattr(sources, "asset_dir", refuse)
+    monkeypatch.setattr(content, "asset_dir", refuse)
     config = DatasetConfig(
         name="reuters_r8", asset="reuters_r8", train_file="train.tab", test_file="test.tab", path=str(tmp_path)
     )

@@ -32,7 +32,7 @@ def composed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callab
     seen: list[RunConfig] = []
     Plugins.instance()  # Hydra's scan runs the plug-in modules once more and would undo what is replaced below
 
-    def run(config: RunConfig) -> RunResult:
+    def run(config: RunConfig, identity: object) -> RunResult:
         seen.append(config)
         return RunResult(run_id="x", cell_id="x", sweep=None, status=Status.FINISHED, config={})
 
