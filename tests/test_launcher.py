@@ -26,6 +26,7 @@ from test_run import NOT_EXACT
 
 from analysis.status import find_status
 from harness.claims import Claim, read_owner
+from harness.identity import PlannedRun, identify
 from harness.results import Status, read_result
 from hydra_plugins.lora_harness import launcher as launcher_module
 
@@ -404,10 +405,11 @@ def test_runs_that_share_a_device_are_no_strangers_to_each_other(
     """Who else uses the device is asked once, while none of the launcher's own runs does."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (tmp_path / "rows.csv").write_text("text,label\n")
     configs = [replace(test_run.config(tmp_path / "rows.csv", tmp_path, seed=seed), device="auto") for seed in range(3)]
     slots = launcher_module.find_slots(configs, runs_per_device=2, workers=None)
     assert [(slot.name, slot.is_shared) for slot in slots] == [("gpu 0", True)] * 2
-    queue = launcher_module.Queue(configs, slots, None)
+    queue = launcher_module.Queue([PlannedRun(config, identify(config)) for config in configs], slots, None)
     asked: list[str] = []
     started: list[bool] = []
 
@@ -415,8 +417,8 @@ def test_runs_that_share_a_device_are_no_strangers_to_each_other(
         asked.append(slot.name)
         return stranger
 
-    def spawn(config: Any, slot: launcher_module.Slot) -> Any:
-        started.append(config.allow_busy_device)
+    def spawn(run: PlannedRun, slot: launcher_module.Slot) -> Any:
+        started.append(run.config.allow_busy_device)
         return SimpleNamespace(slot=slot)
 
     monkeypatch.setattr(queue, "_find_busy", find_busy)
