@@ -21,22 +21,8 @@ from typing import Any
 import pandas as pd
 
 from analysis.formats import as_code
+from harness.results import DATA_SOURCE, MODEL_SOURCE
 
-# Where a model or a dataset comes from. Runs that agree in these, or in the content that they recorded, have the same.
-MODEL_SOURCE = ("asset", "hub_id", "revision", "tiny", "path", "run", "scratch")
-DATA_SOURCE = (
-    "asset",
-    "hub_id",
-    "subset",
-    "revision",
-    "path",
-    "train_file",
-    "val_file",
-    "test_file",
-    "train_split",
-    "val_split",
-    "test_split",
-)
 CONTENT = "environment.content."
 FINGERPRINT = "environment.data_fingerprint"
 

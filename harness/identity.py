@@ -17,23 +17,7 @@ from typing import Any
 from harness.config import DatasetConfig, ModelConfig, RunConfig, default_of
 from harness.content import find_content, is_pinned, pinned_names
 from harness.placement import canonical_blocks, canonical_projections
-from harness.results import is_setting_without_effect
-
-# Which content a dataset has, once `content` says it: where it lies decides nothing.
-_WHERE_DATA_LIES = (
-    "asset",
-    "hub_id",
-    "subset",
-    "revision",
-    "path",
-    "train_file",
-    "val_file",
-    "test_file",
-    "train_split",
-    "val_split",
-    "test_split",
-)
-_WHERE_A_MODEL_LIES = ("asset", "hub_id", "revision", "tiny", "path", "run", "scratch")
+from harness.results import DATA_SOURCE, MODEL_SOURCE, is_setting_without_effect
 
 
 @dataclass(frozen=True)
@@ -104,7 +88,7 @@ def _with_content(
     if names is not None:
         # A copy of an asset is that asset.
         return {**values, "path": None, **{f"{split}_file": names.get(split) for split in ("train", "val", "test")}}
-    kept = {name: value for name, value in values.items() if name not in _WHERE_DATA_LIES}
+    kept = {name: value for name, value in values.items() if name not in DATA_SOURCE}
     digests = {name: content.get(f"{setting}.{name}") for name in ("train", "val", "test")}
     return {**kept, "content": {name: digest for name, digest in digests.items() if digest is not None}}
 
@@ -113,7 +97,7 @@ def _model_with_content(values: dict[str, Any], config: ModelConfig, content: Ma
     if config.path is not None or config.run is not None:
         if is_pinned(config, content):
             return {**values, "path": None}
-        kept = {name: value for name, value in values.items() if name not in _WHERE_A_MODEL_LIES}
+        kept = {name: value for name, value in values.items() if name not in MODEL_SOURCE}
         return {**kept, "content": content["model"]}
     if config.scratch is not None and config.scratch.path is not None:
         scratch = {name: value for name, value in values["scratch"].items() if name not in ("path", "file")}

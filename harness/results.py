@@ -24,6 +24,22 @@ SCHEMA_VERSION = 1
 RESULT_FILE = "result.json"
 
 
+# Where a model or a dataset comes from. Once its content is known, it decides nothing.
+MODEL_SOURCE = ("asset", "hub_id", "revision", "tiny", "path", "run", "scratch")
+DATA_SOURCE = (
+    "asset",
+    "hub_id",
+    "subset",
+    "revision",
+    "path",
+    "train_file",
+    "val_file",
+    "test_file",
+    "train_split",
+    "val_split",
+    "test_split",
+)
+
 # Settings by dotted name, or whole groups of them, that cannot change a result: no part of a run's identity, and no
 # difference between recipes. The only such list.
 SETTINGS_WITHOUT_EFFECT = {
