@@ -18,15 +18,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import NamedTuple, get_args, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import pytest
+import yaml
 from hydra.core.global_hydra import GlobalHydra
 
 import harness.run
 from harness import config as schema
 from harness.__main__ import main
-from harness.overrides import CONF_DIR
+from harness.overrides import CONF_DIR, as_override_value
 from harness.results import RunResult, Status
 
 NUM_COMBINATIONS = int(os.environ.get("FUZZ_OVERRIDES", "40"))
@@ -34,10 +35,11 @@ SEED = int(os.environ.get("FUZZ_SEED", "0"))
 
 
 class Setting(NamedTuple):
-    """A leaf of the schema: its dotted name, and values of its type."""
+    """A leaf of the schema: its dotted name, values of its type, and where it is read (None: everywhere)."""
 
     name: str
     plausible: tuple[str, ...]
+    read_where: schema.ReadWhere | None
 
 
 PLAUSIBLE: dict[type, tuple[str, ...]] = {
@@ -48,21 +50,42 @@ PLAUSIBLE: dict[type, tuple[str, ...]] = {
 }
 
 
-def settings_of(node: type, prefix: str = "") -> Iterator[Setting]:
+def values_of_presets() -> dict[str, list[str]]:
+    """What the files under conf/ give each setting, by its dotted name."""
+    found: dict[str, set[str]] = {}
+
+    def collect(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                collect(f"{name}.{key}", item)
+        else:
+            found.setdefault(name, set()).add(as_override_value(value))
+
+    for group in ("dataset", "method", "rank", "target_layers", "tracking", "trainer"):
+        for path in (CONF_DIR / group).rglob("*.yaml"):
+            collect(group, {key: value for key, value in yaml.safe_load(path.read_text()).items() if key != "defaults"})
+    return {name: sorted(values) for name, values in found.items()}
+
+
+def settings_of(node: type, prefix: str = "", preset_group: str = "") -> Iterator[Setting]:
+    """The leaves below a class of the schema; `preset_group` is the group whose presets have values for them."""
     hints = get_type_hints(node)
     for item in fields(node):
         kinds = [kind for kind in (hints[item.name], *get_args(hints[item.name])) if isinstance(kind, type)]
         nested = [kind for kind in kinds if is_dataclass(kind)]
         if nested and item.name != "evaluate_also":
-            yield from settings_of(nested[0], f"{prefix}{item.name}.")
+            yield from settings_of(nested[0], f"{prefix}{item.name}.", f"{preset_group}{item.name}.")
         else:
             members = [str(member) for kind in kinds if issubclass(kind, StrEnum) for member in kind]
             typed = [value for kind in kinds for value in PLAUSIBLE.get(kind, ())]
-            yield Setting(f"{prefix}{item.name}", tuple(members or typed or ("all", "[q]", "[0,1]")))
+            values = [*members, *PRESET_VALUES.get(f"{preset_group}{item.name}", typed)]
+            values = values or [as_override_value(schema.default_of(item))]
+            yield Setting(f"{prefix}{item.name}", tuple(values), item.metadata.get("read_where"))
 
 
+PRESET_VALUES = values_of_presets()
 SETTINGS = list(settings_of(schema.RunConfig))
-ADDITIONAL = [Setting(f"evaluate_also.more.{name}", values) for name, values in settings_of(schema.DatasetConfig)]
+ADDITIONAL = list(settings_of(schema.DatasetConfig, "evaluate_also.more.", "dataset."))
 GROUPS = {
     group.name: sorted(path.relative_to(group).with_suffix("").as_posix() for path in group.rglob("*.yaml"))
     for group in CONF_DIR.iterdir()
@@ -105,6 +128,12 @@ METHODS = {
 }
 
 
+def read_by(task: str) -> list[Setting]:
+    """The settings that a run on rows of one file reads, for a task."""
+    config = schema.RunConfig(dataset=schema.DatasetConfig(task=schema.Task(task), train_file="rows.csv"))
+    return [each for each in SETTINGS if each.read_where is None or each.read_where.holds(config)]
+
+
 def draw_overrides(chance: random.Random, train_file: Path) -> list[str]:
     """A base that is fine, and one to three overrides that may not be, of a run or of a sweep."""
     task = chance.choice(list(BASES))
@@ -112,13 +141,18 @@ def draw_overrides(chance: random.Random, train_file: Path) -> list[str]:
         [name for name in METHODS if name != "head_only" or task in ("classification", "regression")]
     )
     overrides = [*BASES[task], *METHODS[method], f"dataset.train_file={train_file}", "trainer=debug", "tracking=off"]
+    # Half of the combinations are what a person might mean, so that plans are met as well as refusals.
+    is_sane = chance.random() < 0.5
     for _ in range(chance.choice([1, 1, 2, 3])):
         kind = chance.random()
-        if kind < 0.05:
+        if not is_sane and kind < 0.05:
             overrides.append(chance.choice(BROKEN))
-        elif kind < 0.2:
+        elif kind < 0.15:
             group, options = chance.choice(sorted(GROUPS.items()))
             overrides.append(f"{group}={chance.choice([*options, 'nonsense', 'null'])}")
+        elif is_sane:
+            setting = chance.choice(read_by(task))
+            overrides.append(f"{setting.name}={chance.choice(setting.plausible)}")
         else:
             setting = chance.choice(SETTINGS if kind < 0.95 else ADDITIONAL)
             value = chance.choice(setting.plausible if chance.random() < 0.6 else ODD_VALUES)

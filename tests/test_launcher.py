@@ -183,18 +183,30 @@ def test_two_launchers_on_one_folder_compute_each_run_once(base: list[str], tmp_
         assert log.count(f"INFO {run_id}\n") == 1, log
 
 
-# A run that classifies, twice, and one that generates; all phases of a run are in one of them.
+# Runs that classify and runs that generate; all phases of a run are in one of them.
 CHAOS_GRIDS = (
     "hydra.sweeper.grids=["
-    "{model:tiny_bert,dataset:local,dataset.train_file:%s/train.csv,seed:[0,1],trainer.max_steps:40},"
+    "{model:tiny_bert,dataset:local,dataset.train_file:%s/train.csv,seed:[%s],trainer.max_steps:40},"
     "{model:tiny_llama,dataset:local_completion,dataset.train_file:%s/sums.jsonl,"
     "dataset.prompt_template:'\\'{q} = \\'',dataset.target_column:a,dataset.generation.max_new_tokens:12,"
-    "dataset.generation.batch_size:4,trainer.max_steps:20}]"
+    "dataset.generation.batch_size:4,seed:[%s],trainer.max_steps:20}]"
+)
+# What a worker may be doing when it is hit, in the order of a run: see `_phase`.
+CHAOS_PHASES = (
+    "loading",
+    "scoring before training",
+    "rehearsing",
+    "training",
+    "scoring val",
+    "scoring test",
+    "saving",
+    "generating or recording",
+    "after its result",
 )
 
 
 def test_chaos(base: list[str], tmp_path: Path) -> None:
-    """Launchers and workers are killed or told to stop at random moments, over and over: all ends as undisturbed.
+    """Launchers and workers are killed or asked to stop in every phase, over and over: all ends as undisturbed.
 
     CHAOS_KILLS=200 CHAOS_SEED=1 gives the long form, with W&B; `pytest -s` shows what was hit.
     """
@@ -202,8 +214,10 @@ def test_chaos(base: list[str], tmp_path: Path) -> None:
     folder = Path(next(word for word in base if "train_file" in word).partition("=")[2]).parent
     sums = [{"q": f"{first}+{second}", "a": str(first + second)} for first in range(8) for second in range(8)]
     (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
+    seeds = ("0,1", "0") if kills < 10 else ("0,1,2", "0,1,2")
+    num_runs = sum(len(each.split(",")) for each in seeds)
     arguments = [
-        CHAOS_GRIDS % (folder, folder),
+        CHAOS_GRIDS % (folder, seeds[0], folder, seeds[1]),
         "dataset.max_length=32",
         "trainer.num_epochs=null",
         "trainer.checkpoint_every=5",
@@ -221,7 +235,7 @@ def test_chaos(base: list[str], tmp_path: Path) -> None:
     code, output = sweep(tmp_path / "calm", *arguments)
     assert code == 0, output
     calm, seconds = exact(tmp_path / "calm"), time.monotonic() - began
-    assert len(calm) == 3
+    assert len(calm) == num_runs
 
     hit: Counter[str] = Counter()
     rounds = 0
@@ -229,14 +243,13 @@ def test_chaos(base: list[str], tmp_path: Path) -> None:
         rounds += 1
         runs_dir = tmp_path / f"wild{rounds}"
         finished: dict[Path, bytes] = {}
-        while len(finished) < 3:
+        while len(finished) < num_runs:
             launcher = launch(runs_dir, *arguments)
             while launcher.poll() is None:
-                # The launcher may be about to be started, and the round about to end.
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    launcher.wait(draw.uniform(0, seconds / 4) if hit.total() < kills else 300)
-                if launcher.poll() is None and hit.total() < kills:
-                    hit.update(_hit(draw, launcher.pid, runs_dir))
+                if hit.total() < kills:
+                    hit.update(_hit(draw, launcher, runs_dir, patience=seconds / 2))
+                else:
+                    launcher.wait(300)
                 for path in runs_dir.glob("*/result.json"):
                     content = path.read_bytes()
                     if read_result(path).status is Status.FINISHED:
@@ -253,41 +266,56 @@ def test_chaos(base: list[str], tmp_path: Path) -> None:
             left = {path.name for path in (runs_dir / run_id).iterdir()}
             assert left == {path.name for path in (tmp_path / "calm" / run_id).iterdir()}
         shutil.rmtree(runs_dir)
-    print(f"\nseed {os.environ.get('CHAOS_SEED', '0')}: {hit.total()} kills in {rounds} rounds of 3 runs, ", end="")
+    print(
+        f"\nseed {os.environ.get('CHAOS_SEED', '0')}: {hit.total()} kills in {rounds} rounds of {num_runs} runs, ",
+        end="",
+    )
     print(f"{(time.monotonic() - began) / hit.total():.1f} s each")
     for what, count in sorted(hit.items()):
         print(f"{count:5} {what}")
 
 
-def _hit(draw: random.Random, launcher: int, runs_dir: Path) -> list[str]:
-    """Kills the launcher or a worker, or tells it to stop; says which, and what it was doing.
+def _hit(draw: random.Random, launcher: subprocess.Popen[str], runs_dir: Path, *, patience: float) -> list[str]:
+    """Kills the launcher or a worker, or asks it to stop; says which, and what it was doing.
 
-    A launcher without workers is mostly spared, or no sweep would get beyond its start.
+    A phase is drawn, and the first worker seen in it within `patience` seconds is hit a moment later. The launcher is
+    hit at any time, but mostly spared while it has no workers, or no sweep would get beyond its start.
     """
-    number, index, chance = draw.choice([signal.SIGKILL, signal.SIGTERM]), draw.random(), draw.random()
-    workers = _workers(launcher)
-    if chance < (0.3 if workers else 0.1):
-        victim, what = launcher, f"launcher, {'working' if workers else 'starting or waiting'}"
-    elif workers:
-        victim = workers[int(index * len(workers))]
-        what = f"worker, {_phase(victim, runs_dir)}"
+    number, aim = draw.choice([signal.SIGKILL, signal.SIGTERM]), draw.choice(("launcher", *CHAOS_PHASES))
+    victim, what = None, ""
+    if aim == "launcher":
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            launcher.wait(draw.uniform(0, patience))
+        workers = _workers(launcher.pid)
+        if workers or draw.random() < 0.1:
+            victim, what = launcher.pid, f"launcher, {'working' if workers else 'starting or waiting'}"
     else:
-        return []
+        deadline = time.monotonic() + patience
+        while victim is None and time.monotonic() < deadline and launcher.poll() is None:
+            time.sleep(0.005)
+            victim = next((each for each in _workers(launcher.pid) if _phase(each, runs_dir) == aim), None)
+        time.sleep(draw.uniform(0, 0.03))
+        if victim is not None:
+            what = f"worker, {_phase(victim, runs_dir)}"  # a short phase may be over by now
     try:
-        os.kill(victim, number)
+        if victim is not None and launcher.poll() is None:
+            os.kill(victim, number)
+            return [f"{number.name} {what}"]
     except ProcessLookupError:
-        return []
-    return [f"{number.name} {what}"]
+        pass
+    return []
 
 
 def _workers(launcher: int) -> list[int]:
     """The processes that compute: what the launcher's fork server has forked."""
-    return [
-        worker
-        for server in _children(launcher)
-        if b"forkserver" in Path(f"/proc/{server}/cmdline").read_bytes()
-        for worker in _children(server)
-    ]
+    with contextlib.suppress(OSError):  # the launcher, or its server, has just ended
+        return [
+            worker
+            for server in _children(launcher)
+            if b"forkserver" in Path(f"/proc/{server}/cmdline").read_bytes()
+            for worker in _children(server)
+        ]
+    return []
 
 
 def _children(parent: int) -> list[int]:
@@ -297,7 +325,7 @@ def _children(parent: int) -> list[int]:
 
 
 def _phase(worker: int, runs_dir: Path) -> str:
-    """What a worker is doing, as far as its run's folder tells."""
+    """What a worker is doing, as far as its run's folder tells: one of `CHAOS_PHASES`."""
     for path in runs_dir.glob("*/claims/*.json"):
         owner = read_owner(path)
         if owner is None or owner.pid != worker:
@@ -305,13 +333,25 @@ def _phase(worker: int, runs_dir: Path) -> str:
         folder = path.parent.parent
         if (folder / "result.json").exists():
             return "after its result"
+        phases = ""
         with contextlib.suppress(OSError):
             phases = (folder / "phases.jsonl").read_text()
-            if '"phase": "save"' in phases:
-                return "generating or recording"
-            if '"phase": "score val last"' in phases:
-                return "scoring or saving"
-        return "training" if owner.progress else "scoring before training or rehearsing"
+        for done, doing in (
+            ('"phase": "save"', "generating or recording"),
+            ('"phase": "score test last"', "saving"),
+            ('"phase": "score val last"', "scoring test"),
+        ):
+            if done in phases:
+                return doing
+        is_classifier = folder.name.startswith("tiny_bert")
+        if owner.progress:
+            curve = ""
+            with contextlib.suppress(OSError):
+                curve = (folder / "metrics.jsonl").read_text()
+            # The claim tells a step with each heartbeat, the curve tells the last one at once.
+            return "scoring val" if f'"step": {40 if is_classifier else 20},' in curve else "training"
+        is_scored = is_classifier or '"phase": "score test_nll_before"' in phases
+        return "rehearsing" if is_scored else "scoring before training"
     return "loading"
 
 
