@@ -36,7 +36,9 @@ from matplotlib.transforms import ScaledTranslation
 from analysis.labels import GREY, INK, SMALL, TEXT, label_end, label_point, place_point_labels, spread_end_labels
 from analysis.rows import format_value
 from analysis.select import FORGETTING, LEARNED, best_cells, is_better, metric, num_status, ranked_by, records
-from harness.results import Direction, Status, write_atomically
+from harness.results.files import write_atomically
+from harness.results.metrics import Direction
+from harness.results.schema import Status
 
 COLUMN_INCHES = 3.4
 PAGE_INCHES = 6.8

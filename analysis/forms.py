@@ -46,15 +46,9 @@ from analysis.rows import (
     title,
     with_spread,
 )
-from analysis.select import (
-    best_beyond_noise,
-    generation_scores,
-    metric,
-    num_status,
-    score,
-    score_columns,
-)
-from harness.results import Direction, Status
+from analysis.select import best_beyond_noise, generation_scores, metric, num_status, score, score_columns
+from harness.results.metrics import Direction
+from harness.results.schema import Status
 
 # ---------------------------------------------------------------- rank x target layers
 

@@ -15,8 +15,10 @@ from typing import Any
 
 import pandas as pd
 
-from harness.launches import SWEEPS_DIR, Launch, LaunchError, SweepLaunches, launched_sweeps, read_launches
-from harness.results import METRICS, RESULT_FILE, ResultError, RunResult, Status, read_result
+from harness.results.files import RESULT_FILE
+from harness.results.launches import SWEEPS_DIR, Launch, LaunchError, SweepLaunches, launched_sweeps, read_launches
+from harness.results.metrics import METRICS
+from harness.results.schema import ResultError, RunResult, Status, read_result
 
 CURVE_FILE = "metrics.jsonl"
 

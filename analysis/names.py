@@ -21,7 +21,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.formats import as_code
-from harness.results import DATA_SOURCE, MODEL_SOURCE
+from harness.results.effects import DATA_SOURCE, MODEL_SOURCE
 
 CONTENT = "environment.content."
 FINGERPRINT = "environment.data_fingerprint"

@@ -38,7 +38,8 @@ from analysis.select import (
     score,
     show_value,
 )
-from harness.results import METRICS, Direction, Status
+from harness.results.metrics import METRICS, Direction
+from harness.results.schema import Status
 
 # Beyond these the page would be slow to open. `runs.csv` and the run folders hold everything.
 MAX_DETAILED_RUNS = 2_000

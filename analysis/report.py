@@ -22,8 +22,10 @@ from analysis import figures, formats, rows, select, tables
 from analysis.formats import PaperTable, as_code
 from analysis.load import LoadError, Runs, load_curves, load_runs
 from analysis.page import PageTable, page
-from harness.launches import Launch
-from harness.results import METRICS, Status, write_atomically
+from harness.results.files import write_atomically
+from harness.results.launches import Launch
+from harness.results.metrics import METRICS
+from harness.results.schema import Status
 
 # The name of the report about every run in a folder.
 ALL_RUNS = "all"

@@ -20,7 +20,8 @@ from analysis.select import (
     num_status,
     records,
 )
-from harness.results import Direction, Status
+from harness.results.metrics import Direction
+from harness.results.schema import Status
 
 Cell = dict[Hashable, Any]
 

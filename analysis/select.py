@@ -23,14 +23,9 @@ import pandas as pd
 from scipy import stats
 
 from analysis.names import CONTENT, FINGERPRINT, is_source, placement_keys, with_names
-from harness.results import (
-    METRICS,
-    Direction,
-    Metric,
-    Status,
-    is_fact_without_effect,
-    is_setting_without_effect,
-)
+from harness.results.effects import is_fact_without_effect, is_setting_without_effect
+from harness.results.metrics import METRICS, Direction, Metric
+from harness.results.schema import Status
 
 CONFIDENCE = 0.95
 COLLAPSED_ABOVE = 0.999

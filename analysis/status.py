@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.text import Text
 
 from analysis.load import Runs, load_runs
-from harness.claims import Owner, current_owner
-from harness.results import Status, duration_text
+from harness.results.claims import Owner, current_owner
+from harness.results.metrics import duration_text
+from harness.results.schema import Status
 
 LOG_FILE = "log.txt"
 

@@ -13,13 +13,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.formats import Column, PaperTable, as_code, text_table
-from analysis.forms import (
-    learning_rates,
-    rank_by_target_layers,
-    rank_sweep,
-    target_layers_at_budget,
-    tasks_by_methods,
-)
+from analysis.forms import learning_rates, rank_by_target_layers, rank_sweep, target_layers_at_budget, tasks_by_methods
 from analysis.names import name_notes
 from analysis.rows import (
     CELL_NAMES,
@@ -82,7 +76,7 @@ from analysis.select import (
     score,
     score_columns,
 )
-from harness.results import Status
+from harness.results.schema import Status
 
 # Ratios to full fine-tuning on the same model and dataset: title, metric.
 _RATIOS = {"peak_memory_bytes": "memory", "step_seconds_median": "time", "train_flops": "compute"}

@@ -20,12 +20,14 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from harness.config import ConfigError, RunConfig, from_composed, register
+from harness.config.composing import from_composed, register
+from harness.config.overrides import CONF_DIR, came_from_composing, explain_refusal, literal_texts
+from harness.config.schema import RunConfig
+from harness.config.validation import ConfigError
+from harness.content.identity import Identity, identify
 from harness.folder import require_writable
-from harness.identity import Identity, identify
-from harness.launches import command_line, record_launch
-from harness.overrides import CONF_DIR, came_from_composing, explain_refusal, literal_texts
-from harness.results import Status
+from harness.results.launches import command_line, record_launch
+from harness.results.schema import Status
 
 
 def main() -> int:
@@ -53,8 +55,10 @@ def main() -> int:
             exit_codes.append(2)
             return
         # Imported late: composing, --help and every error in the config come without waiting for torch.
-        from harness.claims import ClaimLostError, RunClaimedError
-        from harness.run import USER_ERRORS, PreemptedError, plan, run
+        from harness.plan import plan
+        from harness.processes.stopping import PreemptedError
+        from harness.results.claims import ClaimLostError, RunClaimedError
+        from harness.run import USER_ERRORS, run
 
         try:
             plan(config)  # a wrong placement is told before anything is downloaded or tokenised

@@ -15,10 +15,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.claims import CLAIMS_DIR, Claim, RunClaimedError, current_owner
-from harness.config import Method, Rerun
-from harness.identity import PlannedRun
-from harness.results import RESULT_FILE, ResultError, RunResult, Status, read_result, write_result
+from harness.config.schema import Method, Rerun
+from harness.content.identity import PlannedRun
+from harness.results.claims import CLAIMS_DIR, Claim, RunClaimedError, current_owner
+from harness.results.files import RESULT_FILE
+from harness.results.schema import ResultError, RunResult, Status, read_result, write_result
 
 CONFIG_FILE = "config.yaml"
 LOG_FILE = "log.txt"

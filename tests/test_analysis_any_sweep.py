@@ -32,7 +32,8 @@ from analysis.__main__ import main
 from analysis.formats import PaperTable
 from analysis.load import load_curves, load_runs
 from analysis.page import PageTable, page
-from harness.results import METRICS, Direction, RunResult, Status, write_result
+from harness.results.metrics import METRICS, Direction
+from harness.results.schema import RunResult, Status, write_result
 
 IS_SHORT = "ANY_SWEEP_EXAMPLES" not in os.environ
 NUM_EXAMPLES = int(os.environ.get("ANY_SWEEP_EXAMPLES", "45"))

@@ -26,8 +26,8 @@ from analysis.formats import PaperTable, to_csv, to_markdown
 from analysis.load import CAME_LATER, load_curves, load_runs
 from analysis.report import write_report
 from analysis.tables import paper_tables
-from harness.config import GENERATION_METRICS, Task
-from harness.results import METRICS
+from harness.config.schema import GENERATION_METRICS, Task
+from harness.results.metrics import METRICS
 
 RATES = (1e-3, 2e-3, 4e-3)
 # Which of `RATES` is best at a rank, and how many nats it learns there.

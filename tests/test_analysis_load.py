@@ -16,9 +16,10 @@ import pytest
 
 from analysis import select
 from analysis.load import LoadError, load_curves, load_runs
-from harness.config import from_dict, to_dict
-from harness.launches import record_launch
-from harness.results import METRICS, RunResult, Status, write_result
+from harness.config.composing import from_dict, to_dict
+from harness.results.launches import record_launch
+from harness.results.metrics import METRICS
+from harness.results.schema import RunResult, Status, write_result
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -21,7 +21,7 @@ import analysis.page
 from analysis.load import load_runs
 from analysis.page import PageTable, page
 from analysis.select import cells
-from harness.results import RunResult, Status, write_result
+from harness.results.schema import RunResult, Status, write_result
 
 SCRIPT = "</script><script>alert(1)</script>"
 IMAGE = '"><img src=x onerror=alert(1)>'

@@ -17,7 +17,7 @@ from wandb_file import read_artifacts, read_wandb_file
 
 from analysis.__main__ import main
 from analysis.report import write_report
-from harness.launches import record_launch
+from harness.results.launches import record_launch
 
 ROOT = Path(__file__).resolve().parent.parent
 

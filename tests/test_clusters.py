@@ -15,9 +15,10 @@ from hydra.core.plugins import Plugins
 from omegaconf import DictConfig
 from test_launcher import base, exact, results, sweep  # noqa: F401 (base is a fixture)
 
-from harness.config import ConfigError, register
-from harness.identity import Identity
-from harness.results import Status
+from harness.config.composing import register
+from harness.config.validation import ConfigError
+from harness.content.identity import Identity
+from harness.results.schema import Status
 from hydra_plugins.lora_harness import clusters
 from hydra_plugins.lora_harness._worker import NOT_FINISHED, Outcome
 

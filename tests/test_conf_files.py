@@ -17,9 +17,8 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import OmegaConf
 
-from harness.assets import ASSETS
-from harness.config import (
-    ConfigError,
+from harness.config.composing import from_composed, register
+from harness.config.schema import (
     DatasetConfig,
     Method,
     MethodConfig,
@@ -30,13 +29,14 @@ from harness.config import (
     Task,
     TrackingConfig,
     TrainerConfig,
-    from_composed,
-    register,
 )
-from harness.identity import identify
-from harness.models import build_skeleton
-from harness.placement import ARCHITECTURES, UNEMBEDDING, head_modules, select_modules
-from harness.run import plan
+from harness.config.validation import ConfigError
+from harness.content.assets import ASSETS
+from harness.content.identity import identify
+from harness.models.configs import build_skeleton
+from harness.placement.architectures import ARCHITECTURES, UNEMBEDDING, head_modules
+from harness.placement.select import select_modules
+from harness.plan import plan
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 SCHEMAS = {

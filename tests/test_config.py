@@ -15,17 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from harness.config import (
-    AlphaPolicy,
-    ConfigError,
-    Method,
-    RankConfig,
-    RunConfig,
-    find_problems,
-    from_composed,
-    from_dict,
-    to_dict,
-)
+from harness.config.composing import from_composed, from_dict, to_dict
+from harness.config.schema import AlphaPolicy, Method, RankConfig, RunConfig
+from harness.config.validation import ConfigError, find_problems
 
 Values = dict[str, Any]
 

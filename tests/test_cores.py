@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.cores import asked_threads, available_cores
+from harness.processes.cores import asked_threads, available_cores
 
 ALL = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -22,11 +22,14 @@ import pytest
 import tokenizers
 import torch
 
-from harness import content, models, sources
-from harness.assets import AssetError, asset_dir
-from harness.config import BadRows, DatasetConfig, ModelConfig, Task, TinyModel, TooLong
-from harness.data import Batch, Split, TextData, TrainingBatches, length_bucketed_batches, load_data
-from harness.sources import DataError
+from harness.config.schema import BadRows, DatasetConfig, ModelConfig, Task, TinyModel, TooLong
+from harness.content import files
+from harness.content.assets import AssetError, asset_dir
+from harness.content.errors import DataError
+from harness.data import sources
+from harness.data.batches import Batch, TrainingBatches, length_bucketed_batches
+from harness.data.labelled import Split, TextData, load_data
+from harness.models.tokenizers import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,7 +51,7 @@ class CountedTokenizer:
 
 def byte_tokenizer(**changes: Any) -> CountedTokenizer:
     """The tiny models' tokenizer, with attributes changed."""
-    tokenizer = models.load_tokenizer(ModelConfig(name="tiny", tiny=TinyModel.bert))
+    tokenizer = load_tokenizer(ModelConfig(name="tiny", tiny=TinyModel.bert))
     for name, value in changes.items():
         setattr(tokenizer, name, value)
     return CountedTokenizer(tokenizer)
@@ -227,8 +230,8 @@ def test_two_processes_at_once_are_fine(csv: Path, tmp_path: Path) -> None:
     program = f"""
 import sys
 from typing import *
-from harness.config import DatasetConfig
-from harness.data import load_data
+from harness.config.schema import DatasetConfig
+from harness.data.labelled import load_data
 {inspect.getsource(LengthTokenizer)}
 print("ready", flush=True)
 sys.stdin.readline()
@@ -682,7 +685,7 @@ def test_path_replaces_the_download_of_an_asset(
     def refuse(name: str) -> Path:
         raise AssetError(f"{name} was asked for")
 
-    monkeypatch.setattr(content, "asset_dir", refuse)
+    monkeypatch.setattr(files, "asset_dir", refuse)
     config = DatasetConfig(
         name="reuters_r8", asset="reuters_r8", train_file="train.tab", test_file="test.tab", path=str(tmp_path)
     )
@@ -1292,7 +1295,7 @@ def test_labels_of_a_tab_file_belong_to_their_texts(real: dict[str, Path]) -> No
 
 
 def test_padding_costs_at_most_three_percent_on_reuters(real: dict[str, Path]) -> None:
-    tokenizer = models.load_tokenizer(ModelConfig(name="minilm", path=str(real["minilm"])))
+    tokenizer = load_tokenizer(ModelConfig(name="minilm", path=str(real["minilm"])))
     for num_train_examples in (None, 2000):
         config = real_config("reuters_r8", real, num_train_examples=num_train_examples)
         split = load_data(config, tokenizer).train
@@ -1309,7 +1312,7 @@ def test_token_types_of_a_real_bert(real: dict[str, Path], tmp_path: Path) -> No
     path = tmp_path / "rows.jsonl"
     rows = [{"one": "A man plays.", "two": "Somebody makes music.", "label": row % 2} for row in range(40)]
     path.write_text("\n".join(map(json.dumps, rows)))
-    tokenizer = models.load_tokenizer(ModelConfig(name="minilm", path=str(real["minilm"])))
+    tokenizer = load_tokenizer(ModelConfig(name="minilm", path=str(real["minilm"])))
     batch = load_data(local(path, text_columns=["one", "two"]), tokenizer).val.batch([0])
     assert tokenizer.decode(batch.inputs["input_ids"][0]) == "[CLS] a man plays. [SEP] somebody makes music. [SEP]"
     assert batch.inputs["token_type_ids"][0].tolist() == [0] * 6 + [1] * 5

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from harness import models
-from harness.config import DatasetConfig, ModelConfig, Task, TinyModel
-from harness.data import TextData, load_data
-from harness.evaluate import SequenceObjective, cross_entropy, predict, score
+from harness.config.schema import DatasetConfig, ModelConfig, Task, TinyModel
+from harness.data.labelled import TextData, load_data
+from harness.models.loading import load_model
+from harness.models.tokenizers import load_tokenizer
+from harness.tasks.labelled import SequenceObjective, predict, score
+from harness.tasks.objective import cross_entropy
 
 
 def classification(*metrics: str, best: str = "accuracy") -> DatasetConfig:
@@ -174,12 +176,12 @@ def loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TextData:
     texts = [f"text {row} " + "z" * (11 * row % 60) for row in range(60)]
     pd.DataFrame({"text": texts, "label": ["a", "b", "c"] * 20}).to_csv(path, index=False)
     config = DatasetConfig(name="x", train_file=str(path), val_file=str(path), test_file=str(path))
-    return load_data(config, models.load_tokenizer(ModelConfig(name="tiny", tiny=TinyModel.bert)))
+    return load_data(config, load_tokenizer(ModelConfig(name="tiny", tiny=TinyModel.bert)))
 
 
 def tiny_model(tiny: TinyModel = TinyModel.bert, *, dropout: float = 0.5, num_labels: int = 3) -> nn.Module:
     config = ModelConfig(name="tiny", tiny=tiny, dropout=dropout)
-    return models.load_model(config, num_labels=num_labels, pad_token_id=0, seed=0).model
+    return load_model(config, num_labels=num_labels, pad_token_id=0, seed=0).model
 
 
 def objective(loaded: TextData, config: DatasetConfig | None = None, *, eval_batch_size: int = 16) -> SequenceObjective:

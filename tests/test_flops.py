@@ -26,15 +26,17 @@ from transformers import (
     XLNetConfig,
 )
 
-from harness import flops
-from harness.config import Method, ModelConfig, RankConfig, TinyModel
-from harness.data import Batch
-from harness.flops import FlopsError, StepFlops, counted_flops, formula_flops
-from harness.language import makes_whole_logits, summed_loss
-from harness.language_data import NO_TARGET
-from harness.lora import apply_lora, set_trainable
-from harness.models import build_skeleton
-from harness.placement import ARCHITECTURES, head_modules, select_modules
+from harness.config.schema import Method, ModelConfig, RankConfig, TinyModel
+from harness.data.batches import Batch
+from harness.data.blocks import NO_TARGET
+from harness.measure import flops
+from harness.measure.flops import FlopsError, StepFlops, counted_flops, formula_flops
+from harness.methods.counts import set_trainable
+from harness.methods.lora import apply_lora
+from harness.models.configs import build_skeleton
+from harness.placement.architectures import ARCHITECTURES, head_modules
+from harness.placement.select import select_modules
+from harness.tasks.language import makes_whole_logits, summed_loss
 
 WIDTH, INNER, VOCAB, RANK = 32, 48, 50, 3
 SIZES = {
@@ -347,7 +349,7 @@ def test_an_architecture_that_is_not_described_is_an_error() -> None:
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(XLNetConfig(d_model=32, n_layer=1, n_head=2, d_inner=48))
     with pytest.raises(
-        FlopsError, match=r"^model type 'xlnet' is not described in harness/placement\.py; described are "
+        FlopsError, match=r"^model type 'xlnet' is not described in harness/placement/architectures\.py; "
     ):
         formula_flops(model)
 

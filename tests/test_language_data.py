@@ -12,12 +12,14 @@ import pytest
 import tokenizers
 import transformers
 
-from harness import models
-from harness.config import BadRows, Blocks, DatasetConfig, ModelConfig, Task, TinyModel, TooLong
-from harness.language_data import CHATML, NO_TARGET, LanguageData, TokenSplit, load_language_data
-from harness.sources import DataError
+from harness.config.schema import BadRows, Blocks, DatasetConfig, ModelConfig, Task, TinyModel, TooLong
+from harness.content.errors import DataError
+from harness.data.blocks import NO_TARGET, TokenSplit
+from harness.data.chat import CHATML
+from harness.data.language import LanguageData, load_language_data
+from harness.models.tokenizers import load_tokenizer
 
-TOKENIZER = models.load_tokenizer(ModelConfig(name="tiny_gpt2", tiny=TinyModel.gpt2))
+TOKENIZER = load_tokenizer(ModelConfig(name="tiny_gpt2", tiny=TinyModel.gpt2))
 START, END = TOKENIZER.bos_token_id, TOKENIZER.eos_token_id
 
 
@@ -567,7 +569,7 @@ def test_a_conversation_begins_with_the_start_token_once(tmp_path: Path) -> None
         assert ids[0] == START and ids.count(START) == 1
         (prompt,) = data.test.prompts()
         assert prompt.token_ids == ids[: len(prompt.token_ids)]
-    tokenizer = models.load_tokenizer(ModelConfig(name="tiny_gpt2", tiny=TinyModel.gpt2))
+    tokenizer = load_tokenizer(ModelConfig(name="tiny_gpt2", tiny=TinyModel.gpt2))
     tokenizer.bos_token = None
     rows = write(tmp_path, {name: [{"messages": CHAT}] for name in ("train", "val", "test")})
     config = DatasetConfig(name="rows", task=Task.chat, chat_template="chatml", max_length=256, **rows)
@@ -592,7 +594,7 @@ def test_references_of_rows_that_are_too_long_still_count(tmp_path: Path) -> Non
 
 
 def test_the_first_token_is_never_a_target(tmp_path: Path) -> None:
-    tokenizer = models.load_tokenizer(ModelConfig(name="tiny_gpt2", tiny=TinyModel.gpt2))
+    tokenizer = load_tokenizer(ModelConfig(name="tiny_gpt2", tiny=TinyModel.gpt2))
     tokenizer.bos_token = None
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"q": "", "a": f"t{n}"}) + "\n" for n in range(2)))
@@ -693,7 +695,7 @@ def test_subsets_lie_inside_larger_ones_and_leave_val_and_test_alone(tmp_path: P
 
 def test_blocks_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = documents(tmp_path, TEXTS)
-    monkeypatch.setattr("harness.language_data._build", lambda *_: pytest.fail("made twice"))
+    monkeypatch.setattr("harness.data.language._build", lambda *_: pytest.fail("made twice"))
     again = documents(tmp_path, TEXTS)
     assert np.array_equal(first.batch([0, 1]).inputs["input_ids"], again.batch([0, 1]).inputs["input_ids"])
     with pytest.raises(pytest.fail.Exception, match="made twice"):
@@ -701,7 +703,7 @@ def test_blocks_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_tokenizer_without_an_end_of_text(tmp_path: Path) -> None:
-    tokenizer = models.load_tokenizer(ModelConfig(name="tiny_gpt2", tiny=TinyModel.gpt2))
+    tokenizer = load_tokenizer(ModelConfig(name="tiny_gpt2", tiny=TinyModel.gpt2))
     tokenizer.eos_token = None
     (tmp_path / "t.txt").write_text("a\nb\nc\nd\n")
     config = DatasetConfig(name="t", train_file=str(tmp_path / "t.txt"), task=Task.causal_lm, max_length=16)

@@ -25,9 +25,9 @@ import torch
 from test_run import NOT_EXACT
 
 from analysis.status import find_status
-from harness.claims import Claim, read_owner
-from harness.identity import PlannedRun, identify
-from harness.results import Status, read_result
+from harness.content.identity import PlannedRun, identify
+from harness.results.claims import Claim, read_owner
+from harness.results.schema import Status, read_result
 from hydra_plugins.lora_harness import launcher as launcher_module
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.launches import LaunchError, launched_sweeps, read_launches, record_launch
+from harness.results.launches import LaunchError, launched_sweeps, read_launches, record_launch
 
 
 def test_launches_are_united_in_the_order_in_which_runs_were_first_named(tmp_path: Path) -> None:

@@ -31,11 +31,24 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from harness import lora
-from harness.config import AlphaPolicy, Dtype, Method, ModelConfig, RankConfig, TinyModel
-from harness.lora import LoRAError, LoRALayer
-from harness.models import load_model, load_model_config
-from harness.placement import head_modules, select_modules
+from harness.config.schema import AlphaPolicy, Dtype, Method, ModelConfig, RankConfig, TinyModel
+from harness.methods import peft_files
+from harness.methods.counts import ParameterCounts, count_parameters, set_trainable
+from harness.methods.lora import (
+    LoRAError,
+    LoRALayer,
+    apply_lora,
+    lora_layers,
+    merge,
+    merge_and_remove,
+    remove_lora,
+    unmerge,
+)
+from harness.methods.peft_files import head_state, load_adapter, save_adapter
+from harness.models.configs import load_model_config
+from harness.models.loading import load_model
+from harness.placement.architectures import head_modules
+from harness.placement.select import select_modules
 
 TINY = ("tiny_bert", "tiny_gpt2", "tiny_llama")
 MODELS = (*TINY, "minilm")
@@ -81,7 +94,7 @@ def _pristine(name: str, wide: bool = False) -> PreTrainedModel:
             model = load_model(config, num_labels=NUM_LABELS, pad_token_id=0, seed=0).model
     # At the usual init of 0.02 attention is nearly uniform, logits are small, and differences hide in the tolerance.
     with torch.no_grad():
-        for parameter in lora.head_state(model, _head(model)).values() if name == "minilm" else model.parameters():
+        for parameter in head_state(model, _head(model)).values() if name == "minilm" else model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(5)
     return model.eval()
@@ -127,10 +140,10 @@ def _randomise(model: PreTrainedModel, seed: int = 0) -> None:
     """Makes the delta weights and the head differ from what a fresh model has, so that each of them shows."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for _, layer in lora.lora_layers(model):
+        for _, layer in lora_layers(model):
             # The delta weight has entries of about 0.1 * scaling / sqrt(3) at every rank.
             layer.lora_B.normal_(0, 0.1 * math.sqrt(layer.in_features / layer.rank) / 8, generator=generator)
-        for parameter in lora.head_state(model, _head(model)).values():
+        for parameter in head_state(model, _head(model)).values():
             parameter.normal_(0, 0.1, generator=generator)
 
 
@@ -138,14 +151,14 @@ def _adapted(
     name: str, placement: str, *, rank: RankConfig | None = None, seed: int = 0, dropout: float = 0.0
 ) -> PreTrainedModel:
     model = _base(name)
-    lora.apply_lora(
+    apply_lora(
         model,
         _targets(model, placement),
         rank=rank or RankConfig(8, alpha=16),
         dropout=dropout,
         generator=torch.Generator().manual_seed(seed),
     )
-    lora.set_trainable(model, Method.lora, _head(model))
+    set_trainable(model, Method.lora, _head(model))
     return model
 
 
@@ -164,7 +177,7 @@ def _peft_config(model: PreTrainedModel, targets: Sequence[str] | str, rank: Ran
 
 def _copy_adapter(ours: nn.Module, theirs: peft.PeftModel) -> None:
     with torch.no_grad():
-        for name, layer in lora.lora_layers(ours):
+        for name, layer in lora_layers(ours):
             other = theirs.base_model.model.get_submodule(name)
             other.lora_A["default"].weight.copy_(layer.lora_A)
             other.lora_B["default"].weight.copy_(layer.lora_B)
@@ -200,11 +213,11 @@ def test_logits_and_gradients_equal_those_of_peft(name: str, placement: str, ran
     theirs = peft.get_peft_model(copy.deepcopy(base), _peft_config(base, targets, settings_))
     ours = base
     logits_of_base = _logits(ours)
-    lora.apply_lora(ours, targets, rank=settings_)
-    lora.set_trainable(ours, Method.lora, _head(ours))
+    apply_lora(ours, targets, rank=settings_)
+    set_trainable(ours, Method.lora, _head(ours))
     generator = torch.Generator().manual_seed(rank)
     with torch.no_grad():
-        for _, layer in lora.lora_layers(ours):  # B = 0 would hide A: its gradient is zero then
+        for _, layer in lora_layers(ours):  # B = 0 would hide A: its gradient is zero then
             layer.lora_B.normal_(0, 0.2 / layer.scaling, generator=generator)
     _copy_adapter(ours, theirs)
 
@@ -212,7 +225,7 @@ def test_logits_and_gradients_equal_those_of_peft(name: str, placement: str, ran
     assert (_logits(ours) - logits_of_base).abs().max() > 1e-2  # otherwise the comparison sees no adapter
     _loss(ours, 1).backward()
     _loss(theirs, 1).backward()
-    for name_, layer in lora.lora_layers(ours):
+    for name_, layer in lora_layers(ours):
         other = theirs.base_model.model.get_submodule(name_)
         for mine, reference in (
             (layer.lora_A, other.lora_A["default"].weight),
@@ -248,8 +261,8 @@ def test_a_loss_curve_of_20_steps_equals_that_of_peft(name: str, placement: str,
     targets, settings_ = _targets(base, placement), RankConfig(rank, SCALINGS[scaling], alpha=16)
     theirs = peft.get_peft_model(copy.deepcopy(base), _peft_config(base, targets, settings_)).train()
     ours = base.train()
-    lora.apply_lora(ours, targets, rank=settings_)
-    lora.set_trainable(ours, Method.lora, _head(ours))
+    apply_lora(ours, targets, rank=settings_)
+    set_trainable(ours, Method.lora, _head(ours))
     _copy_adapter(ours, theirs)
     # MiniLM overshoots at a higher rate, and what overshoots multiplies rounding.
     learning_rate = 2e-4 if name == "minilm" else 2e-3
@@ -273,7 +286,7 @@ def test_an_adapter_saved_here_loads_in_peft(name: str, policy: str, tmp_path: P
     rank = RANKS[policy]
     ours = _adapted(name, "all", rank=rank)
     _randomise(ours)
-    num_bytes = lora.save_adapter(ours, tmp_path, rank=rank, head_modules=_head(ours), dropout=0.1)
+    num_bytes = save_adapter(ours, tmp_path, rank=rank, head_modules=_head(ours), dropout=0.1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     assert num_bytes == (tmp_path / "adapter_model.safetensors").stat().st_size
 
@@ -296,7 +309,7 @@ def test_an_adapter_saved_here_loads_in_peft(name: str, policy: str, tmp_path: P
 def test_an_adapter_saved_by_peft_loads_here(name: str, policy: str, tmp_path: Path) -> None:
     template = _adapted(name, "all", rank=RANKS[policy])
     _randomise(template)
-    targets = [module for module, _ in lora.lora_layers(template)]
+    targets = [module for module, _ in lora_layers(template)]
     config = _peft_config(template, targets, RANKS[policy], lora_dropout=0.25)
     theirs = peft.get_peft_model(_base(name), config).eval()
     _copy_adapter(template, theirs)
@@ -307,10 +320,10 @@ def test_an_adapter_saved_by_peft_loads_here(name: str, policy: str, tmp_path: P
     theirs.save_pretrained(tmp_path)
 
     ours = _base(name)
-    assert lora.load_adapter(ours, tmp_path) == targets
+    assert load_adapter(ours, tmp_path) == targets
     assert_close(_logits(ours), _logits(theirs), **TOLERANCE)
     assert (_logits(ours) - _logits(_base(name))).abs().max() > 1e-2
-    layers = dict(lora.lora_layers(ours))
+    layers = dict(lora_layers(ours))
     assert list(layers) == targets
     assert {layer.dropout.p for layer in layers.values()} == {0.25}
     assert all(layer.scaling == pytest.approx(RANKS[policy].scaling) for layer in layers.values())
@@ -344,7 +357,7 @@ def test_an_adapter_of_peft_may_name_its_targets_in_any_way(
             if "lora_B" in name:
                 parameter.normal_(0, 0.1)
     theirs.save_pretrained(tmp_path)
-    assert lora.load_adapter(base, tmp_path) == expected
+    assert load_adapter(base, tmp_path) == expected
     assert_close(_logits(base), _logits(theirs), **TOLERANCE)
     assert (_logits(base) - _logits(_base("tiny_bert"))).abs().max() > 1e-3
 
@@ -379,7 +392,7 @@ def test_a_variant_of_peft_that_this_layer_does_not_compute_is_refused_by_name(
     assert setting in saved  # peft spells it like this
     config_path.write_text(json.dumps(saved | {setting: value}))
     with pytest.raises(LoRAError, match=rf"adapter_config\.json: {setting}=.* is not supported, only "):
-        lora.load_adapter(base, tmp_path)
+        load_adapter(base, tmp_path)
     _assert_same_state(base, before)
 
 
@@ -461,20 +474,20 @@ def test_files_that_do_not_fit_are_refused_and_the_model_stays_as_it_was(
     change: str, message: str, tmp_path: Path
 ) -> None:
     other = _adapted("tiny_bert", "all", rank=RankConfig(4, alpha=8))
-    lora.save_adapter(other, tmp_path, rank=RankConfig(4, alpha=8), head_modules=_head(other))
+    save_adapter(other, tmp_path, rank=RankConfig(4, alpha=8), head_modules=_head(other))
     _break(tmp_path, change)
     model = _adapted("tiny_bert", "qv")
     _randomise(model)
     before, modules = _state(model), list(model.modules())
     with pytest.raises(LoRAError, match=message):
-        lora.load_adapter(model, tmp_path)
+        load_adapter(model, tmp_path)
     _assert_same_state(model, before)
     assert list(model.modules()) == modules
 
 
 def test_a_model_without_adapters_has_nothing_to_save(tmp_path: Path) -> None:
     with pytest.raises(LoRAError, match=r"the model has no LoRA layers to save\."):
-        lora.save_adapter(_base("tiny_bert"), tmp_path, rank=RANKS["fixed"], head_modules=("classifier",))
+        save_adapter(_base("tiny_bert"), tmp_path, rank=RANKS["fixed"], head_modules=("classifier",))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -484,16 +497,16 @@ def test_loading_an_adapter_swaps_it_for_the_one_before(tmp_path: Path) -> None:
     for seed, (kind, (placement, rank)) in enumerate(kinds.items()):
         model = _adapted("tiny_llama", placement, rank=rank, seed=seed)
         _randomise(model, seed)
-        lora.save_adapter(model, tmp_path / kind, rank=rank, head_modules=_head(model))
+        save_adapter(model, tmp_path / kind, rank=rank, head_modules=_head(model))
         expected[kind], targets[kind] = _logits(model), _targets(_base("tiny_llama"), placement)
 
     model = _base("tiny_llama")
     for kind in ("first", "second", "first", "second"):
-        lora.load_adapter(model, tmp_path / kind)
-        assert [name for name, _ in lora.lora_layers(model)] == targets[kind]
+        load_adapter(model, tmp_path / kind)
+        assert [name for name, _ in lora_layers(model)] == targets[kind]
         assert torch.equal(_logits(model), expected[kind])
-        lora.merge(model)  # the next one must take it out again
-    lora.remove_lora(model)
+        merge(model)  # the next one must take it out again
+    remove_lora(model)
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight, _base("tiny_llama").model.layers[0].mlp.up_proj.weight)
 
 
@@ -564,8 +577,8 @@ def test_delta_weight_by_hand(base: nn.Module) -> None:
 )
 def test_the_layer_gets_the_scaling_of_its_alpha_policy(rank: RankConfig, scaling: float) -> None:
     model = nn.Sequential(nn.Linear(64, 64))
-    lora.apply_lora(model, ["0"], rank=rank)
-    assert [layer.scaling for _, layer in lora.lora_layers(model)] == [scaling]
+    apply_lora(model, ["0"], rank=rank)
+    assert [layer.scaling for _, layer in lora_layers(model)] == [scaling]
 
 
 def test_dropout_acts_in_training_alone_and_on_the_adapters_input() -> None:
@@ -603,8 +616,8 @@ def test_a_seed_means_one_adapter_whatever_was_drawn_before() -> None:
     first = _adapted("tiny_bert", "all", seed=7)
     torch.rand(100)
     _assert_same_state(_adapted("tiny_bert", "all", seed=7), _state(first))
-    other = dict(lora.lora_layers(_adapted("tiny_bert", "all", seed=8)))
-    layers = dict(lora.lora_layers(first))
+    other = dict(lora_layers(_adapted("tiny_bert", "all", seed=8)))
+    layers = dict(lora_layers(first))
     assert not any(torch.equal(layer.lora_A, other[name].lora_A) for name, layer in layers.items())
     assert len({layer.lora_A.flatten()[0].item() for layer in layers.values()}) == len(layers)
 
@@ -689,8 +702,8 @@ def _change(model: PreTrainedModel, *, num_steps: int = 2) -> set[str]:
 @pytest.mark.parametrize("name", MODELS)
 def test_lora_changes_every_adapter_and_the_head_and_nothing_else(name: str) -> None:
     model = _adapted(name, "all")
-    adapter = {f"{layer}.{part}" for layer, _ in lora.lora_layers(model) for part in ("lora_A", "lora_B")}
-    head = set(lora.head_state(model, _head(model)))
+    adapter = {f"{layer}.{part}" for layer, _ in lora_layers(model) for part in ("lora_A", "lora_B")}
+    head = set(head_state(model, _head(model)))
     assert head and len(adapter) == 2 * len(_targets(_base(name), "all"))
     assert {name for name, value in model.named_parameters() if value.requires_grad} == adapter | head
     assert _change(model) == adapter | head
@@ -700,7 +713,7 @@ def test_lora_changes_every_adapter_and_the_head_and_nothing_else(name: str) -> 
 def test_full_fine_tuning_changes_every_parameter(name: str) -> None:
     model = _base(name)
     model.requires_grad_(False)
-    lora.set_trainable(model, Method.full, _head(model))
+    set_trainable(model, Method.full, _head(model))
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert _change(model) == {name for name, _ in model.named_parameters()}
 
@@ -708,7 +721,7 @@ def test_full_fine_tuning_changes_every_parameter(name: str) -> None:
 @pytest.mark.parametrize("name", TINY)
 def test_head_only_changes_the_head(name: str) -> None:
     model = _base(name)
-    lora.set_trainable(model, Method.head_only, _head(model))
+    set_trainable(model, Method.head_only, _head(model))
     head = {"classifier.weight", "classifier.bias"} if name == "tiny_bert" else {"score.weight"}
     assert {name for name, value in model.named_parameters() if value.requires_grad} == head
     assert _change(model) == head
@@ -717,8 +730,8 @@ def test_head_only_changes_the_head(name: str) -> None:
 def test_what_is_trained_is_float32_over_a_base_in_bfloat16() -> None:
     config = ModelConfig(name="tiny_bert", tiny=TinyModel.bert, dtype=Dtype.bfloat16)
     model = load_model(config, num_labels=NUM_LABELS, pad_token_id=0, seed=0).model
-    lora.apply_lora(model, _targets(model, "qv"), rank=RANKS["fixed"])
-    lora.set_trainable(model, Method.lora, _head(model))
+    apply_lora(model, _targets(model, "qv"), rank=RANKS["fixed"])
+    set_trainable(model, Method.lora, _head(model))
     for name, parameter in model.named_parameters():
         assert parameter.dtype is (torch.float32 if parameter.requires_grad else torch.bfloat16), name
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -731,15 +744,15 @@ def test_a_merged_model_computes_the_same_and_unmerging_restores_every_bit(name:
     model = _adapted(name, "all")
     _randomise(model)
     before, unmerged = _state(model), _logits(model)
-    lora.merge(model)
-    lora.merge(model)  # once more changes nothing
-    assert all(layer.merged for _, layer in lora.lora_layers(model))
+    merge(model)
+    merge(model)  # once more changes nothing
+    assert all(layer.merged for _, layer in lora_layers(model))
     assert_close(_logits(model), unmerged, **TOLERANCE)
-    for module, layer in lora.lora_layers(model):
+    for module, layer in lora_layers(model):
         assert_close(layer.base.weight, before[f"{module}.base.weight"] + layer.delta_weight())
-    lora.unmerge(model)
-    lora.unmerge(model)
-    assert not any(layer.merged for _, layer in lora.lora_layers(model))
+    unmerge(model)
+    unmerge(model)
+    assert not any(layer.merged for _, layer in lora_layers(model))
     _assert_same_state(model, before)
     assert torch.equal(_logits(model), unmerged)
 
@@ -765,30 +778,30 @@ def test_unmerging_restores_every_bit_in_every_type(dtype: torch.dtype) -> None:
 def test_removing_adapters_leaves_the_model_as_it_was(name: str, merged: bool) -> None:
     model = _base(name)
     before, modules, logits = _state(model), dict(model.named_modules()), _logits(model)
-    lora.apply_lora(model, _targets(model, "all"), rank=RANKS["fixed"])
+    apply_lora(model, _targets(model, "all"), rank=RANKS["fixed"])
     _randomise_adapter_only(model)
     assert not torch.equal(_logits(model), logits)
     if merged:
-        lora.merge(model)
-    lora.remove_lora(model)
+        merge(model)
+    remove_lora(model)
     assert dict(model.named_modules()) == modules  # the very same objects
     _assert_same_state(model, before)
     assert torch.equal(_logits(model), logits)
-    assert not list(lora.lora_layers(model))
+    assert not list(lora_layers(model))
 
 
 def _randomise_adapter_only(model: nn.Module) -> None:
     with torch.no_grad():
-        for _, layer in lora.lora_layers(model):
+        for _, layer in lora_layers(model):
             layer.lora_B.normal_(0, 0.1)
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_an_adapter_takes_the_mode_of_the_module_that_it_wraps(training: bool) -> None:
     model = _base("tiny_bert").train(training)
-    lora.apply_lora(model, _targets(model, "qv"), rank=RANKS["fixed"], dropout=0.5)
-    assert {layer.training for _, layer in lora.lora_layers(model)} == {training}
-    assert {layer.dropout.training for _, layer in lora.lora_layers(model)} == {training}
+    apply_lora(model, _targets(model, "qv"), rank=RANKS["fixed"], dropout=0.5)
+    assert {layer.training for _, layer in lora_layers(model)} == {training}
+    assert {layer.dropout.training for _, layer in lora_layers(model)} == {training}
 
 
 @pytest.mark.parametrize(
@@ -809,7 +822,7 @@ def test_what_cannot_be_adapted_is_an_error_and_nothing_changes(module: str, ran
     # A target that allows all ranks but two goes first: it must not be left adapted, or frozen.
     name = f"model.layers.1.{module}".replace("layers.1...", "")
     with pytest.raises(LoRAError, match=message):
-        lora.apply_lora(model, ["model.layers.0.self_attn.q_proj", name], rank=RankConfig(rank, alpha=16))
+        apply_lora(model, ["model.layers.0.self_attn.q_proj", name], rank=RankConfig(rank, alpha=16))
     assert list(model.modules()) == modules
     assert all(parameter.requires_grad for parameter in model.parameters())
     _assert_same_state(model, before)
@@ -819,7 +832,7 @@ def test_an_adapted_module_is_not_adapted_twice() -> None:
     model = _adapted("tiny_bert", "qv")
     query = _targets(_base("tiny_bert"), "qv")[0]
     with pytest.raises(LoRAError, match=rf"{query}: LoRA adapts nn\.Linear and Conv1D, not LoRALayer\."):
-        lora.apply_lora(model, [query], rank=RANKS["fixed"])
+        apply_lora(model, [query], rank=RANKS["fixed"])
 
 
 # ---------------------------------------------------------------- counts, on the meta device
@@ -876,15 +889,15 @@ def _skeleton(name: str) -> PreTrainedModel:
         return AutoModelForSequenceClassification.from_config(CONFIGS[name])
 
 
-def _counts(name: str, projections: list[str], rank: int) -> lora.ParameterCounts:
+def _counts(name: str, projections: list[str], rank: int) -> ParameterCounts:
     model = _skeleton(name)
     names = [name for name, _ in model.named_modules()]
     targets = select_modules(names, model_type=model.config.model_type, projections=projections)
-    lora.apply_lora(model, targets, rank=RankConfig(rank, alpha=16))
-    lora.set_trainable(model, Method.lora, _head(model))
-    counts = lora.count_parameters(model, _head(model))
+    apply_lora(model, targets, rank=RankConfig(rank, alpha=16))
+    set_trainable(model, Method.lora, _head(model))
+    counts = count_parameters(model, _head(model))
     assert all(parameter.is_meta for parameter in model.parameters())
-    lora.remove_lora(model)
+    remove_lora(model)
     return counts
 
 
@@ -934,7 +947,7 @@ def test_adapter_head_and_base_are_counted_apart() -> None:
     blocks = 12 * (4 * (768 * 768 + 768) + (768 * 3072 + 3072) + (3072 * 768 + 768) + 2 * (768 + 768))
     embeddings = (50265 + 514 + 1) * 768 + (768 + 768)
     assert head == 592_899
-    assert _counts("roberta_base", ["q", "v"], 8) == lora.ParameterCounts(
+    assert _counts("roberta_base", ["q", "v"], 8) == ParameterCounts(
         num_adapter_params=294_912,
         num_head_params=head,
         num_trainable_params=294_912 + head,
@@ -947,24 +960,24 @@ def test_counts_on_the_meta_device_are_those_of_the_real_model() -> None:
     real = _adapted("minilm", "all")
     with torch.device("meta"):
         skeleton = AutoModelForSequenceClassification.from_config(model.config)
-    lora.apply_lora(skeleton, _targets(skeleton, "all"), rank=RankConfig(8, alpha=16))
-    lora.set_trainable(skeleton, Method.lora, _head(skeleton))
-    assert lora.count_parameters(skeleton, _head(skeleton)) == lora.count_parameters(real, _head(real))
+    apply_lora(skeleton, _targets(skeleton, "all"), rank=RankConfig(8, alpha=16))
+    set_trainable(skeleton, Method.lora, _head(skeleton))
+    assert count_parameters(skeleton, _head(skeleton)) == count_parameters(real, _head(real))
 
 
 def test_full_and_head_only_count_as_trainable_what_they_train() -> None:
     model = _base("tiny_llama")
     total = sum(parameter.numel() for parameter in model.parameters())
-    lora.set_trainable(model, Method.full, _head(model))
-    assert lora.count_parameters(model, _head(model)) == lora.ParameterCounts(0, 3 * 64, total, total)
-    lora.set_trainable(model, Method.head_only, _head(model))
-    assert lora.count_parameters(model, _head(model)) == lora.ParameterCounts(0, 3 * 64, 3 * 64, total)
+    set_trainable(model, Method.full, _head(model))
+    assert count_parameters(model, _head(model)) == ParameterCounts(0, 3 * 64, total, total)
+    set_trainable(model, Method.head_only, _head(model))
+    assert count_parameters(model, _head(model)) == ParameterCounts(0, 3 * 64, 3 * 64, total)
 
 
 def test_a_tied_parameter_counts_once() -> None:
     model = nn.ModuleDict({"embedding": nn.Embedding(10, 4), "output": nn.Linear(4, 10, bias=False)})
     model["output"].weight = model["embedding"].weight
-    assert lora.count_parameters(model, ()).num_total_params == 40
+    assert count_parameters(model, ()).num_total_params == 40
 
 
 # ---------------------------------------------------------------- language models, whose embeddings are tied
@@ -1025,19 +1038,19 @@ def test_an_adapter_of_peft_on_a_language_model_gives_equal_logits_and_leaves_no
     theirs = _of_peft(_language_model(tied=tied), tmp_path, **LANGUAGE_ADAPTERS[kind])
     ours = _language_model(tied=tied)
     before, modules, logits = _state(ours), dict(ours.named_modules()), _logits(ours)
-    lora.load_adapter(ours, tmp_path)
+    load_adapter(ours, tmp_path)
     assert_close(_logits(ours), _logits(theirs), **TOLERANCE)
     assert (_logits(ours) - logits).abs().max() > 1e-2
     # Its own format again, with all that the adapter holds.
-    lora.save_adapter(ours, tmp_path / "ours", rank=RankConfig(4, alpha=8), head_modules=(), task_type="CAUSAL_LM")
+    save_adapter(ours, tmp_path / "ours", rank=RankConfig(4, alpha=8), head_modules=(), task_type="CAUSAL_LM")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         back = peft.PeftModel.from_pretrained(_language_model(tied=tied), tmp_path / "ours").eval()
     assert_close(_logits(back), _logits(theirs), **TOLERANCE)
 
-    lora.merge(ours)
+    merge(ours)
     assert_close(_logits(ours), _logits(theirs), **TOLERANCE)
-    lora.remove_lora(ours)
+    remove_lora(ours)
     assert dict(ours.named_modules()) == modules
     _assert_same_state(ours, before)
     assert torch.equal(_logits(ours), logits)
@@ -1066,7 +1079,7 @@ def test_names_of_other_versions_of_peft_are_read(rename: Callable[[str], str], 
     theirs = _of_peft(_language_model(), tmp_path, target_modules=["c_proj"], modules_to_save=["ln_f"])
     _edit_adapter(tmp_path, rename)
     ours = _language_model()
-    lora.load_adapter(ours, tmp_path)
+    load_adapter(ours, tmp_path)
     assert_close(_logits(ours), _logits(theirs), **TOLERANCE)
 
 
@@ -1075,11 +1088,11 @@ def test_an_older_adapter_of_pickled_tensors_is_read(tmp_path: Path) -> None:
     torch.save(load_file(tmp_path / "adapter_model.safetensors"), tmp_path / "adapter_model.bin")
     (tmp_path / "adapter_model.safetensors").unlink()
     ours = _language_model()
-    lora.load_adapter(ours, tmp_path)
+    load_adapter(ours, tmp_path)
     assert_close(_logits(ours), _logits(theirs), **TOLERANCE)
     (tmp_path / "adapter_model.bin").write_bytes(b"no tensors")
     with pytest.raises(LoRAError, match=r"adapter_model\.bin is not readable as tensors"):
-        lora.load_adapter(ours, tmp_path)
+        load_adapter(ours, tmp_path)
 
 
 def test_an_adapter_in_bfloat16_is_read(tmp_path: Path) -> None:
@@ -1088,7 +1101,7 @@ def test_an_adapter_in_bfloat16_is_read(tmp_path: Path) -> None:
     rounded = {name: value.to(torch.bfloat16) for name, value in tensors.items()}
     save_file(rounded, tmp_path / "adapter_model.safetensors")
     ours = _language_model()
-    lora.load_adapter(ours, tmp_path)
+    load_adapter(ours, tmp_path)
     theirs = peft.PeftModel.from_pretrained(_language_model(), tmp_path).eval()
     assert_close(_logits(ours), _logits(theirs), **TOLERANCE)
     assert {value.dtype for value in ours.parameters()} == {torch.float32}
@@ -1136,7 +1149,7 @@ def test_an_adapter_that_is_not_for_this_base_is_refused(
     model = _language_model()
     before, modules = _state(model), list(model.modules())
     with pytest.raises(LoRAError, match=message):
-        lora.load_adapter(model, tmp_path)
+        load_adapter(model, tmp_path)
     assert list(model.modules()) == modules
     _assert_same_state(model, before)
 
@@ -1144,34 +1157,34 @@ def test_an_adapter_that_is_not_for_this_base_is_refused(
 def test_a_setting_of_peft_that_is_not_known_is_refused(tmp_path: Path) -> None:
     _of_peft(_language_model(), tmp_path, target_modules=["c_proj"])
     _edit_adapter(tmp_path, str, use_of_tomorrow=False)
-    lora.load_adapter(_language_model(), tmp_path)
+    load_adapter(_language_model(), tmp_path)
     _edit_adapter(tmp_path, str, use_of_tomorrow=True)
     with pytest.raises(LoRAError, match=r"use_of_tomorrow=True is a setting that is not known here"):
-        lora.load_adapter(_language_model(), tmp_path)
+        load_adapter(_language_model(), tmp_path)
 
 
 def test_every_setting_of_peft_is_known() -> None:
-    known = set(lora._SUPPORTED) | lora._READ | lora._WITHOUT_EFFECT
+    known = set(peft_files._SUPPORTED) | peft_files._READ | peft_files._WITHOUT_EFFECT
     assert {field.name for field in dataclasses.fields(peft.LoraConfig)} <= known
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_merging_into_a_tied_unembedding_leaves_the_embedding_alone(name: str, tmp_path: Path) -> None:
     model = _language_model(name)
-    lora.apply_lora(model, ["lm_head"], rank=RankConfig(4, alpha=8))
+    apply_lora(model, ["lm_head"], rank=RankConfig(4, alpha=8))
     _randomise_adapter_only(model)
     before, unmerged, num_params = _state(model), _logits(model), sum(p.numel() for p in model.parameters())
-    lora.merge(model)
+    merge(model)
     assert_close(_logits(model), unmerged, **TOLERANCE)
     assert torch.equal(model.get_input_embeddings().weight, before["lm_head.base.weight"])
     assert model.config.tie_word_embeddings is False
-    lora.unmerge(model)
+    unmerge(model)
     _assert_same_state(model, before)
     assert model.lm_head.base.weight is model.get_input_embeddings().weight
     assert model.config.tie_word_embeddings is True
     assert sum(p.numel() for p in model.parameters()) == num_params
 
-    lora.merge_and_remove(model)
+    merge_and_remove(model)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert_close(_logits(again), unmerged, **TOLERANCE)
@@ -1181,10 +1194,10 @@ def test_merging_into_a_tied_unembedding_leaves_the_embedding_alone(name: str, t
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
 def test_a_quantised_weight_is_not_merged_into(dtype: torch.dtype) -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    lora.apply_lora(model, ["0", "1"], rank=RankConfig(2, alpha=2))
-    layers = dict(lora.lora_layers(model))
+    apply_lora(model, ["0", "1"], rank=RankConfig(2, alpha=2))
+    layers = dict(lora_layers(model))
     layers["1"].base.weight = nn.Parameter(torch.zeros(8, 8, dtype=dtype), requires_grad=False)
     kind = str(dtype).removeprefix("torch.")
     with pytest.raises(LoRAError, match=rf"^1: a quantised weight \({kind}\) holds no sum; load the base model"):
-        lora.merge(model)
+        merge(model)
     assert not any(layer.merged for layer in layers.values())

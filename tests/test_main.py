@@ -17,9 +17,10 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
+import harness.plan
 import harness.run
 from harness.__main__ import main
-from harness.launches import read_launches
+from harness.results.launches import read_launches
 
 ROOT = Path(__file__).resolve().parent.parent
 LORA = ("rank=r8", "target_layers=qv")
@@ -443,7 +444,7 @@ def test_a_bug_in_a_run_is_no_message(
 
 
 def test_a_bug_in_the_sweeper_is_no_message(run_here: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness.run, "plan", fail_in_our_code)
+    monkeypatch.setattr(harness.plan, "plan", fail_in_our_code)
     with pytest.raises(ValueError, match=r"a.bug"):
         run_here("-m", *LORA)
 

@@ -23,25 +23,20 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from harness import measure
-from harness.measure import (
+from harness.measure import environment as environment_module
+from harness.measure import memory
+from harness.measure.clock import CudaQueue, HostQueue, StepMeter, device_queue
+from harness.measure.device import (
     MIB,
-    CudaQueue,
     DeviceBusyError,
-    HostQueue,
-    LiveTensors,
-    MemoryPeak,
-    StepMeter,
     device_peaks,
-    device_queue,
-    environment,
-    measure_peak_memory,
     peak_rss_bytes,
     require_free_device,
     reset_device_peaks,
-    without_side_effects,
 )
-from harness.results import METRICS, check_metrics
+from harness.measure.environment import environment
+from harness.measure.memory import LiveTensors, MemoryPeak, measure_peak_memory, without_side_effects
+from harness.results.metrics import METRICS, check_metrics
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -705,10 +700,10 @@ def test_peak_rss_is_of_this_process_and_in_bytes() -> None:
     # In a child, whose memory is small and known, started by a parent that has held more than the child ever will.
     ballast = b"x" * (1024 * MIB)
     code = (
-        "from harness.measure import peak_rss_bytes; before = peak_rss_bytes(); x = b'x' * 2**28; "
+        "from harness.measure.device import peak_rss_bytes; before = peak_rss_bytes(); x = b'x' * 2**28; "
         "print(before, peak_rss_bytes())"
     )
-    root = Path(measure.__file__).parents[1]
+    root = Path(memory.__file__).parents[2]
     child = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     before, after = map(int, child.stdout.split())
     assert after - before == pytest.approx(2**28, rel=0.25)
@@ -752,7 +747,7 @@ def test_environment_names_the_gpu() -> None:
 
 
 def test_absent_package_is_an_absent_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "RECORDED_PACKAGES", ("torch", "no-such-package-of-ours"))
+    monkeypatch.setattr(environment_module, "RECORDED_PACKAGES", ("torch", "no-such-package-of-ours"))
     assert environment("cpu")["versions"] == {"torch": torch.__version__}
 
 
@@ -760,16 +755,16 @@ needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 
 
 class Checkout:
-    """A git repository with a copy of measure.py's path in it, which the module is made to believe in."""
+    """A git repository with a copy of the module's path in it, which the module is made to believe in."""
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in [name for name in os.environ if name.startswith("GIT_")]:
             monkeypatch.delenv(name)
         self.root = root
-        self.file = root / "harness" / "measure.py"
+        self.file = root / "harness" / "measure" / "environment.py"
         self.file.parent.mkdir(parents=True)
         self.file.write_text("x = 1\n")
-        monkeypatch.setattr(measure, "__file__", str(self.file))
+        monkeypatch.setattr(environment_module, "__file__", str(self.file))
 
     def git(self, *arguments: str) -> str:
         identity = ["-c", "user.name=test", "-c", "user.email=test@localhost", "-c", "commit.gpgsign=false"]

@@ -24,20 +24,19 @@ from transformers import (
     RobertaConfig,
 )
 
-from harness import lora, models
-from harness.config import Dtype, Method, ModelConfig, Quantization, RankConfig, ScratchConfig, TinyModel
-from harness.measure import LiveTensors
-from harness.models import (
-    ModelError,
-    build_skeleton,
-    check_vocabulary,
-    checkpoint_activations,
-    load_model,
-    load_tokenizer,
-    max_tokens,
-    save_model,
-)
-from harness.placement import ARCHITECTURES, head_modules, select_modules
+from harness.config.schema import Dtype, Method, ModelConfig, Quantization, RankConfig, ScratchConfig, TinyModel
+from harness.content.errors import ModelError
+from harness.measure.memory import LiveTensors
+from harness.methods.counts import set_trainable
+from harness.methods.lora import apply_lora, lora_layers
+from harness.models import configs, loading
+from harness.models import scratch as scratch_module
+from harness.models.configs import build_skeleton, max_tokens
+from harness.models.loading import checkpoint_activations, load_model
+from harness.models.saving import save_model
+from harness.models.tokenizers import check_vocabulary, load_tokenizer
+from harness.placement.architectures import ARCHITECTURES, head_modules
+from harness.placement.select import select_modules
 
 TINY = {tiny: ModelConfig(name=f"tiny_{tiny}", tiny=tiny) for tiny in TinyModel}
 HUB = ModelConfig(name="bert_base", hub_id="google-bert/bert-base-uncased", revision="8" * 40)
@@ -179,8 +178,8 @@ def test_dropout_is_applied_wherever_the_model_has_it(tiny: TinyModel) -> None:
 
 
 def test_a_dropout_that_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = tuple(name for name in models._DROPOUT_FIELDS if name != "hidden_dropout_prob")
-    monkeypatch.setattr(models, "_DROPOUT_FIELDS", known)
+    known = tuple(name for name in configs.DROPOUT_FIELDS if name != "hidden_dropout_prob")
+    monkeypatch.setattr(configs, "DROPOUT_FIELDS", known)
     with pytest.raises(ModelError, match=r"model.dropout=0.0: BertForSequenceClassification keeps dropout \[0.1\]"):
         load(TINY[TinyModel.bert])
 
@@ -207,14 +206,14 @@ def test_a_saved_model_loads_by_path_and_says_the_same(tiny: TinyModel, tmp_path
 
 
 def test_path_goes_before_every_other_source(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "_verified_asset_dir", lambda name, _: pytest.fail(f"{name} was asked for"))
+    monkeypatch.setattr(configs, "verified_asset_dir", lambda name, _: pytest.fail(f"{name} was asked for"))
     expected = logits_of(load(ModelConfig(name="x", path=str(saved))))
     for source in ({"asset": "minilm"}, {"hub_id": "no/such"}, {"tiny": TinyModel.gpt2}):
         assert torch.equal(logits_of(load(ModelConfig(name="x", path=str(saved), **source))), expected)
 
 
 def test_an_asset_is_loaded_from_its_folder(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "_verified_asset_dir", lambda name, _: {"minilm": saved}[name])
+    monkeypatch.setattr(configs, "verified_asset_dir", lambda name, _: {"minilm": saved}[name])
     config = ModelConfig(name="minilm", asset="minilm")
     assert torch.equal(logits_of(load(config)), logits_of(load(ModelConfig(name="x", path=str(saved)))))
     assert len(load_tokenizer(config)) == 260
@@ -571,7 +570,7 @@ def test_an_error_without_text_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     def fail(*_: Any, **__: Any) -> None:
         raise OSError
 
-    monkeypatch.setattr(models.AutoConfig, "from_pretrained", fail)
+    monkeypatch.setattr(configs.AutoConfig, "from_pretrained", fail)
     with pytest.raises(ModelError, match=r"attention=sdpa\. OSError\. Without network"):
         load(HUB)
 
@@ -599,7 +598,7 @@ def test_a_vocabulary_is_learned_once_and_loses_nothing(
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert len(tokenizer("the king")["input_ids"]) < len("the king") / 2
     assert len(list((tmp_path / "cache/tokenizers").iterdir())) == 1
-    monkeypatch.setattr(models, "read_column", lambda *_: pytest.fail("learned twice"))
+    monkeypatch.setattr(scratch_module, "read_column", lambda *_: pytest.fail("learned twice"))
     assert load_tokenizer(scratch).get_vocab() == tokenizer.get_vocab()
 
 
@@ -643,10 +642,10 @@ def test_checkpointing_sends_no_gradient_below_the_lowest_trained_block(tiny: Ti
         names = [name for name, _ in model.named_modules()]
         if method is Method.lora:
             last = select_modules(names, model_type=str(tiny), projections=["o"], blocks="last_1")
-            lora.apply_lora(model, last, rank=RankConfig(4, alpha=8), generator=torch.Generator().manual_seed(0))
-            for _, layer in lora.lora_layers(model):  # so that A has a gradient, too
+            apply_lora(model, last, rank=RankConfig(4, alpha=8), generator=torch.Generator().manual_seed(0))
+            for _, layer in lora_layers(model):  # so that A has a gradient, too
                 nn.init.ones_(layer.lora_B)
-        lora.set_trainable(model, method, head_modules(str(tiny)))
+        set_trainable(model, method, head_modules(str(tiny)))
         checkpoint(model)
         path = re.escape(ARCHITECTURES[str(tiny)].block).replace(re.escape("{}"), r"(\d+)")
         seen: list[bool] = []
@@ -683,10 +682,11 @@ def test_a_model_is_named_so_that_other_tools_find_it(saved: Path, monkeypatch: 
 
     monkeypatch.chdir(saved.parent)
     assert name_of(ModelConfig(name="x", path=saved.name)) == (str(saved), None)
-    monkeypatch.setattr(models, "_verified_asset_dir", lambda name, _: {"minilm": saved}[name])
+    monkeypatch.setattr(configs, "verified_asset_dir", lambda name, _: {"minilm": saved}[name])
     assert name_of(ModelConfig(name="minilm", asset="minilm")) == (str(saved), None)
     assert name_of(TINY[TinyModel.bert]) == (None, None)  # random, and nowhere to be found
-    monkeypatch.setattr(models, "_source", lambda config: (str(saved),))
-    monkeypatch.setattr(models, "_revision", lambda config: {})
+    for module in (configs, loading):
+        monkeypatch.setattr(module, "source_arguments", lambda config: (str(saved),))
+        monkeypatch.setattr(module, "revision_arguments", lambda config: {})
     assert name_of(HUB) == ("google-bert/bert-base-uncased", "8" * 40)
     assert name_of(replace(HUB, revision=None)) == ("google-bert/bert-base-uncased", "main")

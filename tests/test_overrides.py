@@ -14,9 +14,9 @@ from hydra.core.plugins import Plugins
 
 import harness.run
 from harness.__main__ import main
-from harness.config import RunConfig
-from harness.overrides import literal_texts
-from harness.results import RunResult, Status
+from harness.config.overrides import literal_texts
+from harness.config.schema import RunConfig
+from harness.results.schema import RunResult, Status
 from hydra_plugins.lora_harness import sweeper
 
 SHOW_PLAN = sweeper.show_plan

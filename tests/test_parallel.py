@@ -20,14 +20,14 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from harness import models
-from harness.checkpoint import pack_training, unpack_training
-from harness.config import ModelConfig, TinyModel, TrainerConfig
-from harness.data import Batch, TrainingBatches
-from harness.evaluate import evaluating
-from harness.language import summed_nll
-from harness.parallel import Companions, ProcessFailedError, is_sharded, place
-from harness.trainer import build_optimizer
+from harness.config.schema import ModelConfig, TinyModel, TrainerConfig
+from harness.data.batches import Batch, TrainingBatches
+from harness.models.loading import load_model
+from harness.processes.distributed import Companions, ProcessFailedError, is_sharded, place
+from harness.tasks.language import summed_nll
+from harness.tasks.objective import evaluating
+from harness.training.checkpoint import pack_training, unpack_training
+from harness.training.optimizer import build_optimizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -164,12 +164,13 @@ def test_two_processes_are_one(sums: Path, tmp_path: Path, method: tuple[str, ..
 UNDER_TORCHRUN = """
 import os, signal, sys
 import torch
-from harness import claims, language
+from harness.results.claims import Claim, RunClaimedError
+from harness.tasks.language import LanguageObjective
 from harness.__main__ import main
 
 what, rank = sys.argv.pop(1), int(os.environ["RANK"])
 if what == "out_of_memory" and rank == 1:
-    plain, calls = language.LanguageObjective.summed_loss, []
+    plain, calls = LanguageObjective.summed_loss, []
 
     def failing(self, model, batch):
         calls.append(1)
@@ -177,14 +178,14 @@ if what == "out_of_memory" and rank == 1:
             raise torch.OutOfMemoryError("this device alone is full")
         return plain(self, model, batch)
 
-    language.LanguageObjective.summed_loss = failing
+    LanguageObjective.summed_loss = failing
 if what == "claimed" and rank == 0:
     def taken(*_):
-        raise claims.RunClaimedError("it is being computed by process 7 on other.")
+        raise RunClaimedError("it is being computed by process 7 on other.")
 
-    claims.Claim.acquire = taken
+    Claim.acquire = taken
 if what == "stopped" and rank == 0:
-    from harness.journal import RunJournal
+    from harness.training.callbacks import RunJournal
 
     stepped = RunJournal.stepped
 
@@ -342,9 +343,9 @@ def _process_group() -> Iterator[None]:
 
 def sharded_llama(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A tiny Llama, sharded over the one process."""
-    model = models.load_model(ModelConfig(name="tiny", tiny=TinyModel.llama), num_labels=None, pad_token_id=0, seed=0)
+    model = load_model(ModelConfig(name="tiny", tiny=TinyModel.llama), num_labels=None, pad_token_id=0, seed=0)
     accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=2)
-    monkeypatch.setattr("harness.parallel.init_device_mesh", lambda kind, _: init_device_mesh(kind, (1,)))
+    monkeypatch.setattr("harness.processes.distributed.init_device_mesh", lambda kind, _: init_device_mesh(kind, (1,)))
     monkeypatch.setattr(type(model.model), "to", lambda *_: pytest.fail("moved as a whole"))
     place(model.model, accelerator, shard_model=True)  # type: ignore[arg-type]
     return model.model

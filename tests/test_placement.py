@@ -34,20 +34,11 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from harness.config import Method, RankConfig
-from harness.lora import apply_lora, count_parameters, set_trainable
-from harness.placement import (
-    ARCHITECTURES,
-    GROUPS,
-    ROLES,
-    UNEMBEDDING,
-    PlacementError,
-    block_problems,
-    head_modules,
-    projection_problems,
-    resolve_blocks,
-    select_modules,
-)
+from harness.config.schema import Method, RankConfig
+from harness.methods.counts import count_parameters, set_trainable
+from harness.methods.lora import apply_lora
+from harness.placement.architectures import ARCHITECTURES, GROUPS, ROLES, UNEMBEDDING, PlacementError, head_modules
+from harness.placement.select import block_problems, projection_problems, resolve_blocks, select_modules
 
 NUM_BLOCKS = 3
 BERT_LIKE = {"hidden_size": 32, "num_hidden_layers": NUM_BLOCKS, "num_attention_heads": 2, "intermediate_size": 48}
@@ -582,7 +573,8 @@ def test_no_request_at_all_is_an_error() -> None:
 @pytest.mark.parametrize("modules", [(), (r".*query",)])
 def test_an_unknown_architecture_is_an_error_that_says_what_to_add(modules: tuple[str, ...]) -> None:
     message = (
-        r"model type 'xlnet' is not described in harness/placement\.py; described are bert, .*, smollm3\. "
+        r"model type 'xlnet' is not described in harness/placement/architectures\.py; "
+        r"described are bert, .*, smollm3\. "
         r"Add an Architecture with its block path, projections and head\."
     )
     with pytest.raises(PlacementError, match=message):

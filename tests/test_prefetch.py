@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from harness.data import Batch
-from harness.prefetch import ahead, prefetched
+from harness.data.batches import Batch
+from harness.training.prefetch import ahead, prefetched
 
 
 def num_threads() -> int:

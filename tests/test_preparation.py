@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from harness.preparation import Preparation, PreparationError, once, preparation_of_a_run
-from harness.sources import DataError
+from harness.content.errors import DataError
+from harness.processes.preparation import Preparation, PreparationError, once, preparation_of_a_run
 
 # Each run in a process of its own, as under a launcher, so that each has its own peak.
 TWO_RUNS = """
 import json, os, sys
 from pathlib import Path
-from harness.config import from_dict
+from harness.config.composing import from_dict
 from harness.run import run
 
 folder = Path(sys.argv[1])

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from hypothesis import strategies as st
 
-from harness.readers import ENDINGS, ReadRows, counted_rows, place, read_rows
+from harness.data.readers import ENDINGS, ReadRows, counted_rows, place, read_rows
 
 
 def read(tmp_path: Path, name: str, content: str | bytes, **settings: Any) -> ReadRows:

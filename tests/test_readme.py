@@ -16,7 +16,7 @@ from test_analysis_tables import measured
 from test_sweeps import newsgpt, shapes_without_a_hub, sweep  # noqa: F401 (two of them fixtures)
 
 from analysis.__main__ import _parser
-from harness.config import from_composed, register
+from harness.config.composing import from_composed, register
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -18,14 +18,22 @@ import torch
 from test_run import exact, rows  # noqa: F401
 from test_run_language import data  # noqa: F401
 
-from harness import checkpoint, evaluate, language, models
+from harness import prepare, save
 from harness import run as run_module
-from harness.config import RunConfig
-from harness.evaluate import Evaluation
-from harness.identity import identify
-from harness.results import RunResult, Status
+from harness.config.schema import RunConfig
+from harness.content.identity import identify
+from harness.folder import Attempt
+from harness.measure.environment import environment
+from harness.processes.stopping import PreemptedError, StopRequest
+from harness.results.schema import RunResult, Status
 from harness.run import run
-from harness.stopping import PreemptedError, StopRequest
+from harness.tasks import generation, labelled, language
+from harness.tasks.labelled import SequenceObjective
+from harness.tasks.language import LanguageObjective
+from harness.tasks.objective import Evaluation
+from harness.training import checkpoint
+from harness.training.callbacks import RunJournal
+from harness.training.checkpoint import write_in_its_place
 
 
 class Killed(BaseException):
@@ -51,11 +59,11 @@ def done(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         return counted
 
     for owner, name in (
-        (evaluate.SequenceObjective, "evaluate_split"),
-        (language.LanguageObjective, "evaluate_split"),
-        (run_module.RunJournal, "stepped"),
-        (run_module, "_save_weights"),
-        (language, "_text_before"),
+        (SequenceObjective, "evaluate_split"),
+        (LanguageObjective, "evaluate_split"),
+        (RunJournal, "stepped"),
+        (save, "_save_weights"),
+        (generation, "_text_before"),
     ):
         monkeypatch.setattr(owner, name, counting(name, getattr(owner, name)))
     return counts
@@ -146,7 +154,7 @@ def test_a_run_killed_after_its_last_step_makes_no_step_again(
     done: Counter[str],
     at: str,
 ) -> None:
-    evaluate_split = evaluate.SequenceObjective.evaluate_split
+    evaluate_split = SequenceObjective.evaluate_split
     where = {"the last evaluation": 3, "the test split": 4}.get(at, 0)
 
     def killed(*_: Any, **__: Any) -> Any:
@@ -160,9 +168,9 @@ def test_a_run_killed_after_its_last_step_makes_no_step_again(
     wanted = classification(rows, tmp_path / "wild")
     with monkeypatch.context() as patch:
         if where:
-            patch.setattr(evaluate.SequenceObjective, "evaluate_split", killed_at)
+            patch.setattr(SequenceObjective, "evaluate_split", killed_at)
         else:
-            patch.setattr(run_module.Attempt, "record", killed)
+            patch.setattr(Attempt, "record", killed)
         with pytest.raises(Killed):
             run(wanted)
     assert done["stepped"] == 5
@@ -179,15 +187,15 @@ def test_a_failed_run_keeps_its_checkpoint_and_a_finished_one_does_not(
     wanted = classification(rows, tmp_path)
     folder = tmp_path / identify(wanted).run_id
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "_score_test", lambda *_: (_ for _ in ()).throw(KeyError("surprise")))
+        patch.setattr(run_module, "score_after_training", lambda *_: (_ for _ in ()).throw(KeyError("surprise")))
         first = run(wanted)
     assert first.status is Status.FAILED
     assert first.metrics["train_seconds"] > 0
     assert {path.name for path in folder.iterdir()} >= {"result.json", "checkpoint.safetensors", "phases.jsonl"}
     assert "made_by" not in first.environment
     with monkeypatch.context() as patch:
-        facts = run_module.environment
-        patch.setattr(run_module, "environment", lambda *p, **n: facts(*p, **n) | {"git_commit": "f" * 40})
+        facts = environment
+        patch.setattr(prepare, "environment", lambda *p, **n: facts(*p, **n) | {"git_commit": "f" * 40})
         second = run(wanted)
     # Trained by one commit and scored by another: both are named.
     assert [maker.get("git_commit") for maker in second.environment["made_by"]] == [
@@ -248,9 +256,9 @@ def test_a_score_that_does_not_exist_yet_does_not_break_a_checkpoint(
         dataset={"best_metric": "mcc", "metrics": ["mcc"]},
         trainer={"max_steps": 3, "eval_every": 1, "checkpoint_every": 1},
     )
-    score = evaluate.score
-    monkeypatch.setattr(evaluate, "score", lambda *p, **n: {k: v for k, v in score(*p, **n).items() if k != "mcc"})
-    keep = run_module.RunJournal.keep_checkpoint
+    score = labelled.score
+    monkeypatch.setattr(labelled, "score", lambda *p, **n: {k: v for k, v in score(*p, **n).items() if k != "mcc"})
+    keep = RunJournal.keep_checkpoint
     bests: list[float] = []
 
     def watched(self: Any, tensors: Any, position: Any) -> None:
@@ -259,10 +267,10 @@ def test_a_score_that_does_not_exist_yet_does_not_break_a_checkpoint(
         if len(bests) == 2:
             raise PreemptedError("stopped")
 
-    monkeypatch.setattr(run_module.RunJournal, "keep_checkpoint", watched)
+    monkeypatch.setattr(RunJournal, "keep_checkpoint", watched)
     with pytest.raises(PreemptedError):
         run(wanted)
-    monkeypatch.setattr(evaluate, "score", score)
+    monkeypatch.setattr(labelled, "score", score)
     result = run(wanted)
     assert result.status is Status.FINISHED
     assert bests == [-math.inf] * 3
@@ -283,7 +291,7 @@ def test_a_signal_while_loading_ends_the_run_at_once(
             pytest.fail("a library may take the interruption for an error of its own")
         pytest.fail("not interrupted")
 
-    monkeypatch.setattr(models, "load_tokenizer", load)
+    monkeypatch.setattr(prepare, "load_tokenizer", load)
     with pytest.raises(PreemptedError, match="stopped while loading"):
         run(test_run.config(rows, tmp_path))
     assert not list(tmp_path.iterdir())
@@ -315,9 +323,9 @@ def test_a_checkpoint_makes_room_for_what_it_was_kept_for(tmp_path: Path, fits: 
         return "written"
 
     if fits:
-        assert checkpoint.write_in_its_place(path, write) == "written"
+        assert write_in_its_place(path, write) == "written"
         assert not path.exists()
     else:
         with pytest.raises(OSError, match="No space left"):
-            checkpoint.write_in_its_place(path, write)
+            write_in_its_place(path, write)
         assert path.read_bytes() == b"state"

@@ -19,18 +19,29 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-from harness import lora, models
+from harness import prepare as prepare_module
 from harness import run as run_module
-from harness.claims import Claim, RunClaimedError
-from harness.config import ModelConfig, RunConfig, TinyModel, from_dict
-from harness.content import ContentError
-from harness.data import TrainingBatches
+from harness.config.composing import from_dict
+from harness.config.schema import ModelConfig, RunConfig, TinyModel
+from harness.content.errors import ContentError, ModelError
+from harness.content.identity import identify, planned
+from harness.data.batches import TrainingBatches
+from harness.data.labelled import load_data
 from harness.folder import kept_result
-from harness.identity import identify, planned
-from harness.placement import PlacementError
-from harness.results import METRICS, Status, read_result
-from harness.run import plan, run
-from harness.trainer import PreemptedError
+from harness.methods.peft_files import load_adapter
+from harness.models.loading import load_model
+from harness.models.saving import save_model
+from harness.models.tokenizers import load_tokenizer
+from harness.placement.architectures import PlacementError
+from harness.plan import plan
+from harness.prepare import prepare
+from harness.processes.stopping import PreemptedError
+from harness.results.claims import Claim, RunClaimedError
+from harness.results.metrics import METRICS
+from harness.results.schema import Status, read_result
+from harness.run import run
+from harness.training import loop
+from harness.training.callbacks import RunJournal
 
 # What a clock or the operating system says differs from run to run; everything else is exact.
 NOT_EXACT = {
@@ -175,7 +186,7 @@ def test_data_order_and_head_do_not_depend_on_the_method(
 ) -> None:
     seen: dict[str, list[list[int]]] = {}
     heads: dict[str, torch.Tensor] = {}
-    epoch, train = TrainingBatches.epoch, run_module.train
+    epoch, train = TrainingBatches.epoch, loop.train
 
     def watched_epoch(self: TrainingBatches, number: int, *, start: int = 0) -> Iterator[list[Any]]:
         for micro_batches in epoch(self, number, start=start):
@@ -263,14 +274,14 @@ def test_data_that_are_edited_after_planning_are_refused(
     path.write_text(rows.read_text())
     wanted = config(path, tmp_path / "runs")
     planned = identify(wanted)
-    load = run_module.load_data
+    load = load_data
 
     def edited(*arguments: Any) -> Any:
         loaded = load(*arguments) if when == "after it is read" else None
         path.write_text(rows.read_text().replace(",fruit", ",x"))
         return loaded or load(*arguments)
 
-    monkeypatch.setattr(run_module, "load_data", edited)
+    monkeypatch.setattr(prepare_module, "load_data", edited)
     with pytest.raises(ContentError, match=r"dataset\.train: changed since this run was planned"):
         run(wanted, planned)
     assert not (tmp_path / "runs" / planned.run_id).exists()
@@ -321,14 +332,14 @@ def test_sigterm_writes_a_checkpoint_and_the_run_goes_on_from_it_bitwise(
     dropout = {"model": {"dropout": 0.1}, "method": {"adapter_dropout": 0.1}}
     whole = run(config(rows, tmp_path / "whole", trainer=trainer, **dropout))
 
-    stepped = run_module.RunJournal.stepped
+    stepped = RunJournal.stepped
 
     def terminated_at_5(self: Any, step: int, values: dict[str, float]) -> None:
         stepped(self, step, values)
         if step == 5 and not self.resumed_at_step:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(run_module.RunJournal, "stepped", terminated_at_5)
+    monkeypatch.setattr(RunJournal, "stepped", terminated_at_5)
     wanted = config(rows, tmp_path / "cut", trainer=trainer, **dropout)
     run_dir = tmp_path / "cut" / identify(wanted).run_id
     with pytest.raises(PreemptedError, match="stopped after step 5"):
@@ -368,13 +379,13 @@ def test_a_checkpoint_of_other_data_is_refused_with_a_word_and_the_run_starts_ov
     wanted = config(fewer, tmp_path / "runs", trainer=trainer)
     undisturbed = run(wanted)
 
-    keep = run_module.RunJournal.keep_checkpoint
+    keep = RunJournal.keep_checkpoint
 
     def killed_after(self: Any, *state: Any) -> None:
         keep(self, *state)
         raise PreemptedError("killed")
 
-    monkeypatch.setattr(run_module.RunJournal, "keep_checkpoint", killed_after)
+    monkeypatch.setattr(RunJournal, "keep_checkpoint", killed_after)
     more = config(rows, tmp_path / "runs", trainer=trainer)
     with pytest.raises(PreemptedError):
         run(more)
@@ -444,8 +455,8 @@ def without_pooler(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny BERT as a masked language model leaves it: neither pooler nor classifier."""
     folder = tmp_path_factory.mktemp("models") / "without_pooler"
     tiny = ModelConfig(name="tiny_bert", tiny=TinyModel.bert)
-    model = models.load_model(tiny, num_labels=3, pad_token_id=0, seed=5).model
-    models.save_model(model, models.load_tokenizer(tiny), folder)
+    model = load_model(tiny, num_labels=3, pad_token_id=0, seed=5).model
+    save_model(model, load_tokenizer(tiny), folder)
     tensors = load_file(folder / "model.safetensors")
     kept = {name: value for name, value in tensors.items() if "pooler" not in name and "classifier" not in name}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
@@ -472,17 +483,17 @@ def test_a_fresh_pooler_is_trained_saved_and_counted_with_the_head(
         assert labels["id2label"] == {"0": "fruit", "1": "metal", "2": "sea"}
         assert labels["label2id"] == {"fruit": 0, "metal": 1, "sea": 2}
 
-    prepared = run_module.prepare(config(rows, tmp_path, **model))
+    prepared = prepare(config(rows, tmp_path, **model))
     batch = prepared.data.test.batch(range(6))
-    base = models.load_model(prepared.config.model, num_labels=3, pad_token_id=0, seed=1).model
+    base = load_model(prepared.config.model, num_labels=3, pad_token_id=0, seed=1).model
     theirs = peft.PeftModel.from_pretrained(base, adapter).eval()
-    lora.load_adapter(prepared.model, adapter)
+    load_adapter(prepared.model, adapter)
     with torch.no_grad():
         ours = prepared.model.eval()(**batch.inputs).logits
         assert torch.allclose(ours, theirs(**batch.inputs).logits, atol=1e-5)
     on_the_pooler = {"target_layers": {"name": "pooler", "projections": [], "modules": [r"bert\.pooler\.dense"]}}
     with pytest.raises(PlacementError, match=r"bert\.pooler\.dense belong to the task head"):
-        run_module.prepare(config(rows, tmp_path, **model, **on_the_pooler))
+        prepare(config(rows, tmp_path, **model, **on_the_pooler))
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused_before_training(
@@ -490,11 +501,11 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused_before_training(
 ) -> None:
     folder = tmp_path / "larger"
     shutil.copytree(without_pooler, folder)
-    tokenizer = models.load_tokenizer(ModelConfig(name="x", path=str(folder)))
+    tokenizer = load_tokenizer(ModelConfig(name="x", path=str(folder)))
     tokenizer.add_tokens(["apple"], special_tokens=True)
     tokenizer.save_pretrained(folder)
     wanted = config(rows, tmp_path / "runs", model={"name": "larger", "tiny": None, "path": str(folder)})
-    with pytest.raises(models.ModelError, match=r"gives ids up to 260, and the model embeds 0 to 259: 'apple' is 260"):
+    with pytest.raises(ModelError, match=r"gives ids up to 260, and the model embeds 0 to 259: 'apple' is 260"):
         run(wanted)
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").glob("*/*"))
 
@@ -513,7 +524,7 @@ def test_what_a_run_saves_says_what_it_is(rows: Path, tmp_path: Path, without_po
     assert all(result.environment["label_names"] == names for result in results.values())
 
     saved = tmp_path / results["full"].run_id / "model"
-    prepared = run_module.prepare(config(rows, tmp_path, "full", **model))
+    prepared = prepare(config(rows, tmp_path, "full", **model))
     batch = prepared.data.test.batch(range(len(prepared.data.test)))
     full = AutoModelForSequenceClassification.from_pretrained(saved).eval()
     assert (full.config.id2label, full.config.label2id) == (id2label, label2id)

@@ -18,17 +18,28 @@ import transformers
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
-from harness import lora, models, trainer
-from harness import run as run_module
-from harness.config import ConfigError, RankConfig, RunConfig, from_dict
-from harness.data import TrainingBatches
-from harness.flops import formula_flops
-from harness.identity import identify
-from harness.language import LanguageObjective
-from harness.models import ModelError
-from harness.results import METRICS, Status, read_result
-from harness.run import plan, prepare, run
-from harness.scores import score_texts
+from harness.config.composing import from_dict
+from harness.config.schema import RankConfig, RunConfig
+from harness.config.validation import ConfigError
+from harness.content.errors import ModelError
+from harness.content.identity import identify
+from harness.data.batches import TrainingBatches
+from harness.measure.flops import formula_flops
+from harness.methods.lora import merge_and_remove
+from harness.methods.peft_files import load_adapter, save_adapter
+from harness.models.loading import load_model
+from harness.models.saving import save_model
+from harness.models.tokenizers import load_tokenizer
+from harness.plan import plan
+from harness.prepare import prepare
+from harness.processes.stopping import PreemptedError
+from harness.results.metrics import METRICS
+from harness.results.schema import Status, read_result
+from harness.run import run
+from harness.tasks.generation_scores import score_texts
+from harness.tasks.language import LanguageObjective
+from harness.training.callbacks import RunJournal
+from harness.training.optimizer import learning_rate_at
 
 WORDS = ["the", "old", "king", "had", "three", "sons", "and", "a", "well", "at", "the", "end", "of", "the", "world"]
 
@@ -122,7 +133,7 @@ def test_an_adapter_loads_in_peft(data: Path, tmp_path: Path) -> None:
     wanted = config(data, tmp_path)
     result = run(wanted)
     prepared = prepare(wanted)
-    base = models.load_model(wanted.model, num_labels=None, pad_token_id=0, seed=0).model
+    base = load_model(wanted.model, num_labels=None, pad_token_id=0, seed=0).model
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / result.run_id / "adapter").eval()
     objective = LanguageObjective(val=prepared.data.val, eval_batch_size=8, chunk_tokens=0)  # type: ignore[arg-type]
     scores = objective.evaluate_split(theirs.base_model.model, prepared.data.test).scores  # type: ignore[arg-type]
@@ -138,7 +149,7 @@ def test_an_adapter_of_a_tied_unembedding_scores_the_same_in_peft_merged_and_sav
     objective = LanguageObjective(val=split.val, eval_batch_size=8, chunk_tokens=0)  # type: ignore[arg-type]
 
     def fresh() -> transformers.PreTrainedModel:
-        model = models.load_model(wanted.model, num_labels=None, pad_token_id=0, seed=0).model
+        model = load_model(wanted.model, num_labels=None, pad_token_id=0, seed=0).model
         assert model.lm_head.weight is model.transformer.wte.weight
         return model
 
@@ -146,8 +157,8 @@ def test_an_adapter_of_a_tied_unembedding_scores_the_same_in_peft_merged_and_sav
         warnings.simplefilter("ignore")  # peft warns of the tied weights
         theirs = peft.PeftModel.from_pretrained(fresh(), adapter).base_model.model
     merged = fresh()
-    lora.load_adapter(merged, adapter)
-    lora.merge_and_remove(merged)
+    load_adapter(merged, adapter)
+    merge_and_remove(merged)
     merged.save_pretrained(tmp_path / "merged")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", use_cache=False)
     for model in (theirs, merged, again):
@@ -265,7 +276,7 @@ def test_a_base_that_cannot_be_one_is_refused_before_anything_is_loaded(data: Pa
 
 
 def to_values(wanted: RunConfig) -> dict[str, Any]:
-    from harness.config import to_dict
+    from harness.config.composing import to_dict
 
     return to_dict(wanted)
 
@@ -294,7 +305,7 @@ def test_a_family_that_cannot_be_packed_is_refused(data: Path, tmp_path: Path) -
             vocab_size=260, word_embed_proj_dim=32, max_position_embeddings=128, dropout=0.0, **shape
         )
     ).save_pretrained(folder)
-    models.load_tokenizer(config(data, tmp_path).model).save_pretrained(folder)
+    load_tokenizer(config(data, tmp_path).model).save_pretrained(folder)
     model = {"name": "opt", "tiny": None, "path": str(folder)}
     with pytest.raises(
         ConfigError, match=r"dataset.blocks=packed: a opt model with model.attention=sdpa would attend across documents"
@@ -345,8 +356,8 @@ def test_loss_curves_are_those_of_peft_and_the_transformers_trainer(
     seen = TrainingBatches(prepared.data.train, batch_size=8, micro_batch_size=None, seed=wanted.seed)  # type: ignore[arg-type]
     steps = [step[0] for epoch in range(4) for step in seen.epoch(epoch)][:12]
     assert wanted.rank is not None
-    lora.save_adapter(prepared.model, tmp_path / "start", rank=RankConfig(rank=4, alpha=16.0), head_modules=())
-    base = models.load_model(wanted.model, num_labels=None, pad_token_id=0, seed=0).model
+    save_adapter(prepared.model, tmp_path / "start", rank=RankConfig(rank=4, alpha=16.0), head_modules=())
+    base = load_model(wanted.model, num_labels=None, pad_token_id=0, seed=0).model
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "start", is_trainable=True)
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -373,7 +384,7 @@ def test_loss_curves_are_those_of_peft_and_the_transformers_trainer(
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
-    rates = [trainer.learning_rate_at(step, 12, wanted.trainer) for step in range(1, 13)]
+    rates = [learning_rate_at(step, 12, wanted.trainer) for step in range(1, 13)]
 
     def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
         return {**rows[0].inputs, "labels": rows[0].labels}
@@ -395,15 +406,15 @@ def test_loss_curves_are_those_of_peft_and_the_transformers_trainer(
 def test_a_run_stops_and_goes_on_bitwise(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     undisturbed = run(config(data, tmp_path / "a", task="completion", trainer={"max_steps": 8}))
     wanted = config(data, tmp_path / "b", task="completion", trainer={"max_steps": 8, "checkpoint_every": 3})
-    keep = run_module.RunJournal.keep_checkpoint
+    keep = RunJournal.keep_checkpoint
 
     def stop_after(self: Any, tensors: Any, position: Any) -> None:
         self._stop.ask()
         keep(self, tensors, position)
 
     with monkeypatch.context() as patched:
-        patched.setattr(run_module.RunJournal, "keep_checkpoint", stop_after)
-        with pytest.raises(trainer.PreemptedError):
+        patched.setattr(RunJournal, "keep_checkpoint", stop_after)
+        with pytest.raises(PreemptedError):
             run(wanted)
     result = run(wanted)
     times = {
@@ -477,9 +488,7 @@ def test_what_cannot_be_quantised_is_refused(data: Path, tmp_path: Path) -> None
 def test_what_a_run_saves_is_a_model_like_its_base(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = config(data, tmp_path).model
     base = tmp_path / "base"
-    models.save_model(
-        models.load_model(tiny, num_labels=None, pad_token_id=0, seed=5).model, models.load_tokenizer(tiny), base
-    )
+    save_model(load_model(tiny, num_labels=None, pad_token_id=0, seed=5).model, load_tokenizer(tiny), base)
     own = {"use_cache": True, "pad_token_id": None, "attention_dropout": 0.25}
     settings = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(settings | own))

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from test_layering import ROOT, loaded_in_fresh_interpreter
 
-from harness.scores import GENERATION_METRICS, one_line, score_texts, write_texts
+from harness.config.schema import GENERATION_METRICS
+from harness.tasks.generation_scores import one_line, score_texts, write_texts
 
 HYPOTHESES = [
     "The Phoenix is a cheap pub near the riverside, rated 3 out of 5.",
@@ -280,12 +281,12 @@ def test_an_unknown_metric_names_the_known_ones() -> None:
 
 def test_importing_is_cheap() -> None:
     libraries = {"torch", "numpy", "pandas", "sklearn", "sacrebleu", "rouge_score", "nltk"}
-    assert loaded_in_fresh_interpreter(ROOT, "harness.scores", libraries) == set()
+    assert loaded_in_fresh_interpreter(ROOT, "harness.tasks.generation_scores", libraries) == set()
 
 
 def test_scoring_leaves_the_logging_of_the_process_alone_and_loads_no_torch() -> None:
     script = (
-        "import logging, sys; from harness import scores;"
+        "import logging, sys; from harness.tasks import generation_scores as scores;"
         "scores.score_texts(['a b c d e 1'], [['a b c d e 1']], scores.GENERATION_METRICS);"
         "print(logging.root.handlers, 'nltk' in sys.modules, 'torch' in sys.modules)"
     )

@@ -24,10 +24,9 @@ from typing import Any
 import datasets
 import pytest
 
-from harness import preparation, sources
-from harness.config import (
+from harness.config.composing import from_dict
+from harness.config.schema import (
     Blocks,
-    ConfigError,
     DatasetConfig,
     GenerationConfig,
     MethodConfig,
@@ -40,11 +39,12 @@ from harness.config import (
     Task,
     TrackingConfig,
     TrainerConfig,
-    find_problems,
-    from_dict,
 )
-from harness.identity import identify
-from harness.results import Status
+from harness.config.validation import ConfigError, find_problems
+from harness.content.identity import identify
+from harness.data import sources
+from harness.processes import preparation
+from harness.results.schema import Status
 from harness.run import run
 
 Values = dict[str, Any]
@@ -62,7 +62,16 @@ GROUPS: dict[type, str] = {
     TrackingConfig: "tracking.",
 }
 # What these ask for says nothing of whether a value matters to the run.
-NOT_READING = ("harness.config", "harness.identity", "dataclasses", "omegaconf", "copy", "json", "yaml", __name__)
+NOT_READING = (
+    "harness.config",
+    "harness.content.identity",
+    "dataclasses",
+    "omegaconf",
+    "copy",
+    "json",
+    "yaml",
+    __name__,
+)
 CACHE_KEYS = ("_settings", "_tokenising_settings")
 PROPERTIES = ("effective_alpha", "scaling")
 # They name things, in the readable part of the run id and in every table.
@@ -181,7 +190,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _is_reading(frame: FrameType) -> bool:
     module, function = frame.f_globals["__name__"], frame.f_code.co_name
-    if module == "harness.config" and function in PROPERTIES:
+    if module == "harness.config.schema" and function in PROPERTIES:
         return True
     return not module.startswith(NOT_READING) and function not in CACHE_KEYS
 

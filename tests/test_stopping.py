@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from harness.stopping import STOP_SIGNALS, PreemptedError, StopRequest
+from harness.processes.stopping import STOP_SIGNALS, PreemptedError, StopRequest
 
 
 @pytest.fixture(autouse=True)

@@ -16,12 +16,13 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from transformers import GPT2Config, LlamaConfig, RobertaConfig
 
-from harness import models
 from harness.__main__ import main
-from harness.config import to_dict
-from harness.launches import read_launches
-from harness.measure import environment
-from harness.results import RunResult, Status, write_result
+from harness.config.composing import to_dict
+from harness.measure.environment import environment
+from harness.models import configs
+from harness.models.configs import load_model_config
+from harness.results.launches import read_launches
+from harness.results.schema import RunResult, Status, write_result
 from hydra_plugins.lora_harness import sweeper as sweeper_module
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,12 +109,12 @@ PUBLISHED = {
 
 def shapes_without_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     """The published shapes, where transformers would ask the hub."""
-    load = models.AutoConfig.from_pretrained
+    load = configs.AutoConfig.from_pretrained
 
     def stand_in(source: str, **options: Any) -> Any:
         return copy.deepcopy(PUBLISHED[source]) if source in PUBLISHED else load(source, **options)
 
-    monkeypatch.setattr(models.AutoConfig, "from_pretrained", stand_in)
+    monkeypatch.setattr(configs.AutoConfig, "from_pretrained", stand_in)
 
 
 @pytest.fixture
@@ -124,7 +125,7 @@ def newsgpt(sweep: Any, tmp_path: Path) -> str:
     (run,) = seen["runs"]
     # Under the name that the model has for it: whether that is right is for one test to say, and not for all.
     folder = tmp_path / yaml.safe_load((ROOT / "conf/model/newsgpt.yaml").read_text())["run"]
-    models.load_model_config(run.config.model, num_labels=None, pad_token_id=0).save_pretrained(folder / "model")
+    load_model_config(run.config.model, num_labels=None, pad_token_id=0).save_pretrained(folder / "model")
     write_result(folder, RunResult(folder.name, folder.name, None, Status.FINISHED, to_dict(run.config)))
     return run.run_id
 

@@ -21,9 +21,13 @@ import pytest
 from rich.console import Console
 from wandb_file import WandbRun, read_wandb_file
 
-from harness import tracking
-from harness.config import TrackingConfig, WandbMode
-from harness.results import RESULT_FILE, RunResult, Status, read_result, write_result
+from harness.config.schema import TrackingConfig, WandbMode
+from harness.results.files import RESULT_FILE
+from harness.results.schema import RunResult, Status, read_result, write_result
+from harness.tracking import wandb_mirror
+from harness.tracking.curves import METRICS_FILE, JsonlTracker
+from harness.tracking.progress import NullProgress, PlainProgress, RichProgress, open_progress
+from harness.tracking.tracker import Tracker, open_tracker
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_ID, CELL_ID = "tiny-lora-r8-qv-s0-0123abcd", "tiny-lora-r8-qv-89ef4567"
@@ -46,8 +50,8 @@ CURVE = [
 ]
 
 
-def _open(run_dir: Path, wandb: WandbMode = WandbMode.offline, sweep: str | None = "demo") -> tracking.Tracker:
-    return tracking.open_tracker(
+def _open(run_dir: Path, wandb: WandbMode = WandbMode.offline, sweep: str | None = "demo") -> Tracker:
+    return open_tracker(
         TrackingConfig(wandb=wandb),
         run_dir=run_dir,
         run_id=RUN_ID,
@@ -65,7 +69,7 @@ def _result(status: Status = Status.FINISHED) -> RunResult:
 
 
 def _read_curve(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / tracking.METRICS_FILE).read_text().splitlines()]
+    return [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
 
 
 def _wandb_path(run_dir: Path) -> Path:
@@ -116,11 +120,11 @@ def test_the_curve_is_one_json_object_a_line(tmp_path: Path) -> None:
         tracker.log(step, values)
     assert _read_curve(tmp_path) == [{"step": step, **values} for step, values in CURVE], "every line is there at once"
     tracker.finish(_result())
-    assert sorted(path.name for path in tmp_path.iterdir()) == [tracking.METRICS_FILE]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [METRICS_FILE]
 
 
 def test_a_value_that_is_not_finite_is_named_and_left_out(tmp_path: Path) -> None:
-    tracker = tracking.JsonlTracker(tmp_path / "metrics.jsonl")
+    tracker = JsonlTracker(tmp_path / "metrics.jsonl")
     tracker.log(5, {"train_nll": float("nan"), "val_nll": float("-inf"), "val_accuracy": 0.5})
     tracker.close()
     line = '{"step": 5, "val_accuracy": 0.5, "non_finite": ["train_nll", "val_nll"]}\n'
@@ -130,11 +134,11 @@ def test_a_value_that_is_not_finite_is_named_and_left_out(tmp_path: Path) -> Non
 KILLED_RUN = """
     import os, signal, sys, time
     from pathlib import Path
-    from harness.config import TrackingConfig, WandbMode
-    from harness import tracking
+    from harness.config.schema import TrackingConfig, WandbMode
+    from harness.tracking.tracker import open_tracker
 
     run_dir, mode = Path(sys.argv[1]), WandbMode(sys.argv[2])
-    tracker = tracking.open_tracker(
+    tracker = open_tracker(
         TrackingConfig(wandb=mode), run_dir=run_dir, run_id=sys.argv[3], cell_id="cell", job_type="lora", sweep=None,
         run_config={"seed": 0},
     )
@@ -237,7 +241,7 @@ def test_a_killed_run_is_closed_on_wandb_and_leaves_no_process(tmp_path: Path) -
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_the_search_for_processes_finds_them(tmp_path: Path) -> None:
     tracker = _open(tmp_path)
-    for name in ("tracking.mirror", "wandb-core"):
+    for name in ("wandb_mirror", "wandb-core"):
         _poll(lambda name=name: any(name in command for command in _processes_of(tmp_path)))
     tracker.finish(_result())
     assert _processes_of(tmp_path) == []
@@ -365,7 +369,7 @@ def test_online_without_a_network_goes_offline_after_a_while(
 ) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", request.getfixturevalue(server))
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setattr(tracking, "ONLINE_START_SECONDS", 2.0)
+    monkeypatch.setattr(wandb_mirror, "ONLINE_START_SECONDS", 2.0)
     _assert_run_goes_on(tmp_path, WandbMode.online, seconds=20.0)
     _assert_offline_instead(tmp_path, caplog, "CommError: ")
 
@@ -419,7 +423,7 @@ def test_broken_wandb_is_reported_once_and_the_run_goes_on(
     harm, reason = BREAK[case]
     _install_fake_wandb(tmp_path / "fake", monkeypatch, harm)
     if "2 seconds" in reason:
-        monkeypatch.setattr(tracking, "FILES_SECONDS", 2.0)
+        monkeypatch.setattr(wandb_mirror, "FILES_SECONDS", 2.0)
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     _assert_run_goes_on(run_dir, WandbMode.offline, seconds=15.0)
@@ -439,7 +443,7 @@ def test_a_mirror_that_reads_nothing_does_not_hold_up_the_run(
         raise AssertionError("the run waits for a mirror that does not read")
 
     _install_fake_wandb(tmp_path / "fake", monkeypatch, "os.kill(os.getpid(), signal.SIGSTOP)")
-    monkeypatch.setattr(tracking, "FILES_SECONDS", 2.0)
+    monkeypatch.setattr(wandb_mirror, "FILES_SECONDS", 2.0)
     before = signal.signal(signal.SIGALRM, stop_waiting)
     signal.alarm(30)
     try:
@@ -492,16 +496,16 @@ def _loads_wandb(script: str, *arguments: str) -> bool:
 
 
 def test_importing_tracking_does_not_import_wandb() -> None:
-    assert not _loads_wandb("import harness.tracking")
+    assert not _loads_wandb("import harness.tracking.tracker, harness.tracking.wandb_mirror")
 
 
 def test_a_tracked_run_does_not_import_wandb(tmp_path: Path) -> None:
     script = """
         import sys
         from pathlib import Path
-        from harness import tracking
-        from harness.config import TrackingConfig
-        tracker = tracking.open_tracker(
+        from harness.config.schema import TrackingConfig
+        from harness.tracking.tracker import open_tracker
+        tracker = open_tracker(
             TrackingConfig(), run_dir=Path(sys.argv[1]), run_id="r", cell_id="c", job_type="lora", sweep=None,
             run_config={},
         )
@@ -513,7 +517,7 @@ def test_a_tracked_run_does_not_import_wandb(tmp_path: Path) -> None:
 
 
 def test_the_check_for_wandb_can_fail() -> None:
-    assert _loads_wandb("import harness.tracking, wandb")
+    assert _loads_wandb("import harness.tracking.wandb_mirror, wandb")
 
 
 # ---- progress
@@ -521,7 +525,7 @@ def test_the_check_for_wandb_can_fail() -> None:
 
 def test_the_bar_shows_loss_speed_and_remaining_time() -> None:
     console = Console(file=io.StringIO(), record=True, force_terminal=True, width=120)
-    progress = tracking.RichProgress(1000, "lora r8", console=console)
+    progress = RichProgress(1000, "lora r8", console=console)
     for step in range(1, 501):
         progress.update(step, 0.12345, 6789.4)
         time.sleep(0.0005)
@@ -544,7 +548,7 @@ class _Clock:
 def _plain_lines(caplog: pytest.LogCaptureFixture, *, num_steps: int, step_seconds: float) -> list[str]:
     clock = _Clock()
     caplog.set_level(logging.INFO, "harness")
-    progress = tracking.PlainProgress(num_steps, "lora r8", clock=clock)
+    progress = PlainProgress(num_steps, "lora r8", clock=clock)
     for step in range(1, num_steps + 1):
         clock.seconds += step_seconds
         progress.update(step, 1 / step, 1000.0)
@@ -580,7 +584,7 @@ def test_a_plain_line_shows_loss_speed_and_remaining_time(caplog: pytest.LogCapt
 
 def test_plain_progress_shows_where_a_run_broke_off(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "harness")
-    progress = tracking.PlainProgress(100, "lora r8", clock=_Clock())
+    progress = PlainProgress(100, "lora r8", clock=_Clock())
     progress.update(1, 1.0, 10.0)
     progress.update(2, float("nan"), 10.0)
     assert len(caplog.messages) == 1
@@ -600,17 +604,17 @@ def test_progress_suits_where_it_is_shown(monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setenv("FORCE_COLOR", "1")  # colours in a log file are no terminal
 
     def kind(progress_on: bool = True) -> type:
-        progress = tracking.open_progress(TrackingConfig(progress=progress_on), total_steps=3, description="run")
+        progress = open_progress(TrackingConfig(progress=progress_on), total_steps=3, description="run")
         progress.update(1, 0.5, 10.0)
         progress.note("note")
         progress.close()
         return type(progress)
 
-    assert kind() is tracking.PlainProgress
-    assert kind(progress_on=False) is tracking.NullProgress
+    assert kind() is PlainProgress
+    assert kind(progress_on=False) is NullProgress
     monkeypatch.setattr(sys, "stderr", _Terminal())
-    assert kind() is tracking.RichProgress
-    assert kind(progress_on=False) is tracking.NullProgress
+    assert kind() is RichProgress
+    assert kind(progress_on=False) is NullProgress
     monkeypatch.setenv("TERM", "dumb")
-    assert kind() is tracking.PlainProgress
+    assert kind() is PlainProgress
     assert capsys.readouterr().out == ""

@@ -17,21 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from harness import trainer as trainer_module
-from harness.config import Schedule, TrainerConfig
-from harness.data import Batch
-from harness.evaluate import Evaluation, SummedLoss
-from harness.measure import HostQueue
-from harness.stopping import PreemptedError
-from harness.trainer import (
-    Position,
-    TrainingDivergedError,
-    TrainingOutcome,
-    build_optimizer,
-    count_steps,
-    learning_rate_at,
-    train,
-)
+from harness.config.schema import Schedule, TrainerConfig
+from harness.data.batches import Batch
+from harness.measure.clock import HostQueue
+from harness.processes.stopping import PreemptedError
+from harness.tasks.objective import Evaluation, SummedLoss
+from harness.training import loop
+from harness.training.loop import Position, TrainingDivergedError, TrainingOutcome, train
+from harness.training.optimizer import build_optimizer, count_steps, learning_rate_at
 
 
 def recipe(**values: object) -> TrainerConfig:
@@ -423,7 +416,7 @@ class SlowDevice(HostQueue):
 @pytest.fixture
 def slow_device(monkeypatch: pytest.MonkeyPatch) -> SlowDevice:
     device = SlowDevice()
-    monkeypatch.setattr(trainer_module, "device_queue", lambda _: device)
+    monkeypatch.setattr(loop, "device_queue", lambda _: device)
     return device
 
 

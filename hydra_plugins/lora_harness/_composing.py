@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from hydra.types import HydraContext
 from omegaconf import DictConfig, open_dict
 
-from harness.config import from_composed
-from harness.identity import PlannedRun, planned
+from harness.config.composing import from_composed
+from harness.content.identity import PlannedRun, planned
 
 # Composing takes a good tenth of a second, and a sweeper and its launcher ask for the same runs.
 # Its identity is determined once as well: files that are edited while a sweep runs do not rename what it planned.

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from harness.overrides import as_override_value
+from harness.config.overrides import as_override_value
 
 Overrides = tuple[str, ...]
 

@@ -15,7 +15,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from harness.results import Status, duration_text
+from harness.results.metrics import duration_text
+from harness.results.schema import Status
 from hydra_plugins.lora_harness._worker import Outcome
 
 logger = logging.getLogger("harness")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from harness.identity import Identity, PlannedRun
+    from harness.content.identity import Identity, PlannedRun
 
 # What a run can come to beside the statuses of the results contract; it has no result then.
 NOT_FINISHED = "not finished"
@@ -44,10 +44,11 @@ def compute(values: dict[str, Any], identity: Identity) -> Outcome:
     A run that cannot even begin (data that cannot be used, a model that cannot be had) leaves a failed result with the
     message: in a sweep it is a row like any other.
     """
-    from harness.claims import ClaimLostError, RunClaimedError
-    from harness.config import from_dict
-    from harness.identity import PlannedRun
-    from harness.run import USER_ERRORS, PreemptedError, run
+    from harness.config.composing import from_dict
+    from harness.content.identity import PlannedRun
+    from harness.processes.stopping import PreemptedError
+    from harness.results.claims import ClaimLostError, RunClaimedError
+    from harness.run import USER_ERRORS, run
 
     config = from_dict(values)
     planned = PlannedRun(config, identity)
@@ -68,10 +69,10 @@ def compute(values: dict[str, Any], identity: Identity) -> Outcome:
 
 def write_failure(planned: PlannedRun, error: str) -> Outcome:
     """Leaves a result for a run that could not leave one itself, unless another process has the run or has ended it."""
-    from harness.claims import ClaimLostError, RunClaimedError
-    from harness.config import to_dict
+    from harness.config.composing import to_dict
     from harness.folder import record_failure
-    from harness.results import RunResult, Status
+    from harness.results.claims import ClaimLostError, RunClaimedError
+    from harness.results.schema import RunResult, Status
 
     config = planned.config
     result = RunResult(
@@ -100,7 +101,7 @@ def outcome_of_dead(planned: PlannedRun, error: str | None, *, stamp_before: obj
         error: how the process died; None when it was told to.
         stamp_before: `result_stamp(planned)` from before the process was started.
     """
-    from harness.config import Rerun
+    from harness.config.schema import Rerun
     from harness.folder import kept_result, result_stamp
 
     if result_stamp(planned) not in (None, stamp_before):
@@ -146,7 +147,7 @@ def find_busy(variables: dict[str, str], reply: Connection) -> None:
         variables: environment variables that give the process its device.
         reply: takes the text.
     """
-    from harness.measure import DeviceBusyError, require_free_device
+    from harness.measure.device import DeviceBusyError, require_free_device
 
     os.environ.update(variables)
     try:

@@ -27,10 +27,11 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from harness.config import ConfigError, to_dict
+from harness.config.composing import to_dict
+from harness.config.validation import ConfigError
+from harness.content.identity import Identity, PlannedRun
 from harness.folder import kept_result, result_stamp
-from harness.identity import Identity, PlannedRun
-from harness.results import Status
+from harness.results.schema import Status
 from hydra_plugins.lora_harness._composing import compose_run
 from hydra_plugins.lora_harness._worker import NOT_FINISHED, Outcome, compute, outcome_of_dead
 from hydra_plugins.lora_harness.launcher import job_return

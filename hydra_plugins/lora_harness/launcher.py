@@ -25,12 +25,15 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from harness.claims import current_owner
-from harness.config import ConfigError, Device, RunConfig, to_dict
-from harness.cores import asked_threads, available_cores
+from harness.config.composing import to_dict
+from harness.config.schema import Device, RunConfig
+from harness.config.validation import ConfigError
+from harness.content.identity import PlannedRun
 from harness.folder import LOG_FILE, kept_result, result_stamp, run_dir
-from harness.identity import PlannedRun
-from harness.results import RESULT_FILE, ResultError, Status, read_result
+from harness.processes.cores import asked_threads, available_cores
+from harness.results.claims import current_owner
+from harness.results.files import RESULT_FILE
+from harness.results.schema import ResultError, Status, read_result
 from hydra_plugins.lora_harness import _worker as worker
 from hydra_plugins.lora_harness._composing import compose_run
 from hydra_plugins.lora_harness._screen import RunningRun, Screen, open_screen

@@ -32,19 +32,21 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from harness.assets import AssetError
-from harness.config import ConfigError, RunConfig
-from harness.content import DataError, ModelError
+from harness.config.overrides import came_from_composing, explain_refusal
+from harness.config.schema import RunConfig
+from harness.config.validation import ConfigError
+from harness.content.assets import AssetError
+from harness.content.errors import DataError, ModelError
+from harness.content.identity import PlannedRun
 from harness.folder import require_writable, run_dir, run_state
-from harness.identity import PlannedRun
-from harness.launches import command_line, record_launch
-from harness.overrides import came_from_composing, explain_refusal
-from harness.results import RESULT_FILE, Status, read_result
+from harness.results.files import RESULT_FILE
+from harness.results.launches import command_line, record_launch
+from harness.results.schema import Status, read_result
 from hydra_plugins.lora_harness._composing import compose_run
 from hydra_plugins.lora_harness._grids import GridError, Overrides, expand
 
 if TYPE_CHECKING:
-    from harness.run import Plan
+    from harness.plan import Plan
 
 logger = logging.getLogger("harness")
 
@@ -176,7 +178,8 @@ def _plan_all(runs: Sequence[SweepRun]) -> dict[str, Plan]:
 
     Raises `ConfigError` naming every rank or projection that a model has not.
     """
-    from harness.run import USER_ERRORS, plan
+    from harness.plan import plan
+    from harness.run import USER_ERRORS
 
     problems: dict[str, list[Overrides]] = {}
     known: dict[str, Plan | str] = {}
@@ -224,7 +227,7 @@ def show_plan(runs: Sequence[SweepRun], plans: Mapping[str, Plan]) -> None:
 
 def _code_differs(run: PlannedRun) -> str:
     """Says when a finished run was made by other code or other versions than those here."""
-    from harness.measure import environment
+    from harness.measure.environment import environment
 
     then = read_result(run_dir(run) / RESULT_FILE).environment
     here = environment("cpu")

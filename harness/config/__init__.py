@@ -1,0 +1,1 @@
+"""The settings of a run: schema, composing, validation, and the command line's overrides."""

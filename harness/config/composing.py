@@ -1,0 +1,94 @@
+"""From what Hydra composed, or from a recorded config, to a validated `RunConfig`, and back to JSON types.
+
+A config is validated here, once, where it enters; past this module no DictConfig exists.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, fields, is_dataclass
+from typing import Any, cast
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
+
+from harness.config.schema import RunConfig
+from harness.config.validation import ConfigError, find_problems
+
+
+def register() -> None:
+    """Puts the schema where `conf/config.yaml` finds it."""
+    ConfigStore.instance().store(name="schema", node=RunConfig)
+
+
+def from_composed(composed: DictConfig) -> RunConfig:
+    """Turns what Hydra composed into a validated `RunConfig`.
+
+    Raises `ConfigError` for unknown keys, wrong types and every problem that `find_problems` sees.
+    """
+    plain = OmegaConf.to_container(composed, resolve=False)
+    if not isinstance(plain, dict):
+        raise ConfigError([f"a config is a mapping, got {type(plain).__name__}"])
+    return _validated(cast(dict[str, Any], plain))
+
+
+def from_dict(values: dict[str, Any]) -> RunConfig:
+    """The `RunConfig` with these values over the schema's defaults, validated. Raises `ConfigError`.
+
+    Texts are taken literally, unlike in what Hydra composes: a config that was resolved once may hold `${...}`.
+    """
+    return _validated(cast(dict[str, Any], _without_interpolation(values)))
+
+
+def _without_interpolation(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_interpolation(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_interpolation(item) for item in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + "\\${", value)
+    return value
+
+
+def _validated(values: dict[str, Any]) -> RunConfig:
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), values)
+        config = cast(RunConfig, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        raise ConfigError([explain_omegaconf(error)]) from error
+    problems = find_problems(config)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The config as JSON types, verbatim: what `config.yaml`, `result.json` and W&B hold."""
+    return cast(dict[str, Any], json.loads(json.dumps(asdict(config))))
+
+
+def explain_omegaconf(error: OmegaConfBaseException) -> str:
+    """One sentence for what OmegaConf did not accept: the setting, what is wrong, and the names that exist."""
+    first_line = str(error).splitlines()[0]
+    key = error.full_key
+    if not key:
+        return first_line
+    if isinstance(error, ConfigKeyError | ConfigAttributeError):
+        schema = error.object_type if is_dataclass(error.object_type) else RunConfig
+        known = sorted(field.name for field in fields(schema))
+        return f"{key}: no such setting. Known here: {', '.join(known)}."
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key}: a value is needed and none was given."
+    if "is not a ListConfig" in first_line:
+        return f"{key}: a list is needed, such as {key}=[a,b]."
+    if isinstance(error, InterpolationKeyError):
+        return f"{key}: {first_line.rstrip('.')}; where the text is to hold ${{...}} itself, write \\${{...}}."
+    return f"{key}: {first_line.rstrip('.')}."

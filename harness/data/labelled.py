@@ -1,0 +1,454 @@
+"""Texts with a label: from a `DatasetConfig` to tokenised splits.
+
+Everything is tokenised once per dataset and tokenizer and kept in the cache folder; subsets, the validation split and
+the order of examples are drawn from the cached rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import datasets
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.model_selection import train_test_split
+
+from harness.config.schema import BadRows, DatasetConfig, Task, TooLong
+from harness.content.assets import cache_dir
+from harness.content.errors import DataError
+from harness.data.batches import Batch
+from harness.data.readers import place
+from harness.data.row_checks import (
+    equal_rows_notes,
+    label_faults,
+    label_text,
+    look_alike_labels,
+    number,
+    number_faults,
+    text_faults,
+    without_faults,
+)
+from harness.data.sources import Rows, Source, column_problems, digest, open_source
+from harness.processes.preparation import once
+
+logger = logging.getLogger(__name__)
+
+# Part of the cache key: raise it when the rows made from the same files change.
+_FORMAT = 3
+
+# What a folder of tokenised rows says of them; written last.
+_DESCRIPTION = "described.json"
+
+# Columns of tokenised rows that no batch holds: what stands for a row's text, and whether it was cut.
+_TEXT_DIGEST, _IS_CUT = "text_digest", "is_cut"
+
+_SPLITS = ("train", "val", "test")
+
+
+class Tokenizer(Protocol):
+    """What is used of a transformers tokenizer."""
+
+    pad_token_id: int
+    model_input_names: list[str]
+
+    def __call__(self, *texts: Any, **options: Any) -> Any:
+        """Tokenises one or two lists of texts."""
+
+
+def _column(rows: datasets.Dataset, name: str) -> np.ndarray:
+    """A column of numbers at once; without a format, datasets goes through it row by row."""
+    return np.asarray(rows.with_format("numpy", columns=[name])[:][name])
+
+
+class Split:
+    """The tokenised examples of one split, in a fixed order."""
+
+    def __init__(self, rows: datasets.Dataset, *, pad_token_id: int, task: Task) -> None:
+        self._rows = rows
+        self._pad_token_id = pad_token_id
+        self._label_dtype = torch.float32 if task is Task.regression else torch.int64
+        self.labels = _column(rows, "label")
+        self.lengths = _column(rows, "length").astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
+        """The examples at `indices` as one batch, padded to the longest of them."""
+        columns = self._rows[[int(index) for index in indices]]
+        lengths = self.lengths[np.asarray(indices)]
+        width = int(lengths.max())
+        inputs = {}
+        for name in self._rows.column_names:
+            if name in ("label", "length", _TEXT_DIGEST, _IS_CUT):
+                continue
+            fill = self._pad_token_id if name == "input_ids" else 0
+            padded = np.full((len(lengths), width), fill, dtype=np.int64)
+            for row, values in enumerate(columns[name]):
+                padded[row, : len(values)] = values
+            inputs[name] = torch.from_numpy(padded)
+        inputs["attention_mask"] = torch.from_numpy((np.arange(width) < lengths[:, None]).astype(np.int64))
+        labels = torch.tensor(columns["label"], dtype=self._label_dtype)
+        return Batch(inputs, labels, num_tokens=int(lengths.sum()), num_targets=len(lengths))
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """Every example once, longest first: padding is least, and a batch that is too large fails at once."""
+        order = np.argsort(-self.lengths, kind="stable")
+        for start in range(0, len(order), batch_size):
+            yield self.batch(order[start : start + batch_size])
+
+
+@dataclass(frozen=True)
+class TextData:
+    """A dataset ready for training. `label_names` is empty for regression.
+
+    `notes` says what was skipped, left out, cut or looks wrong, one sentence each.
+    """
+
+    train: Split
+    val: Split
+    test: Split
+    label_names: list[str]
+    fingerprint: str
+    notes: list[str]
+    positive_class: int | None = None
+    """Of two classes, the one of which F1 is the score; None for any other number."""
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs of the head."""
+        return len(self.label_names) or 1
+
+
+def load_data(config: DatasetConfig, tokenizer: Tokenizer) -> TextData:
+    """Reads, checks, tokenises (once) and splits a dataset.
+
+    Raises:
+        DataError: files or columns that do not exist, rows with empty text, labels that training has not, too few
+            classes or rows; each counted and shown.
+    """
+    source = open_source(config)
+    key = digest(source.fingerprint, tokenizer_text(tokenizer), _tokenising_settings(config, tokenizer))[:16]
+    folder = cache_dir() / "tokenised" / f"{config.name}-{key}"
+    if not (folder / _DESCRIPTION).is_file():
+        once(lambda: _tokenise(source, config, tokenizer, folder))
+    rows = {name: datasets.load_from_disk(str(folder / name)) for name in _SPLITS if (folder / name).is_dir()}
+    described = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
+    rows, notes = _fitting(rows, config)
+    splits = _split(rows, config)
+
+    def split(name: str) -> Split:
+        return Split(splits[name], pad_token_id=tokenizer.pad_token_id, task=config.task)
+
+    label_names = described["label_names"]
+    return TextData(
+        split("train"),
+        split("val"),
+        split("test"),
+        label_names,
+        source.fingerprint,
+        [*described["notes"], *notes, *_split_notes(splits, config)],
+        _positive_class(label_names, config),
+    )
+
+
+def _positive_class(label_names: list[str], config: DatasetConfig) -> int | None:
+    named = config.positive_label
+    if named is None:
+        return 1 if len(label_names) == 2 else None
+    if len(label_names) != 2:
+        raise DataError(
+            f"dataset.positive_label={named!r}: {config.name} has {len(label_names)} classes, over which f1 is the "
+            "mean; set it to null."
+        )
+    if named not in label_names:
+        raise DataError(
+            f"dataset.positive_label={named!r}: the classes of {config.name} are {', '.join(map(repr, label_names))}."
+        )
+    return label_names.index(named)
+
+
+def _fitting(rows: dict[str, datasets.Dataset], config: DatasetConfig) -> tuple[dict[str, datasets.Dataset], list[str]]:
+    """The rows that `too_long` lets through, and a sentence for each split that lost some. Raises `DataError`."""
+    is_cut = {name: _column(table, _IS_CUT).astype(bool) for name, table in rows.items()}
+    counts = {name: int(cut.sum()) for name, cut in is_cut.items() if cut.any()}
+    if config.too_long is TooLong.truncate or not counts:
+        return rows, []
+    found = [
+        f"dataset={config.name}, {name}: {count} of {len(rows[name])} texts are longer than "
+        f"dataset.max_length={config.max_length} tokens"
+        for name, count in counts.items()
+    ]
+    if config.too_long is TooLong.error:
+        raise DataError(
+            "\n".join(f"{what}; give a larger one, or dataset.too_long=truncate or drop." for what in found)
+        )
+    kept = {name: table.select(np.flatnonzero(~is_cut[name])) for name, table in rows.items()}
+    empty = [name for name, table in kept.items() if not len(table)]
+    if empty:
+        raise DataError(f"dataset={config.name}: dataset.too_long=drop leaves no rows in {' and '.join(empty)}.")
+    return kept, [f"{what} and are left out (dataset.too_long=drop)." for what in found]
+
+
+def _split_notes(splits: dict[str, datasets.Dataset], config: DatasetConfig) -> list[str]:
+    """Which texts are cut, and which stand in two splits."""
+    splits = {name: splits[name] for name in _SPLITS}
+    cut = {name: int(_column(rows, _IS_CUT).sum()) for name, rows in splits.items()}
+    notes = [
+        f"dataset={config.name}, {name}: {cut[name]} of {len(rows)} texts are longer than "
+        f"dataset.max_length={config.max_length} tokens and are cut there."
+        for name, rows in splits.items()
+        if cut[name]
+    ]
+    keys = {
+        name: (_column(rows, _TEXT_DIGEST).tolist(), _column(rows, "label").tolist()) for name, rows in splits.items()
+    }
+    return [*notes, *equal_rows_notes(config.name, keys, what="text")]
+
+
+def _split(rows: dict[str, datasets.Dataset], config: DatasetConfig) -> dict[str, datasets.Dataset]:
+    """Carves what is missing out of train (test first, then val), then takes the subsets."""
+    splits = dict(rows)
+    for name, fraction in (("test", config.test_fraction), ("val", config.val_fraction)):
+        if name not in splits:
+            keep, carved = _carve(splits["train"], fraction, name, config)
+            splits["train"], splits[name] = splits["train"].select(keep), splits["train"].select(carved)
+    num = config.num_train_examples
+    available = len(splits["train"])
+    if num is not None:
+        if num > available:
+            raise DataError(
+                f"dataset.num_train_examples={num}: {config.name} has {available} training rows (validation and test "
+                "rows taken off); give at most that, or null for all."
+            )
+        order = np.random.default_rng(config.subset_seed).permutation(available)
+        splits["train"] = splits["train"].select(order[:num])
+    if config.num_eval_examples is not None:
+        for name in ("val", "test"):
+            order = np.random.default_rng(config.subset_seed).permutation(len(splits[name]))
+            splits[name] = splits[name].select(np.sort(order[: config.num_eval_examples]))
+    if config.task is Task.classification and len(np.unique(_column(splits["train"], "label"))) < 2:
+        raise DataError(
+            f"dataset={config.name}: the {len(splits['train'])} training rows are all of one class; "
+            "take more rows (dataset.num_train_examples) or another dataset.subset_seed."
+        )
+    return splits
+
+
+def _carve(train: datasets.Dataset, fraction: float, name: str, config: DatasetConfig) -> tuple[list[int], list[int]]:
+    labels = _column(train, "label")
+    num_carved = max(1, round(len(labels) * fraction))
+    candidates, num_classes, stratify = np.arange(len(labels)), 1, None
+    if config.task is Task.classification:
+        # A class of one row cannot be in both parts; such rows stay in train, and the rest is stratified.
+        counts = Counter(labels.tolist())
+        candidates = candidates[[counts[label] > 1 for label in labels.tolist()]]
+        num_classes = sum(count > 1 for count in counts.values())
+        stratify = labels[candidates]
+    if not num_classes <= num_carved <= len(candidates) - num_classes:
+        over = "" if stratify is None else f" with every one of {num_classes} classes in both parts"
+        raise DataError(
+            f"dataset={config.name}: {len(candidates)} rows are too few to carve a {name} split of {num_carved} off"
+            f"{over}; give more rows, another dataset.{name}_fraction (now {fraction}), or dataset.{name}_file."
+        )
+    _, carved = train_test_split(
+        candidates, test_size=num_carved, random_state=config.split_seed, shuffle=True, stratify=stratify
+    )
+    chosen = set(carved.tolist())
+    return [index for index in range(len(labels)) if index not in chosen], sorted(chosen)
+
+
+def tokenizer_text(tokenizer: Any) -> str:
+    """A text that changes whenever the tokenizer would cut a text differently."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        described = json.loads(backend.to_str())
+        # Left behind by the previous call; we truncate by dataset.max_length and pad batch by batch.
+        del described["truncation"], described["padding"]
+        return json.dumps(described)
+    return repr((type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), tokenizer.init_kwargs))
+
+
+def _tokenising_settings(config: DatasetConfig, tokenizer: Tokenizer) -> str:
+    # The inputs too: BERT and DistilBERT cut texts alike, and only one of them takes token types.
+    inputs = tokenizer.model_input_names
+    chosen = [config.task, config.text_columns, config.label_column, config.max_length, config.bad_rows]
+    return json.dumps([_FORMAT, *chosen, inputs])
+
+
+def _tokenise(source: Source, config: DatasetConfig, tokenizer: Tokenizer, folder: Path) -> None:
+    started = time.perf_counter()
+    rows = source.read()
+    tables, label_names, notes = _checked_rows(rows, config, source)
+    described = {"label_names": label_names, "notes": notes}
+    columns = {name: _tokenised_columns(table, config, tokenizer, label_names) for name, table in tables.items()}
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            tempfile.TemporaryDirectory(dir=folder.parent, prefix=".building-", ignore_cleanup_errors=True) as scratch,
+            _no_progress_bars(),
+        ):
+            # One level down, because a temporary directory is closed to other users and its mode survives a rename.
+            building = Path(scratch) / folder.name
+            for name in tables:
+                datasets.Dataset.from_dict(columns[name]).save_to_disk(str(building / name))
+            (building / _DESCRIPTION).write_text(json.dumps(described), encoding="utf-8")
+            try:
+                os.rename(building, folder)
+            except OSError:
+                # Another process tokenised the same in the meantime: its folder is as good as ours.
+                if not (folder / _DESCRIPTION).is_file():
+                    raise
+    except OSError as error:
+        raise DataError(
+            f"the cache folder {folder.parent} cannot be written ({error.strerror or error}); set LORA_HARNESS_CACHE "
+            "to another one."
+        ) from error
+    num_rows = sum(len(table) for table in tables.values())
+    logger.info("tokenised %s: %d rows in %.1f s", config.name, num_rows, time.perf_counter() - started)
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _tokenised_columns(
+    table: pd.DataFrame, config: DatasetConfig, tokenizer: Tokenizer, label_names: list[str]
+) -> dict[str, list[Any]]:
+    texts = [table[column].tolist() for column in config.text_columns]
+    encoded = tokenizer(*texts, truncation=True, max_length=config.max_length)
+    columns = {name: encoded[name] for name in tokenizer.model_input_names if name in encoded}
+    # Rebuilt from the lengths when a batch is padded.
+    columns.pop("attention_mask", None)
+    columns["length"] = [len(ids) for ids in encoded["input_ids"]]
+    columns[_IS_CUT] = _are_cut(encoded, texts, config, tokenizer)
+    columns[_TEXT_DIGEST] = [_text_digest(row) for row in zip(*texts, strict=True)]
+    if config.task is Task.regression:
+        columns["label"] = [number(label) for label in table[config.label_column]]
+    else:
+        index = {name: position for position, name in enumerate(label_names)}
+        columns["label"] = [index[label] for label in table[config.label_column]]
+    return columns
+
+
+def _text_digest(texts: Sequence[str]) -> int:
+    """A number of 63 bits that stands for the texts of a row."""
+    hashed = hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest()
+    return int.from_bytes(hashed, "big") >> 1
+
+
+def _are_cut(encoded: Any, texts: list[list[str]], config: DatasetConfig, tokenizer: Tokenizer) -> list[bool]:
+    if getattr(encoded, "encodings", None):
+        return [bool(encoding.overflowing) for encoding in encoded.encodings]
+    # A tokenizer without the fast backend does not say what it cut.
+    full = [at for at, ids in enumerate(encoded["input_ids"]) if len(ids) == config.max_length]
+    whole = tokenizer(*([column[at] for at in full] for column in texts))["input_ids"] if full else []
+    cut = {at for at, ids in zip(full, whole, strict=True) if len(ids) > config.max_length}
+    return [at in cut for at in range(len(encoded["input_ids"]))]
+
+
+def _checked_rows(
+    rows: Rows, config: DatasetConfig, source: Source
+) -> tuple[dict[str, pd.DataFrame], list[str], list[str]]:
+    """The usable rows of each split with labels as names, the names of the classes, and what was left out.
+
+    The classes are in the order that the source gives them; where it gives none, they are the sorted labels of train.
+    Raises one `DataError` for all problems of all rows.
+    """
+    problems: list[str] = []
+    notes = list(rows.notes)
+    tables = {}
+    for name, table in rows.tables.items():
+        where = f"dataset={config.name}, {name} rows of {source.description}"
+        if table.empty:
+            problems.append(f"{where}: no rows.")
+            continue
+        absent = column_problems(
+            table,
+            (*config.text_columns, config.label_column),
+            where=where,
+            setting="dataset.text_columns (one or two) and dataset.label_column",
+        )
+        if absent:
+            problems += absent
+            continue
+        check_labels = number_faults if config.task is Task.regression else label_faults
+        checked = [
+            *(text_faults(table, column, where=where) for column in config.text_columns),
+            check_labels(table, config.label_column, where=where),
+        ]
+        for _, found in checked:
+            problems += found
+        faults = {what: where_found for found, _ in checked for what, where_found in found.items()}
+        drop = config.bad_rows is BadRows.drop
+        tables[name], found = without_faults(table, faults, where=where, drop=drop, notes=notes)
+        problems += found
+    if problems:
+        raise DataError("\n".join(problems))
+    if config.task is Task.regression:
+        return tables, [], notes
+    tables = {
+        name: table.assign(**{config.label_column: pd.Series(map(label_text, table[config.label_column]), table.index)})
+        for name, table in tables.items()
+    }
+    names = rows.label_names or _sorted_labels(tables["train"][config.label_column])
+    problems = _label_problems(tables, config, names, notes)
+    if problems:
+        raise DataError("\n".join(problems))
+    return tables, names, notes
+
+
+def _label_problems(
+    tables: dict[str, pd.DataFrame], config: DatasetConfig, names: list[str], notes: list[str]
+) -> list[str]:
+    column = config.label_column
+    alike, in_case = look_alike_labels({split: table[column] for split, table in tables.items()})
+    notes += [f"dataset={config.name}: labels differ in case alone: {', '.join(group)}." for group in in_case]
+    if alike:
+        return [
+            f"dataset={config.name}: labels in column {column} look alike and would be classes of their own: "
+            f"{', '.join(group)}. Write them alike in the file."
+            for group in alike
+        ]
+    problems = []
+    if len(names) < 2:
+        problems.append(
+            f"dataset={config.name}: column {column} has {len(names)} class(es) in train ({', '.join(names)}); at "
+            "least 2 are needed."
+        )
+    for split, table in tables.items():
+        is_unknown = ~table[column].isin(names).to_numpy()
+        if is_unknown.any():
+            shown = ", ".join(
+                f"{label!r} ({count})" for label, count in Counter(table[column][is_unknown]).most_common(5)
+            )
+            problems.append(
+                f"dataset={config.name}: {is_unknown.sum()} {split} rows have labels that are not among the "
+                f"{len(names)} of train: {shown}; the first is {place(table.index, int(is_unknown.argmax()))}."
+            )
+    return problems
+
+
+def _sorted_labels(column: pd.Series) -> list[str]:
+    names = sorted(set(column))
+    return sorted(names, key=int) if all(re.fullmatch(r"-?\d+", name) for name in names) else names

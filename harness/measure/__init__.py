@@ -1,0 +1,1 @@
+"""The measuring instruments: memory, clocks, devices, FLOPs, environment."""

@@ -1,0 +1,90 @@
+"""What the device and the operating system say: allocator peaks, other users of a GPU, resident memory.
+
+* `cuda_peak_allocated_bytes`, `cuda_peak_reserved_bytes` (`device_peaks`): what the CUDA caching allocator handed out
+  and what it holds.
+* `peak_rss_bytes`: the high-water mark of the process, Python and libraries included; what is prepared once for all
+  runs happens in another (`harness.processes.preparation`).
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MIB = 1024**2
+
+# `mem_get_info` cannot tell our own CUDA context (roughly 300 to 600 MiB, by GPU and driver) from other processes'
+# memory, so a limit below that would refuse an idle device.
+BUSY_LIMIT_BYTES = 1024 * MIB
+
+
+class DeviceBusyError(RuntimeError):
+    """Other processes use the device, so its peaks and times would not be this run's own."""
+
+
+def reset_device_peaks(device: torch.device | str, *, cuda: Any = torch.cuda) -> None:
+    """Starts a new period for `device_peaks`. Nothing happens unless the device is CUDA.
+
+    The allocator's cache is emptied first: what an earlier period reserved would otherwise count as this one's.
+    """
+    if torch.device(device).type == "cuda":
+        cuda.empty_cache()
+        cuda.reset_peak_memory_stats(device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out, on a GPU or on the CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # PyTorch's CPU allocator has no exception of its own.
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def device_peaks(device: torch.device | str, *, cuda: Any = torch.cuda) -> dict[str, int]:
+    """Peaks of the CUDA caching allocator since `reset_device_peaks`, in bytes; `{}` unless the device is CUDA."""
+    if torch.device(device).type != "cuda":
+        return {}
+    return {
+        "cuda_peak_allocated_bytes": int(cuda.max_memory_allocated(device)),
+        "cuda_peak_reserved_bytes": int(cuda.max_memory_reserved(device)),
+    }
+
+
+def require_free_device(
+    device: torch.device | str, *, limit_bytes: int = BUSY_LIMIT_BYTES, cuda: Any = torch.cuda
+) -> None:
+    """Raises `DeviceBusyError` when other processes hold more than `limit_bytes` of a CUDA device.
+
+    Memory in use minus what our own allocator reserved; our own CUDA context (300 to 600 MiB) cannot be told apart, so
+    the limit must leave room for it. Nothing happens unless the device is CUDA.
+    """
+    if torch.device(device).type != "cuda":
+        return
+    free_bytes, total_bytes = cuda.mem_get_info(device)
+    others_bytes = total_bytes - free_bytes - cuda.memory_reserved(device)
+    if others_bytes > limit_bytes:
+        raise DeviceBusyError(
+            f"device={str(device)!r} ({cuda.get_device_name(device)}): {others_bytes:,} of {total_bytes:,} bytes are "
+            f"in use outside this process's allocator, allowed are {limit_bytes:,}; times and memory limits would not "
+            "be this run's own. Choose another device with CUDA_VISIBLE_DEVICES, wait until it is free, or set "
+            "allow_busy_device=true"
+        )
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident set size of this process so far, in bytes."""
+    # On Linux ru_maxrss survives exec: a child starts with the peak of the launcher that spawned it. VmHWM does not.
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:
+        status = ""
+    if match := re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE):
+        return int(match[1]) * 1024
+    import resource  # POSIX only
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere

@@ -1,0 +1,1 @@
+"""What is trained: LoRA, its files, and the counts of parameters."""

@@ -1,0 +1,52 @@
+"""Which parameters train, and how many there are: adapter, head and base, from shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from harness.config.schema import Method
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name belongs to an adapter."""
+    return name.rpartition(".")[2] in ("lora_A", "lora_B")
+
+
+def is_head(name: str, head_modules: Sequence[str]) -> bool:
+    """Whether a parameter of this name belongs to the task head."""
+    return any(name.startswith(module + ".") for module in head_modules)
+
+
+def set_trainable(model: nn.Module, method: Method, head_modules: Sequence[str]) -> None:
+    """Makes exactly the parameters of a method trainable: this is all in which methods differ for the trainer.
+
+    `lora`: adapter and head. `head_only`: head. `full`: everything.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(method is Method.full or is_head(name, head_modules) or is_adapter(name))
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # a frozen base may be held in less
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of parameters, from shapes; a tied parameter counts once."""
+
+    num_adapter_params: int
+    num_head_params: int
+    num_trainable_params: int
+    num_total_params: int
+
+
+def count_parameters(model: nn.Module, head_modules: Sequence[str]) -> ParameterCounts:
+    """Counts adapter, head, trainable and all parameters. Works on the meta device, where nothing is allocated."""
+    adapter = head = trainable = total = 0
+    for name, parameter in model.named_parameters():
+        total += parameter.numel()
+        trainable += parameter.numel() if parameter.requires_grad else 0
+        adapter += parameter.numel() if is_adapter(name) else 0
+        head += parameter.numel() if is_head(name, head_modules) else 0
+    return ParameterCounts(adapter, head, trainable, total)

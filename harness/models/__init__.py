@@ -1,0 +1,1 @@
+"""Base models and tokenizers. The only package that imports transformers."""

@@ -1,0 +1,1 @@
+"""Where adapters go: architectures, and the selection of their modules. No torch."""

@@ -1,0 +1,231 @@
+"""Placement: from the names of a model's modules to the names of those that get an adapter.
+
+Names in, names out: nothing here knows torch. A base model is described by where its blocks are and what the
+projections inside one block are called; a placement asks for projections by role (`q`, `v`, `up`, ...) and for
+blocks by index. Names are compared whole: a request that selects nothing is an error, never a smaller adapter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from harness.placement.architectures import (
+    GROUPS,
+    ROLES,
+    UNEMBEDDING,
+    Architecture,
+    PlacementError,
+    find_architecture,
+    head_modules,
+)
+
+
+def select_modules(
+    module_names: Iterable[str],
+    *,
+    model_type: str,
+    projections: Sequence[str] = (),
+    blocks: Any = "all",
+    modules: Sequence[str] = (),
+    language_model: bool = False,
+    head: Sequence[str] | None = None,
+) -> list[str]:
+    """The names of the modules that get an adapter, in the model's own order.
+
+    Args:
+        module_names: every name in `model.named_modules()`.
+        model_type: transformers' name of the architecture, a key of `ARCHITECTURES`.
+        projections: roles or groups of roles; see `ROLES` and `GROUPS`. On a language model also `lm_head`, the
+            unembedding, which is one module whatever `blocks` says.
+        blocks: `all`, `first_half`, `last_half`, `first_N`, `last_N` or a list of indices.
+        modules: instead of projections, regular expressions over whole names, each matching at least one, and none a
+            part of the task head.
+        language_model: whether this is a causal language model, which has an unembedding and no task head, instead of
+            a classifier.
+        head: the modules of the task head, where these are more than the architecture's; see `Architecture.optional`.
+
+    Raises:
+        PlacementError: a role, block or expression that selects nothing here, with a list of what there is.
+
+    >>> names = [f"bert.encoder.layer.{i}.attention.self.{p}" for i in (0, 1) for p in ("query", "key", "value")]
+    >>> select_modules(names, model_type="bert", projections=["q"], blocks="last_1")
+    ['bert.encoder.layer.1.attention.self.query']
+    """
+    names = list(module_names)
+    architecture = find_architecture(model_type)
+    if modules:
+        if head is None:
+            head = head_modules(model_type, language_model=language_model)
+        return _match_expressions(names, modules, head)
+    if not projections:
+        raise PlacementError("target_layers: neither projections nor modules are given.")
+    present = set(names)
+    num_blocks = _count_blocks(architecture, names)
+    if num_blocks == 0:
+        raise PlacementError(
+            f"target_layers: a {model_type} model has blocks named {architecture.block}, and there is none here; names "
+            f"here are like {_examples(names)}."
+        )
+    roles = _resolve_roles(projections, model_type, architecture, language_model)
+    wanted = {
+        f"{architecture.block.format(block)}.{architecture.projections[role]}"
+        for block in resolve_blocks(blocks, num_blocks)
+        for role in roles
+        if role != UNEMBEDDING
+    }
+    if UNEMBEDDING in roles and architecture.unembedding is not None:
+        wanted.add(architecture.unembedding)
+    absent = sorted(wanted - present)
+    if absent:
+        raise PlacementError(f"target_layers: this {model_type} model has no module {', '.join(absent)}.")
+    return [name for name in names if name in wanted]
+
+
+def resolve_blocks(blocks: Any, num_blocks: int) -> list[int]:
+    """Indices of the blocks that `blocks` names in a model of `num_blocks`, ascending. Raises `PlacementError`.
+
+    >>> resolve_blocks("last_half", 6), resolve_blocks("first_2", 6), resolve_blocks([5, 0], 6)
+    ([3, 4, 5], [0, 1], [0, 5])
+    """
+    problems = block_problems(blocks)
+    if problems:
+        raise PlacementError(problems[0])
+    if isinstance(blocks, str):
+        if blocks == "all":
+            return list(range(num_blocks))
+        end, _, amount = blocks.partition("_")
+        # The middle block of an odd number belongs to the last half, so that the two halves are disjoint.
+        first_half = num_blocks // 2
+        count = int(amount) if amount != "half" else (first_half if end == "first" else num_blocks - first_half)
+        if count > num_blocks:
+            raise PlacementError(f"target_layers.blocks={blocks}: this model has {num_blocks} blocks.")
+        if count == 0:
+            raise PlacementError(f"target_layers.blocks={blocks}: that is none of this model's {num_blocks} blocks.")
+        return list(range(count)) if end == "first" else list(range(num_blocks - count, num_blocks))
+    outside = [block for block in blocks if block >= num_blocks]
+    if outside:
+        raise PlacementError(
+            f"target_layers.blocks={list(blocks)}: {outside} do not exist; this model has blocks 0 to {num_blocks - 1}."
+        )
+    return sorted(blocks)
+
+
+def block_problems(blocks: Any) -> list[str]:
+    """What is wrong with a value of `target_layers.blocks` on any model; empty when nothing is."""
+    allowed = "allowed: all, first_half, last_half, first_N, last_N (N from 1), or a list of indices such as [0,2,5]."
+    if isinstance(blocks, str):
+        fine = blocks == "all" or re.fullmatch(r"(first|last)_(half|[1-9]\d*)", blocks) is not None
+    else:
+        fine = (
+            isinstance(blocks, list | tuple)
+            and len(blocks) > 0
+            and all(isinstance(block, int) and not isinstance(block, bool) and block >= 0 for block in blocks)
+            and len(set(blocks)) == len(blocks)
+        )
+    return [] if fine else [f"target_layers.blocks={blocks!r}: {allowed}"]
+
+
+def canonical_blocks(blocks: Any) -> Any:
+    """One spelling for block lists that always select the same blocks.
+
+    >>> canonical_blocks([1, 0]), canonical_blocks([5, 2]), canonical_blocks("first_2")
+    ('first_2', [2, 5], 'first_2')
+    """
+    if isinstance(blocks, str):
+        return blocks
+    ordered = sorted(blocks)
+    return f"first_{len(ordered)}" if ordered == list(range(len(ordered))) else ordered
+
+
+def canonical_projections(projections: Sequence[str]) -> list[str]:
+    """Roles in a fixed order: modules get their adapters in the model's own order, whatever the order here."""
+    known = (*ROLES, *GROUPS, UNEMBEDDING)
+    return sorted(projections, key=known.index)
+
+
+def projection_problems(projections: Sequence[str], *, language_model: bool = False) -> list[str]:
+    """Roles that exist on no architecture, and roles named twice; empty when there are none.
+
+    `lm_head` exists on language models alone.
+    """
+    known = (*ROLES, UNEMBEDDING, *GROUPS) if language_model else (*ROLES, *GROUPS)
+    unknown = [role for role in projections if role not in known]
+    if UNEMBEDDING in unknown:
+        return [
+            f"target_layers.projections: {UNEMBEDDING} is the unembedding of a causal language model; a model with a "
+            "task head has none. Leave it out."
+        ]
+    if unknown:
+        return [f"target_layers.projections: {', '.join(unknown)} unknown; known: {', '.join(known)}."]
+    expanded = [role for name in projections for role in GROUPS.get(name, (name,))]
+    twice = sorted({role for role in expanded if expanded.count(role) > 1})
+    return [f"target_layers.projections: {', '.join(twice)} named twice."] if twice else []
+
+
+def _resolve_roles(
+    projections: Sequence[str], model_type: str, architecture: Architecture, language_model: bool
+) -> list[str]:
+    problems = projection_problems(projections, language_model=language_model)
+    if problems:
+        raise PlacementError(problems[0])
+    roles: list[str] = []
+    has = [*architecture.projections]
+    if language_model and architecture.unembedding is not None:
+        has.append(UNEMBEDDING)
+    for name in projections:
+        if name in GROUPS:
+            roles += [role for role in GROUPS[name] if role in architecture.projections]
+        elif name in has:
+            roles.append(name)
+        elif name in architecture.fused:
+            whole = architecture.fused[name]
+            problems.append(f"{name} is fused with others into {whole} ({architecture.projections[whole]})")
+        else:
+            problems.append(f"{name} does not exist")
+    if problems:
+        raise PlacementError(
+            f"target_layers.projections={list(projections)} on {model_type}: {'; '.join(problems)}. "
+            f"It has: {', '.join(has)} (and the groups {', '.join(GROUPS)})."
+        )
+    return roles
+
+
+def _count_blocks(architecture: Architecture, names: Sequence[str]) -> int:
+    pattern = re.compile(re.escape(architecture.block).replace(re.escape("{}"), r"(\d+)"))
+    indices = {int(match.group(1)) for match in map(pattern.fullmatch, _ancestors(names)) if match}
+    return len(indices)
+
+
+def _ancestors(names: Iterable[str]) -> set[str]:
+    """The names and every dotted prefix of them, so that a list without the containers themselves will do."""
+    found: set[str] = set()
+    for name in names:
+        parts = name.split(".")
+        found.update(".".join(parts[:length]) for length in range(1, len(parts) + 1))
+    return found
+
+
+def _match_expressions(names: Sequence[str], expressions: Sequence[str], head: Sequence[str]) -> list[str]:
+    hits = {expression: [name for name in names if re.fullmatch(expression, name)] for expression in expressions}
+    empty = [expression for expression, found in hits.items() if not found]
+    if empty:
+        raise PlacementError(
+            f"target_layers.modules: {', '.join(map(repr, empty))} match no whole module name; names here are like "
+            f"{_examples(names)}."
+        )
+    chosen = {name for found in hits.values() for name in found}
+    in_head = sorted(name for name in chosen if any(f"{name}.".startswith(f"{module}.") for module in head))
+    if in_head:
+        raise PlacementError(
+            f"target_layers.modules: {', '.join(in_head)} belong to the task head, which is trained whole and takes no "
+            "adapter; name the others alone."
+        )
+    return [name for name in names if name in chosen]
+
+
+def _examples(names: Sequence[str]) -> str:
+    # The model itself, whose name is empty, is among `named_modules`.
+    leaves = [name for name in names if name and not any(other.startswith(name + ".") for other in names)]
+    return ", ".join(leaves[:8])

@@ -1,0 +1,81 @@
+"""A config resolved against shapes: which modules get an adapter, and what they count, without a weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from harness.config.schema import Blocks, Method, RunConfig, Task
+from harness.config.validation import ConfigError
+from harness.content.files import base_model
+from harness.methods.counts import count_parameters, set_trainable
+from harness.methods.lora import apply_lora
+from harness.models.configs import build_skeleton
+from harness.models.loading import PACKS_BY_POSITIONS, PreTrainedModel
+from harness.placement.architectures import head_modules
+from harness.placement.select import select_modules
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a config comes to on its model, known without loading a weight."""
+
+    target_modules: list[str]
+    num_adapter_params: int
+
+
+def plan(config: RunConfig) -> Plan:
+    """Resolves the placement and counts the adapter on the meta device.
+
+    Raises `PlacementError`, `LoRAError` or `ModelError` for a placement or rank that the model does not allow.
+    """
+    is_language = config.dataset.task.is_language
+    skeleton = build_skeleton(base_model(config), num_labels=None if is_language else 2)
+    require_packing(skeleton.config.model_type, config)
+    head = head_modules(skeleton.config.model_type, language_model=is_language)
+    target_modules = adapt(skeleton, config, head)
+    counts = count_parameters(skeleton, head)
+    return Plan(target_modules, counts.num_adapter_params)
+
+
+def require_packing(model_type: str, config: RunConfig) -> None:
+    """Raises `ConfigError` when packed blocks would attend across documents on this model."""
+    for setting, dataset in (("dataset", config.dataset), *config.evaluate_also.items()):
+        isolated = dataset.blocks is Blocks.packed and not dataset.attend_across_documents
+        # Flash attention reads packing from positions only in batches of one.
+        packs = model_type in PACKS_BY_POSITIONS and config.model.attention in ("sdpa", "eager")
+        if dataset.task is Task.causal_lm and isolated and not packs:
+            raise ConfigError(
+                [
+                    f"{setting}.blocks=packed: a {model_type} model with model.attention={config.model.attention} "
+                    f"would attend across documents; set model.attention=sdpa where the model allows packing, "
+                    f"{setting}.blocks=cut, or say that it may with {setting}.attend_across_documents=true."
+                ]
+            )
+
+
+def adapt(model: PreTrainedModel, config: RunConfig, head: tuple[str, ...]) -> list[str]:
+    """Applies the method to a model, real or meta, whose head is `head`; returns the adapted modules."""
+    target_modules: list[str] = []
+    if config.method.name is Method.lora:
+        assert config.rank is not None and config.target_layers is not None
+        target_modules = select_modules(
+            [name for name, _ in model.named_modules()],
+            model_type=model.config.model_type,
+            projections=config.target_layers.projections,
+            blocks=config.target_layers.blocks,
+            modules=config.target_layers.modules,
+            language_model=config.dataset.task.is_language,
+            head=head,
+        )
+        # A generator of its own: the adapter depends on the seed and not on what was drawn before it.
+        apply_lora(
+            model,
+            target_modules,
+            rank=config.rank,
+            dropout=config.method.adapter_dropout,
+            generator=torch.Generator().manual_seed(config.seed),
+        )
+    set_trainable(model, config.method.name, head)
+    return target_modules

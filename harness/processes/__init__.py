@@ -1,0 +1,1 @@
+"""Processes, cores and signals: what runs beside each other, and how it stops."""

@@ -1,0 +1,71 @@
+"""Which settings and facts of a run cannot change its numbers. The only such lists."""
+
+from __future__ import annotations
+
+# Where a model or a dataset comes from. Once its content is known, it decides nothing.
+MODEL_SOURCE = ("asset", "hub_id", "revision", "tiny", "path", "run", "scratch")
+DATA_SOURCE = (
+    "asset",
+    "hub_id",
+    "subset",
+    "revision",
+    "path",
+    "train_file",
+    "val_file",
+    "test_file",
+    "train_split",
+    "val_split",
+    "test_split",
+)
+
+# Settings by dotted name, or whole groups of them, that cannot change a result: no part of a run's identity, and no
+# difference between recipes. The only such list.
+SETTINGS_WITHOUT_EFFECT = {
+    "dataset.generation.batch_size",
+    "method.learning_rate",  # only what trainer.learning_rate falls back to
+    "trainer.eval_batch_size",
+    "trainer.checkpoint_every",
+    "tracking",
+    "sweep",
+    "runs_dir",
+    "rerun",
+    "device",  # asked for; environment.device_type and device_name say what it was
+    "num_threads",  # likewise
+    "allow_busy_device",
+    "save_weights",
+    "shard_model",  # what it came to is in the environment
+}
+# The same for what a run records of its environment.
+FACTS_WITHOUT_EFFECT = {
+    "hostname",  # a name; what the machine is made of is compared
+    "data_notes",  # follow from the data and the tokenizer, which are compared
+    "model_notes",  # follow from the base model, likewise
+    "label_names",  # follow from the data
+    "started_at",
+    "first_step_at",
+    "ended_at",
+    "evaluated_also",  # scores, which every run has of its own
+}
+
+
+def is_setting_without_effect(name: str) -> bool:
+    """Whether a setting, or the group that it is in, cannot change a result.
+
+    >>> [is_setting_without_effect(name) for name in ("tracking.entity", "seed", "evaluate_also.x.generation")]
+    [True, False, True]
+    """
+    group, _, rest = name.partition(".")
+    if group == "evaluate_also":
+        inner = rest.partition(".")[2]
+        # Of additional evaluation datasets only the nll is taken: no text is generated.
+        return inner.partition(".")[0] == "generation" or _is_listed(f"dataset.{inner}", SETTINGS_WITHOUT_EFFECT)
+    return _is_listed(name, SETTINGS_WITHOUT_EFFECT)
+
+
+def is_fact_without_effect(name: str) -> bool:
+    """Whether a fact of the environment, by its name below `environment`, stands behind no number."""
+    return _is_listed(name, FACTS_WITHOUT_EFFECT)
+
+
+def _is_listed(name: str, listed: set[str]) -> bool:
+    return any(name == entry or name.startswith(f"{entry}.") for entry in listed)

@@ -1,0 +1,142 @@
+"""Classification and regression: the loss over a head's outputs, and scores of predictions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from torch import Tensor, nn
+from torch.nn import functional
+
+from harness.config.schema import DatasetConfig, Task
+from harness.data.batches import Batch
+from harness.data.labelled import Split
+from harness.processes.stopping import StopRequest
+from harness.results.metrics import METRICS, Direction
+from harness.tasks.objective import Evaluation, SummedLoss, cross_entropy, evaluating, largest_batch
+
+
+class SequenceObjective:
+    """One label per text: classification by cross-entropy, or regression by squared error.
+
+    `positive_class` is the index of the class of which `f1` is the score, where there are two.
+    """
+
+    def __init__(
+        self,
+        config: DatasetConfig,
+        *,
+        val: Split,
+        eval_batch_size: int,
+        label_smoothing: float = 0.0,
+        positive_class: int | None = None,
+        others: Sequence[Split] = (),
+        stop: StopRequest | None = None,
+    ) -> None:
+        """`others` are the splits beside val that will be scored; `stop` is heard between batches."""
+        self._config = config
+        self._positive_class = positive_class
+        self._label_smoothing = label_smoothing
+        self._val = val
+        self._splits = (val, *others)
+        self._stop = stop or StopRequest()
+        self._eval_batch_size = eval_batch_size
+        self.loss_name = "train_mse" if config.task is Task.regression else "train_nll"
+
+    def summed_loss(self, model: nn.Module, batch: Batch) -> SummedLoss:
+        """Summed cross-entropy in nats, or summed squared error."""
+        return _summed_loss(self._config.task, _logits(model, batch), batch.labels, self._label_smoothing)
+
+    def evaluate(self, model: nn.Module) -> Evaluation:
+        """Scores on the validation split."""
+        return self.evaluate_split(model, self._val)
+
+    def evaluate_split(self, model: nn.Module, split: Split) -> Evaluation:
+        """Scores on any split."""
+        logits, labels = predict(model, self._stop.between(split.batches(self._eval_batch_size), "scoring"))
+        scores = score(logits, labels, config=self._config, positive_class=self._positive_class)
+        best = self._config.best_metric
+        sign = 1.0 if METRICS[f"val_{best}"].direction is Direction.HIGHER else -1.0
+        return Evaluation(scores, sign * scores[best] if best in scores else -math.inf)
+
+    def rehearse(self, model: nn.Module) -> None:
+        """One forward pass on the largest batch of all splits."""
+        predict(model, [largest_batch(self._splits, self._eval_batch_size)])
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    return model(**batch.inputs).logits.float()
+
+
+def _summed_loss(task: Task, logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> SummedLoss:
+    if task is Task.regression:
+        return SummedLoss(functional.mse_loss(logits.squeeze(-1), labels, reduction="sum"))
+    return cross_entropy(logits, labels, label_smoothing=label_smoothing)
+
+
+def predict(model: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+    """Logits `(examples, labels)` and labels `(examples,)` of all batches, on the CPU, without dropout."""
+    device = next(model.parameters()).device
+    logits, labels = [], []
+    with evaluating(model):
+        for batch in batches:
+            logits.append(_logits(model, batch.to(device)).cpu())
+            labels.append(batch.labels)
+    return torch.cat(logits), torch.cat(labels)
+
+
+def score(
+    logits: Tensor, labels: Tensor, *, config: DatasetConfig, positive_class: int | None = None
+) -> dict[str, float]:
+    """The configured metrics and the best one, plus always the loss in its reporting unit.
+
+    Classification: `nll` in nats per example, and `majority_share`, the largest share of predictions that fell on
+    one class (1.0: the model has collapsed). Regression: `mse`. `f1` is that of `positive_class` for two classes
+    (None: of class 1), else the macro average. What does not exist is left out: a correlation without variance, and
+    everything where a logit is not a finite number.
+    """
+    if not torch.isfinite(logits).all():
+        return {}
+    mean_loss = float(_summed_loss(config.task, logits, labels).minimised) / len(labels)
+    wanted = dict.fromkeys([*config.metrics, config.best_metric])
+    if config.task is Task.regression:
+        predictions, targets = logits.squeeze(-1).double().numpy(), labels.double().numpy()
+        scores = {"mse": mean_loss}
+        scores |= {name: _CORRELATIONS[name](predictions, targets) for name in wanted if name in _CORRELATIONS}
+        return {name: value for name, value in scores.items() if math.isfinite(value)}
+    predicted, truth = logits.argmax(-1).numpy(), labels.numpy()
+    scores = {"nll": mean_loss, "majority_share": float(np.bincount(predicted).max() / len(predicted))}
+    average = "binary" if logits.shape[-1] == 2 else "macro"
+    for name in wanted:
+        match name:
+            case "accuracy":
+                scores[name] = float(accuracy_score(truth, predicted))
+            case "f1":
+                positive = 1 if positive_class is None else positive_class
+                scores[name] = float(f1_score(truth, predicted, average=average, pos_label=positive, zero_division=0.0))
+            case "mcc":
+                scores[name] = float(matthews_corrcoef(truth, predicted))
+    return scores
+
+
+def _pearson(predictions: np.ndarray, targets: np.ndarray) -> float:
+    if np.ptp(predictions) == 0 or np.ptp(targets) == 0:
+        return float("nan")
+    return float(np.corrcoef(predictions, targets)[0, 1])
+
+
+def _spearman(predictions: np.ndarray, targets: np.ndarray) -> float:
+    return _pearson(_ranks(predictions), _ranks(targets))
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks with ties averaged."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2.0)[inverse]
+
+
+_CORRELATIONS = {"pearson": _pearson, "spearman": _spearman}

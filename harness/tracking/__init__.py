@@ -1,0 +1,1 @@
+"""Curves, W&B and progress."""

@@ -1,0 +1,1 @@
+"""One loop for every method, with its optimizer, checkpoints and callbacks."""
