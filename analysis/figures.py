@@ -33,9 +33,10 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
+from analysis.comparisons import ranked_by
 from analysis.labels import GREY, INK, SMALL, TEXT, label_end, label_point, place_point_labels, spread_end_labels
-from analysis.rows import format_value
-from analysis.select import FORGETTING, LEARNED, best_cells, is_better, metric, num_status, ranked_by, records
+from analysis.metrics import FORGETTING, LEARNED, format_value, is_better, metric
+from analysis.select import best_cells, num_status, records
 from harness.results.files import write_atomically
 from harness.results.metrics import Direction
 from harness.results.schema import Status

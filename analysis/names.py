@@ -20,7 +20,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.formats import as_code
+from analysis.code_spans import as_code
 from harness.results.effects import DATA_SOURCE, MODEL_SOURCE
 
 CONTENT = "environment.content."
@@ -40,7 +40,7 @@ def with_names(frame: pd.DataFrame) -> pd.DataFrame:
     """
     models, _ = _named(frame, "model", MODEL_SOURCE)
     datasets, groups = _named(frame, "dataset", DATA_SOURCE)
-    placements = _told_apart([_placement(*placement) for placement in placement_keys(frame)])
+    placements = _made_distinct([_placement(*placement) for placement in placement_keys(frame)])
     groups_of_cell: defaultdict[str, set[int]] = defaultdict(set)
     for cell_id, group in zip(frame["cell_id"], groups, strict=True):
         groups_of_cell[cell_id].add(group)
@@ -68,15 +68,15 @@ def name_notes(frame: pd.DataFrame) -> Iterator[str]:
         if label is not None and label.partition(" (")[0] != name:
             told[f"{as_code(label)} is {as_code(f'target_layers={name}')}"] = None
     if told:
-        listed = [*told][:_NUM_TOLD]
-        more = f"; and {len(told) - _NUM_TOLD} more" if len(told) > _NUM_TOLD else ""
+        listed = [*told][:_NUM_LISTED]
+        more = f"; and {len(told) - _NUM_LISTED} more" if len(told) > _NUM_LISTED else ""
         yield (
             "Named by what ran and not by its config, in which one name stands for several things or for another: "
             f"{'; '.join(listed)}{more}."
         )
 
 
-_NUM_TOLD = 20
+_NUM_LISTED = 20
 
 
 def is_source(setting: str) -> bool:
@@ -122,7 +122,7 @@ def _named(frame: pd.DataFrame, group: str, settings: Sequence[str]) -> tuple[li
         else:
             mark = f"{_hint(source)} {_digest(contents[run] or fingerprints[run] or sources[run])}".strip()
         labels[number] = f"{name} [{mark}]" if mark else name
-    distinct = _told_apart([labels[number] for number in firsts])
+    distinct = _made_distinct([labels[number] for number in firsts])
     labels = dict(zip(firsts, distinct, strict=True))
     return [labels[number] for number in numbers], numbers
 
@@ -268,7 +268,7 @@ def _placement(projections: tuple[Any, ...], blocks: Any, modules: tuple[Any, ..
 # ---------------------------------------------------------------- names that look alike
 
 
-def _told_apart(labels: Sequence[Any]) -> list[Any]:
+def _made_distinct(labels: Sequence[Any]) -> list[Any]:
     """The labels, those spelled out that a reader could take for another of them."""
     alike: defaultdict[str, set[str]] = defaultdict(set)
     for label in labels:

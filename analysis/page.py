@@ -14,9 +14,8 @@ import base64
 import hashlib
 import json
 import math
-import re
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -26,18 +25,12 @@ import numpy as np
 import pandas as pd
 from plotly.offline import get_plotlyjs
 
-from analysis.rows import format_spread, format_value, recipe_mark
-from analysis.select import (
-    FORGETTING,
-    LEARNED,
-    best_cells,
-    generation_scores,
-    metric,
-    num_status,
-    records,
-    score,
-    show_value,
-)
+from analysis.code_spans import with_code
+from analysis.comparisons import Cell
+from analysis.metrics import FORGETTING, LEARNED, format_spread, format_value, metric
+from analysis.recipes import show_value
+from analysis.select import best_cells, generation_scores, num_status, records, score
+from analysis.tables.cells import recipe_mark
 from harness.results.metrics import METRICS, Direction
 from harness.results.schema import Status
 
@@ -184,7 +177,7 @@ def _item(line: str) -> str:
 
 def _prose(text: str) -> str:
     """Escaped text, its backtick spans as code."""
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
+    return with_code(text, escape, lambda code: f"<code>{escape(code)}</code>")
 
 
 def _read(name: str) -> str:
@@ -352,7 +345,7 @@ def _tasks(cells: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {_task_name(group.iloc[0]): group for group in groups}
 
 
-def _task_name(cell: pd.Series[Any] | dict[Hashable, Any]) -> str:
+def _task_name(cell: pd.Series[Any] | Cell) -> str:
     return f"{cell['model']} on {cell['dataset']}"
 
 
@@ -361,12 +354,12 @@ def _task(cell: pd.Series[Any]) -> dict[str, Any]:
     return {"higher": test.direction is not Direction.LOWER, "val": val.label, "test": test.label}
 
 
-def _series(cell: dict[Hashable, Any]) -> str:
+def _series(cell: Cell) -> str:
     """What shares a colour: a method with a placement."""
     return ", ".join(str(part) for part in (cell["method"], cell["target_layers"]) if part is not None)
 
 
-def _cell(cell: dict[Hashable, Any], generated: Sequence[str]) -> dict[str, Any]:
+def _cell(cell: Cell, generated: Sequence[str]) -> dict[str, Any]:
     val, test = score(cell, "val"), score(cell, "test")
     return {
         "method": str(cell["method"]),
@@ -392,13 +385,13 @@ def _cell(cell: dict[Hashable, Any], generated: Sequence[str]) -> dict[str, Any]
     }
 
 
-def _name(cell: dict[Hashable, Any]) -> str:
+def _name(cell: Cell) -> str:
     rank = None if cell["rank"] is None else f"rank {cell['rank']}"
     parts = (cell["method"], rank, cell["target_layers"])
     return ", ".join(str(part) for part in parts if part is not None) + recipe_mark(cell)
 
 
-def _lines(cell: dict[Hashable, Any], scores: Iterable[str]) -> Iterator[str]:
+def _lines(cell: Cell, scores: Iterable[str]) -> Iterator[str]:
     """What is said about a cell where one points at it, below its name."""
     yield f"learning rate {show_value(cell['learning_rate'])}"
     for name in (*scores, "peak_memory_bytes", "num_adapter_params"):

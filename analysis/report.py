@@ -18,10 +18,14 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from analysis import figures, formats, rows, select, tables
-from analysis.formats import PaperTable, as_code
+from analysis import figures, select, tables
+from analysis.code_spans import as_code
+from analysis.comparisons import MARGIN
 from analysis.load import LoadError, Runs, load_curves, load_runs
 from analysis.page import PageTable, page
+from analysis.recipes import show_value
+from analysis.tables import notes, writers
+from analysis.tables.structure import PaperTable
 from harness.results.files import write_atomically
 from harness.results.launches import Launch
 from harness.results.metrics import METRICS
@@ -38,7 +42,7 @@ def write_report(
     *,
     scores: str = "best",
     published: bool = False,
-    margin: float = select.MARGIN,
+    margin: float = MARGIN,
     console: Console | None = None,
 ) -> Path:
     """Writes the report of a sweep, or of all runs in the folder, prints its first table, and returns its folder.
@@ -71,19 +75,19 @@ def write_report(
     drawn = figures.paper_figures(cells, curves)
     pictures = figures.write_figures(drawn, report_dir / "figures")
     _remove_others(report_dir / "figures", pictures)
-    _write(report_dir / "runs.csv", formats.to_csv(_without_empty_metrics(runs.frame)))
+    _write(report_dir / "runs.csv", writers.to_csv(_without_empty_metrics(runs.frame)))
     _write(report_dir / "report.md", _markdown(name, summary, paper_tables, drawn, runs.frame))
     _write(
         report_dir / "report.html",
         page(
             title=name,
             summary=summary,
-            tables=[PageTable(one.name, one.caption, formats.to_html(one), one.notes) for one in paper_tables],
+            tables=[PageTable(one.name, one.caption, writers.to_html(one), one.notes) for one in paper_tables],
             cells=cells,
             frame=frame,
             curves=curves,
             environment=list(_environment(runs.frame)),
-            failures=rows.failures(runs.frame),
+            failures=notes.failures(runs.frame),
             figures=[(one.name, one.title, (report_dir / "figures" / f"{one.name}.png").read_bytes()) for one in drawn],
         ),
     )
@@ -97,7 +101,7 @@ def _print(name: str, summary: Sequence[str], table: PaperTable, report_dir: Pat
     console.print(Text(f"\n{name}", style="bold"))
     for line in summary:
         console.print(Text(line))
-    for block in formats.to_rich(table.text, width=console.width):
+    for block in writers.to_rich(table.text, width=console.width):
         console.print()
         console.print(block)
     console.print()
@@ -113,9 +117,9 @@ def _write_tables(directory: Path, paper_tables: Sequence[PaperTable], sweep: st
         contents = {
             # Alone, a table needs the sentences that the page has at its head.
             "md": f"{_in_markdown(table)}\n{_as_list(summary)}",
-            "tex": formats.to_latex(table, label=f"{sweep}-{table.name}"),
-            "csv": formats.to_csv(table.numbers),
-            "html": formats.to_html(table) + "\n",
+            "tex": writers.to_latex(table, label=f"{sweep}-{table.name}"),
+            "csv": writers.to_csv(table.numbers),
+            "html": writers.to_html(table) + "\n",
         }
         for ending, text in contents.items():
             _write(directory / f"{table.name}.{ending}", text)
@@ -134,7 +138,7 @@ def _preview(paper_tables: Sequence[PaperTable]) -> str:
 
 
 def _in_markdown(table: PaperTable) -> str:
-    return f"{formats.to_markdown(table.text)}\n{_as_list(table.notes)}"
+    return f"{writers.to_markdown(table.text)}\n{_as_list(table.notes)}"
 
 
 def _markdown(
@@ -174,9 +178,9 @@ def _summary(runs: Runs, scores: str) -> Iterator[str]:
     if runs.sweep is not None and runs.to_do is None:
         yield "What is still to do is not known: no sweep file lists the runs of this sweep."
     if runs.to_do:
-        yield f"To do: {rows.listed(runs.to_do)}."
+        yield f"To do: {notes.listed(runs.to_do)}."
     best_metrics = " or ".join(runs.frame["config.dataset.best_metric"].unique())
-    yield f"Selection: {rows.selection_rule(best_metrics, scores)}."
+    yield f"Selection: {notes.selection_rule(best_metrics, scores)}."
     for problem in runs.problems:
         yield f"Left out: {as_code(problem)}"
 
@@ -214,7 +218,7 @@ def _launches(launches: Sequence[Launch]) -> Iterator[str]:
     if superseded:
         yield (
             "Superseded: the last launch of the same command names other runs in their place, because its settings or "
-            f"the data have changed since. Still counted here: {rows.listed(superseded)}."
+            f"the data have changed since. Still counted here: {notes.listed(superseded)}."
         )
 
 
@@ -233,7 +237,7 @@ def _environment(frame: pd.DataFrame) -> Iterator[str]:
     if len(recorded) < len(facts):
         yield f"recorded by {len(recorded)} of {len(facts)} runs"
     for column in recorded.columns:
-        counts = Counter("unknown" if value is None else select.show_value(value) for value in recorded[column])
+        counts = Counter("unknown" if value is None else show_value(value) for value in recorded[column])
         values = [as_code(value) + (f" (n={n})" if len(counts) > 1 else "") for value, n in counts.most_common(20)]
         more = f" and {len(counts) - 20} more values" if len(counts) > 20 else ""
         yield f"{column.removeprefix('environment.')}: {', '.join(values)}{more}"
@@ -248,7 +252,7 @@ def _without_empty_metrics(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _as_list(lines: Sequence[str]) -> str:
-    return "".join(f"- {formats.note_in_markdown(line)}\n" for line in lines)
+    return "".join(f"- {writers.note_in_markdown(line)}\n" for line in lines)
 
 
 def _remove_others(directory: Path, written: Iterable[Path]) -> None:

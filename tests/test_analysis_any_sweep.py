@@ -27,11 +27,12 @@ from rich.console import Console
 from test_analysis_load import save_run
 from test_analysis_page import data_of
 
-from analysis import figures, formats, rows, select, tables
+from analysis import figures, select, tables
 from analysis.__main__ import main
-from analysis.formats import PaperTable
 from analysis.load import load_curves, load_runs
 from analysis.page import PageTable, page
+from analysis.tables import notes, writers
+from analysis.tables.structure import PaperTable
 from harness.results.metrics import METRICS, Direction
 from harness.results.schema import RunResult, Status, write_result
 
@@ -227,7 +228,7 @@ def test_two_folders_copied_together(tmp_path: Path) -> None:
 def check_runs(frame: pd.DataFrame, cells: pd.DataFrame, runs: list[RunResult]) -> None:
     """Every run is a row, of the frame and of runs.csv, and is counted in exactly one cell."""
     assert sorted(frame["run_id"]) == sorted(run.run_id for run in runs)
-    rows_of_csv = list(csv.DictReader(io.StringIO(formats.to_csv(frame))))
+    rows_of_csv = list(csv.DictReader(io.StringIO(writers.to_csv(frame))))
     assert [row["run_id"] for row in rows_of_csv] == frame["run_id"].tolist()
     assert sorted(run_id for run_ids in cells["run_ids"] for run_id in run_ids) == sorted(frame["run_id"])
     for status in Status:
@@ -238,23 +239,23 @@ def check_formats(table: PaperTable) -> None:
     """The four formats have the same rows, and no text of a name or a message is markup in any."""
     num_rows, num_columns = len(table.text.rows), len(table.text.titles)
     assert len(table.run_ids or table.text.rows) == len(table.methods or table.text.rows) == num_rows
-    text = formats.to_markdown(table.text)
+    text = writers.to_markdown(table.text)
     assert len(text.splitlines()) == num_rows + 2
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines()} == {num_columns + 1}
     for note in table.notes:
-        formats.note_in_markdown(note).encode()
+        writers.note_in_markdown(note).encode()
     assert not re.search(r"\b(nan|inf)\b", " ".join(_number_texts(table)), re.IGNORECASE)
-    check_latex(formats.to_latex(table, label=f"any-{table.name}"), num_rows, num_columns)
-    html = formats.to_html(table)
+    check_latex(writers.to_latex(table, label=f"any-{table.name}"), num_rows, num_columns)
+    html = writers.to_html(table)
     assert html.count("<tr") == num_rows + 1 and html.count("<td") == num_rows * num_columns
     assert "<script" not in html
-    numbers = list(csv.reader(io.StringIO(formats.to_csv(table.numbers))))
+    numbers = list(csv.reader(io.StringIO(writers.to_csv(table.numbers))))
     assert len(numbers) == len(table.numbers) + 1 and len({len(row) for row in numbers}) == 1
     assert not {"nan", "inf", "-inf"} & {cell for row in numbers for cell in row}
     console = Console(width=80, file=io.StringIO())
-    for block in formats.to_rich(table.text, width=80):
+    for block in writers.to_rich(table.text, width=80):
         console.print(block)
-    (text + html + formats.to_csv(table.numbers)).encode()
+    (text + html + writers.to_csv(table.numbers)).encode()
 
 
 def _number_texts(table: PaperTable) -> Iterable[str]:
@@ -325,12 +326,12 @@ def check_page(found: list[PaperTable], cells: pd.DataFrame, frame: pd.DataFrame
     shown = page(
         title="any",
         summary=[],
-        tables=[PageTable(table.name, table.caption, formats.to_html(table), table.notes) for table in found],
+        tables=[PageTable(table.name, table.caption, writers.to_html(table), table.notes) for table in found],
         cells=cells,
         frame=frame,
         curves=curves,
         environment=[],
-        failures=rows.failures(frame),
+        failures=notes.failures(frame),
     )
     data = data_of(shown)
     assert len(data["cells"]) == len(cells) and set(data["runs"]) == set(frame["run_id"])

@@ -20,12 +20,12 @@ from test_analysis_load import ENVIRONMENT, save_run
 from test_analysis_page import browser, check_quiet, data_of, hover_text, make, open_page  # noqa: F401
 
 import harness.config
-from analysis import select
+from analysis import metrics, select
 from analysis.figures import paper_figures
-from analysis.formats import PaperTable, to_csv, to_markdown
 from analysis.load import CAME_LATER, load_curves, load_runs
 from analysis.report import write_report
-from analysis.tables import paper_tables
+from analysis.tables import PaperTable, paper_tables
+from analysis.tables.writers import to_csv, to_markdown
 from harness.config.schema import GENERATION_METRICS, Task
 from harness.results.metrics import METRICS
 
@@ -172,9 +172,9 @@ def frame(runs_dir: Path) -> pd.DataFrame:
 
 
 def test_the_names_of_the_schema_are_known_here() -> None:
-    assert select.GENERATION_SCORES == GENERATION_METRICS
-    assert {task.value for task in Task if task.is_language} == select.LANGUAGE_TASKS
-    assert {f"test_{name}" for name in select.GENERATION_SCORES} <= METRICS.keys()
+    assert metrics.GENERATION_SCORES == GENERATION_METRICS
+    assert {task.value for task in Task if task.is_language} == metrics.LANGUAGE_TASKS
+    assert {f"test_{name}" for name in metrics.GENERATION_SCORES} <= METRICS.keys()
 
 
 # ---------------------------------------------------------------- trade-off

@@ -22,12 +22,13 @@ from scipy import stats
 from test_analysis_load import ENVIRONMENT, save_run
 from test_analysis_tables import measured
 
-from analysis import select
+from analysis import comparisons, select
 from analysis.figures import paper_figures
-from analysis.formats import PaperTable, TextTable, note_in_markdown, to_csv, to_html, to_latex, to_markdown
 from analysis.load import load_runs
-from analysis.published import quoted_rows
-from analysis.tables import paper_tables
+from analysis.tables import PaperTable, paper_tables
+from analysis.tables.published import quoted_rows
+from analysis.tables.structure import TextTable
+from analysis.tables.writers import note_in_markdown, to_csv, to_html, to_latex, to_markdown
 
 GOLDEN_DIR = Path(__file__).parent / "golden"
 MIB = 1024 * 1024
@@ -199,13 +200,13 @@ def values_of(name: str) -> list[float]:
 def test_tests_are_paired_where_seeds_match_and_agree_with_scipy(tmp_path: Path) -> None:
     cells = cells_of_samples(tmp_path, SAMPLES)
     paired = stats.ttest_rel(values_of("a"), values_of("b"))
-    assert select.p_value(cells["a"], cells["b"], "val_accuracy") == pytest.approx(paired.pvalue, rel=1e-12)
+    assert comparisons.p_value(cells["a"], cells["b"], "val_accuracy") == pytest.approx(paired.pvalue, rel=1e-12)
     welch = stats.ttest_ind(values_of("a"), values_of("c"), equal_var=False)
-    assert select.p_value(cells["a"], cells["c"], "val_accuracy") == pytest.approx(welch.pvalue, rel=1e-12)
+    assert comparisons.p_value(cells["a"], cells["c"], "val_accuracy") == pytest.approx(welch.pvalue, rel=1e-12)
     # Seeds give the same order and head only within one recipe.
     other = {**cells["b"], "recipe_id": "other"}
     unpaired = stats.ttest_ind(values_of("a"), values_of("b"), equal_var=False)
-    assert select.p_value(cells["a"], other, "val_accuracy") == pytest.approx(unpaired.pvalue, rel=1e-12)
+    assert comparisons.p_value(cells["a"], other, "val_accuracy") == pytest.approx(unpaired.pvalue, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["b", "c"])
@@ -217,8 +218,8 @@ def test_equivalence_is_the_90_percent_interval_of_scipy(tmp_path: Path, name: s
         test = stats.ttest_ind(values_of("a"), values_of(name), equal_var=False)
     low, high = test.confidence_interval(0.90)
     margin = max(-low, high)
-    assert select.is_equivalent(cells["a"], cells[name], "val_accuracy", margin * 1.000001)
-    assert not select.is_equivalent(cells["a"], cells[name], "val_accuracy", margin * 0.999999)
+    assert comparisons.is_equivalent(cells["a"], cells[name], "val_accuracy", margin * 1.000001)
+    assert not comparisons.is_equivalent(cells["a"], cells[name], "val_accuracy", margin * 0.999999)
 
 
 def test_pairs_that_differ_by_the_same_are_compared_by_their_own_spread(frame: pd.DataFrame) -> None:
@@ -226,32 +227,32 @@ def test_pairs_that_differ_by_the_same_are_compared_by_their_own_spread(frame: p
     cells = {row["cell_id"]: row for row in select.cells(frame).to_dict("records")}
     samples = [frame.loc[frame["cell_id"] == cell_id, "val_accuracy"] for cell_id in ("qv-r1", "qv-r4")]
     expected = stats.ttest_ind(*samples, equal_var=False).pvalue
-    assert select.p_value(cells["qv-r1"], cells["qv-r4"], "val_accuracy") == pytest.approx(expected)
+    assert comparisons.p_value(cells["qv-r1"], cells["qv-r4"], "val_accuracy") == pytest.approx(expected)
 
 
 def test_no_spread_at_all_is_a_point(tmp_path: Path) -> None:
     cells = cells_of_samples(tmp_path, {"a": {0: 0.5, 1: 0.5}, "b": {0: 0.504, 1: 0.504}, "c": {0: 0.51, 1: 0.51}})
-    assert select.p_value(cells["a"], cells["b"], "val_accuracy") is None
-    assert select.is_equivalent(cells["a"], cells["b"], "val_accuracy", 0.005)
-    assert not select.is_equivalent(cells["a"], cells["c"], "val_accuracy", 0.005)
+    assert comparisons.p_value(cells["a"], cells["b"], "val_accuracy") is None
+    assert comparisons.is_equivalent(cells["a"], cells["b"], "val_accuracy", 0.005)
+    assert not comparisons.is_equivalent(cells["a"], cells["c"], "val_accuracy", 0.005)
 
 
 def test_margins_are_parts_of_a_scale() -> None:
     margins = {
-        name: select.equivalence_margin(name, 20.0)
+        name: comparisons.equivalence_margin(name, 20.0)
         for name in ("val_accuracy", "test_mcc", "val_nll", "test_bleu", "val_nist", "val_perplexity")
     }
     assert margins == pytest.approx(
         {"val_accuracy": 0.005, "test_mcc": 0.005, "val_nll": 0.005, "test_bleu": 0.5, "val_nist": 0.05,
          "val_perplexity": 0.1}
     )  # fmt: skip
-    assert select.equivalence_margin("val_accuracy", 0.9, 0.01) == 0.01
+    assert comparisons.equivalence_margin("val_accuracy", 0.9, 0.01) == 0.01
 
 
 def test_two_seeds_that_differ_much_are_not_as_good(tmp_path: Path) -> None:
     """0.80 and 0.90 against 0.93 and 0.86: p = 0.64 by Welch's test, which finds nothing and shows nothing."""
     cells = cells_of_samples(tmp_path, {"small": {0: 0.80, 1: 0.90}, "best": {0: 0.93, 1: 0.86}})
-    assert select.p_value(cells["small"], cells["best"], "val_accuracy") > 0.05  # type: ignore[operator]
+    assert comparisons.p_value(cells["small"], cells["best"], "val_accuracy") > 0.05  # type: ignore[operator]
     save_run(tmp_path, "full", method="full", metrics=measured())
     summary = by_name(load_runs(tmp_path).frame)["summary"]
     assert "LoRA is lora rank 2 qv, the best on val, and no smaller adapter is shown to be as good" in summary.notes[1]

@@ -11,10 +11,11 @@ import pytest
 from rich.console import Console
 from test_analysis_load import ENVIRONMENT, save_run
 
-from analysis.formats import PaperTable, TextTable, to_markdown, to_rich
 from analysis.load import load_runs
 from analysis.select import best_cells, cells
-from analysis.tables import tradeoff
+from analysis.tables import PaperTable, tradeoff
+from analysis.tables.structure import TextTable
+from analysis.tables.writers import to_markdown, to_rich
 
 MIB = 1024 * 1024
 

@@ -1,4 +1,4 @@
-"""A table of text in every format in which people read it: terminal, Markdown, LaTeX, HTML; and numbers as CSV.
+"""A table of text in every format in which people read it: Markdown, LaTeX, HTML, terminal; and its numbers as CSV.
 
 What comes from configs and logs is escaped in each of them; nothing in a cell or a note can be markup or a command.
 """
@@ -12,8 +12,7 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -22,92 +21,8 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-
-@dataclass(frozen=True)
-class Column:
-    """One column before it is laid out: a title, a text per row, and what to sort by where the text is a number."""
-
-    title: str
-    texts: list[str]
-    values: list[float | None] | None = None
-    bold: frozenset[int] = frozenset()
-
-    @property
-    def is_number(self) -> bool:
-        """Whether it is set right."""
-        return self.values is not None
-
-
-@dataclass(frozen=True)
-class TextTable:
-    """Strings ready to be laid out; the first `num_key_columns` columns name the row, numbers are set right.
-
-    Attributes:
-        bold: (row, column) of what stands out.
-        values: what to sort by, parallel to `rows`; None for a text or what is missing.
-        rules: rows under which a line is drawn.
-    """
-
-    titles: list[str]
-    rows: list[list[str]]
-    is_number: list[bool]
-    num_key_columns: int
-    bold: frozenset[tuple[int, int]] = frozenset()
-    values: list[list[float | None]] = field(default_factory=list)
-    rules: frozenset[int] = frozenset()
-
-
-@dataclass(frozen=True)
-class PaperTable:
-    """One table of a report.
-
-    Attributes:
-        name: of its files.
-        caption: a sentence above it.
-        text: what people read.
-        numbers: what the CSV holds: unrounded, in the stored units.
-        notes: sentences underneath; text in backticks is set as code.
-        run_ids: for each row, the runs behind it.
-        methods: for each row, its method, empty where it has none.
-    """
-
-    name: str
-    caption: str
-    text: TextTable
-    numbers: pd.DataFrame
-    notes: list[str]
-    run_ids: list[tuple[str, ...]] = field(default_factory=list)
-    methods: list[str] = field(default_factory=list)
-
-
-def text_table(columns: Sequence[Column], *, num_key_columns: int, rules: frozenset[int] = frozenset()) -> TextTable:
-    """Columns side by side."""
-    num_rows = len(columns[0].texts)
-    return TextTable(
-        titles=[column.title for column in columns],
-        rows=[[column.texts[row] for column in columns] for row in range(num_rows)],
-        is_number=[column.is_number for column in columns],
-        num_key_columns=num_key_columns,
-        bold=frozenset((row, index) for index, column in enumerate(columns) for row in column.bold),
-        values=[[column.values[row] if column.values else None for column in columns] for row in range(num_rows)],
-        rules=rules,
-    )
-
-
-def as_code(text: str) -> str:
-    """Text as a code span, in which nothing is markup."""
-    one_line = " ".join(text.split()).replace("`", "'")
-    return f"`{one_line}`"
-
-
-_CODE_SPAN = re.compile(r"`([^`]*)`")
-
-
-def with_code(note: str, plain: Callable[[str], str], code: Callable[[str], str]) -> str:
-    """A note with its code spans and the text around them each turned into another format."""
-    parts = _CODE_SPAN.split(note)
-    return "".join(code(part) if index % 2 else plain(part) for index, part in enumerate(parts))
-
+from analysis.code_spans import as_code, with_code
+from analysis.tables.structure import PaperTable, TextTable
 
 # ---------------------------------------------------------------- Markdown
 
@@ -279,9 +194,9 @@ _NUMBER_CLASS = ' class="number"'
 
 def _html_row(table: PaperTable, row: int) -> str:
     attributes = ""
-    if table.run_ids and table.run_ids[row]:
+    if row < len(table.run_ids) and table.run_ids[row]:
         attributes += f' data-run-ids="{html.escape(" ".join(table.run_ids[row]))}"'
-    if table.methods and table.methods[row]:
+    if row < len(table.methods) and table.methods[row]:
         attributes += f' data-method="{html.escape(table.methods[row])}"'
     cells = []
     for column, text in enumerate(table.text.rows[row]):

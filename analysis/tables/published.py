@@ -39,7 +39,7 @@ class Published:
     metric: str
     text: str = ""
     scores: dict[str, str] = field(default_factory=dict)
-    by_rank: dict[int, tuple[str, None]] = field(default_factory=dict)
+    by_rank: dict[int, tuple[str, float | None]] = field(default_factory=dict)
     note: str = ""
 
 

@@ -1,0 +1,60 @@
+"""What a number means: measured or derived metrics, how they are summarised, and their values as text."""
+
+from __future__ import annotations
+
+from harness.results.metrics import METRICS, Direction, Metric
+
+# Computed here from others, so not in the registry of what runs record.
+TRAINABLE_SHARE = "trainable_share"
+LEARNED = "learned_nll"
+DERIVED = {
+    TRAINABLE_SHARE: Metric("1", Direction.LOWER, "trainable", ".3f", "%", 0.01),
+    LEARNED: Metric("nats", Direction.HIGHER, "learned: test nll before \N{MINUS SIGN} after", "+z.4f"),
+}
+FORGETTING = "forgetting_nll"
+# Means over seeds with a spread that counts, as the scores on val and test are.
+_QUALITY = {FORGETTING, LEARNED, "base_domain_nll"}
+LANGUAGE_TASKS = {"causal_lm", "completion", "chat"}
+# Of generated texts: on test, at the step that was best on val, and nowhere else.
+GENERATION_SCORES = ("bleu", "chrf", "rouge_l", "nist", "exact_match", "number_match")
+# Step times are skewed by whatever else the machine does: a median, and the range instead of a deviation.
+BY_MEDIAN = {"step_seconds_median"}
+# A property of the machine as much as of the method.
+BY_DEVICE = {"step_seconds_median", "train_tokens_per_second"}
+ARROWS = {Direction.HIGHER: " ↑", Direction.LOWER: " ↓", Direction.NEUTRAL: ""}
+
+
+def metric(name: str) -> Metric:
+    """What a measured or derived number means."""
+    return DERIVED[name] if name in DERIVED else METRICS[name]
+
+
+def is_score(name: str) -> bool:
+    """Whether a metric is one of quality: a score on val or test, or what was learned and forgotten."""
+    return name.startswith(("val_", "test_")) or name in _QUALITY
+
+
+def is_better(name: str, value: float, other: float) -> bool:
+    """Whether a value of a metric is better than another."""
+    return value < other if metric(name).direction is Direction.LOWER else value > other
+
+
+def title(name: str) -> str:
+    """A metric as the title of a column: label, unit, arrow to the better side."""
+    about = metric(name)
+    return f"{about.label}{f' ({about.display_unit})' if about.display_unit else ''}{ARROWS[about.direction]}"
+
+
+def format_value(name: str, value: float) -> str:
+    """A value of a metric, in its stored unit, as text in its display unit, without the unit."""
+    return _as_digits(value / metric(name).display_divisor, metric(name).format)
+
+
+def format_spread(name: str, value: float) -> str:
+    """A deviation of a metric as text in its display unit: without the sign that a difference always has."""
+    return _as_digits(value / metric(name).display_divisor, metric(name).format.removeprefix("+"))
+
+
+def _as_digits(shown: float, how: str) -> str:
+    # Nothing measures so much; of what is there all the same nobody reads a hundred digits.
+    return f"{shown:{how if abs(shown) < 1e15 else '.4g'}}"

@@ -1,0 +1,179 @@
+"""Which cells may be compared: their conditions and recipes, and the settings in which one departs from the others.
+
+A recipe is what a comparison of methods, ranks and placements must hold fixed: everything but these, their own settings
+and the learning rate. A condition is a cell without its learning rate.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.names import CONTENT, FINGERPRINT, is_source, placement_keys
+from harness.results.effects import is_fact_without_effect, is_setting_without_effect
+from harness.results.schema import Status
+
+
+def conditions_and_recipes(frame: pd.DataFrame) -> tuple[dict[str, str], dict[str, str]]:
+    """By cell, a key of its scientific settings but the learning rate and the seed; and one of its recipe.
+
+    The recipe is what a comparison of methods, ranks and placements must hold fixed: everything but these, their own
+    settings and the learning rate.
+    """
+    settings = [
+        column
+        for column in frame.columns
+        if column.startswith("config.")
+        and not _is_without_effect(column)
+        and not is_source(column)
+        and not column.startswith("config.target_layers")
+        and column not in ("config.model.name", "config.dataset.name", "config.trainer.learning_rate", "config.seed")
+    ]
+    firsts = frame.drop_duplicates("cell_id")
+    shown = {column: _values(firsts, column).tolist() for column in settings}
+    names = [firsts["model"].tolist(), firsts["dataset"].tolist()]
+    fixed = [shown[column] for column in settings if not column.startswith(_OF_METHOD)]
+    varied = [shown[column] for column in settings if column.startswith(_OF_METHOD)]
+    if "config.target_layers.name" in frame:
+        varied.append(firsts["config.target_layers.name"].tolist())
+    recipes: dict[tuple[Any, ...], str] = {}
+    conditions: dict[tuple[Any, ...], str] = {}
+    rates: set[tuple[str, Any]] = set()
+    found: tuple[dict[str, str], dict[str, str]] = {}, {}
+    for cell_id, rate, placement, *key in zip(
+        firsts["cell_id"],
+        firsts["config.trainer.learning_rate"],
+        placement_keys(firsts),
+        *names,
+        *fixed,
+        *varied,
+        strict=True,
+    ):
+        condition = conditions.setdefault((placement, *key), f"condition-{len(conditions)}")
+        while (condition, rate) in rates:  # one and the same under two ids: each stays a row
+            condition += "+"
+        rates.add((condition, rate))
+        found[0][str(cell_id)] = condition
+        found[1][str(cell_id)] = recipes.setdefault(tuple(key[: len(names) + len(fixed)]), f"recipe-{len(recipes)}")
+    return found
+
+
+# Settings of a method, which another method does not have: only what adapts a frozen base can hold it quantised. What a
+# run is scored on besides changes nothing that is compared.
+_OF_METHOD = ("config.method", "config.rank", "config.model.quantization", "config.evaluate_also")
+
+
+# ---------------------------------------------------------------- departures
+
+# What the rows of a table compare, and what cannot change a number in it. Everything else must agree or is reported.
+_COMPARED = {
+    "config.model.name",
+    "config.dataset.name",
+    "config.method.name",
+    "config.rank.rank",
+    "config.trainer.learning_rate",
+    "config.seed",
+}
+_ALSO = "config.evaluate_also"
+# Settings that may differ between rows because these columns do: compared only among rows that agree in them.
+_SCOPES = {
+    "config.model.": "model",
+    "config.dataset.": "dataset",
+    "config.method.": "config.method.name",
+    "config.trainer.": "dataset",  # tasks have recipes of their own
+    "config.rank": "config.method.name",
+    _ALSO: "dataset",
+    "environment.positive_label": "dataset",
+    "environment.generation_signatures.": "dataset",
+}
+# What `analysis.names` tells apart by name: other values are another model, dataset or placement, and no other recipe.
+_PART_OF_A_NAME = ("config.target_layers", FINGERPRINT, CONTENT)
+
+
+def _is_without_effect(column: str) -> bool:
+    kind, _, name = column.partition(".")
+    return is_setting_without_effect(name) if kind == "config" else is_fact_without_effect(name)
+
+
+def _values(frame: pd.DataFrame, setting: str) -> pd.Series[Any]:
+    """A setting's values as text; where it names a file, the content of that file in the runs that recorded it."""
+    values = frame[setting].map(show_value)
+    named = _NAMES_A_FILE.fullmatch(setting)
+    content = "" if named is None else f"{CONTENT}{named[1]}.{_CONTENT_OF.get(named[2], named[2])}"
+    return values if content not in frame else frame[content].where(frame[content].notna(), values)
+
+
+_NAMES_A_FILE = re.compile(
+    r"config\.((?:dataset|evaluate_also\.[^.]+))\.(path|train_file|val_file|test_file|chat_template)"
+)
+_CONTENT_OF = {"path": "train", "train_file": "train", "val_file": "val", "test_file": "test"}
+
+
+def recipe_differences(frame: pd.DataFrame) -> dict[str, tuple[str, ...]]:
+    """By cell, the settings in which it departs from most runs, as text; cells that depart in none are left out."""
+    differences: defaultdict[str, list[str]] = defaultdict(list)
+    evaluated = _evaluated_also(frame)
+    if any(evaluated):
+        frame = pd.concat([frame, pd.Series(evaluated, frame.index, object, _ALSO)], axis="columns")
+    for setting in frame.columns:
+        if not setting.startswith(("config.", "environment.")) or _is_without_effect(setting):
+            continue
+        if setting in _COMPARED or is_source(setting) or setting.startswith(_PART_OF_A_NAME):
+            continue
+        runs = frame
+        if setting.startswith("environment."):
+            # It stands behind measured numbers, so that of a run without any does not matter.
+            runs = frame[frame["status"] == Status.FINISHED.value]
+        elif setting.startswith(f"{_ALSO}."):
+            # That a run has no such set is one difference, and not one for each of the set's settings.
+            runs = frame[[setting.split(".")[2] in names for names in evaluated]]
+        for values, cell_ids in _within_scopes(runs, setting):
+            if values.nunique() < 2:
+                continue
+            usual = Counter(values).most_common(1)[0][0]
+            for cell_id, own in values.groupby(cell_ids, sort=False):
+                if set(own) != {usual}:
+                    shown = " and ".join(dict.fromkeys(own))
+                    differences[str(cell_id)].append(f"{setting.removeprefix('config.')}={shown} instead of {usual}")
+    return {cell_id: tuple(found) for cell_id, found in differences.items()}
+
+
+def _evaluated_also(frame: pd.DataFrame) -> list[tuple[str, ...]]:
+    """For each run, the names of the further sets that it is scored on, that on which forgetting is measured first."""
+    settings: defaultdict[str, list[str]] = defaultdict(list)
+    for setting in frame.columns:
+        if setting.startswith(f"{_ALSO}."):
+            settings[setting.split(".")[2]].append(setting)
+    if not settings:
+        return [()] * len(frame)
+    has_set = {name: frame[columns].notna().any(axis="columns").to_numpy() for name, columns in settings.items()}
+    return [
+        tuple(sorted((name for name in has_set if has_set[name][run]), key=lambda name: name != base_domain))
+        for run, base_domain in enumerate(frame["base_domain"])
+    ]
+
+
+def _within_scopes(runs: pd.DataFrame, setting: str) -> Iterator[tuple[pd.Series[Any], pd.Series[Any]]]:
+    """A setting's values as text, and their cells, apart for each group of runs in which it must agree."""
+    values = _values(runs, setting)
+    scope = next((column for prefix, column in _SCOPES.items() if setting.startswith(prefix)), None)
+    if scope not in runs:
+        yield values, runs["cell_id"]
+        return
+    for index in runs.groupby(scope, sort=False, dropna=False).indices.values():
+        yield values.iloc[index], runs["cell_id"].iloc[index]
+
+
+@lru_cache(maxsize=8192, typed=True)  # thousands of runs share a handful of values
+def show_value(value: Hashable) -> str:
+    """A setting as text: words as they are, everything else as JSON."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,68 @@
+"""The tables of a sweep, each a function from cells to a `PaperTable`, or None where the sweep has nothing for it.
+
+Numbers keep the stored units until they are turned into text here, by the METRICS registry. Rows are conditions at
+their best learning rate, chosen on val alone. Bold is what differs from the runner-up beyond noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pandas as pd
+
+from analysis.comparisons import MARGIN
+from analysis.select import best_cells, records
+from analysis.tables.costs_and_quality import costs, tradeoff
+from analysis.tables.lora_against_full import summary
+from analysis.tables.notes import setting_note
+from analysis.tables.placements import rank_by_target_layers, target_layers_at_budget
+from analysis.tables.ranks import rank_sweep
+from analysis.tables.rates import learning_rates
+from analysis.tables.structure import PaperTable
+from analysis.tables.tasks import tasks_by_methods
+
+__all__ = [
+    "PaperTable",
+    "costs",
+    "learning_rates",
+    "paper_tables",
+    "rank_by_target_layers",
+    "rank_sweep",
+    "summary",
+    "target_layers_at_budget",
+    "tasks_by_methods",
+    "tradeoff",
+]
+
+
+def paper_tables(
+    frame: pd.DataFrame,
+    table: pd.DataFrame,
+    *,
+    scores: str = "best",
+    published: bool = False,
+    margin: float = MARGIN,
+) -> list[PaperTable]:
+    """Every table that the runs of a sweep allow, the trade-off first.
+
+    Args:
+        frame: a row per run, from `load_runs`.
+        table: a row per cell, from `select.cells` of that frame.
+        scores: "best" or "last": which step the scores in both are of, for the captions.
+        published: whether quoted rows of papers stand under the measured ones.
+        margin: how much of a metric's scale a difference may be and still not matter.
+    """
+    best = best_cells(table)
+    found = [
+        summary(best, margin=margin),
+        costs(best),
+        rank_by_target_layers(best, published=published),
+        target_layers_at_budget(best, published=published),
+        rank_sweep(best, published=published),
+        tasks_by_methods(best, published=published),
+        learning_rates(table, best),
+    ]
+    # Each is pasted alone, and must say by itself what it is about.
+    setting = setting_note(records(best), scores)
+    others = [replace(one, notes=[setting, *one.notes]) for one in found if one is not None]
+    return [tradeoff(best, frame, scores=scores), *others]

@@ -1,0 +1,65 @@
+"""Rows that papers print, underneath measured ones: as text, marked as quoted, and in no statistic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from analysis.comparisons import Cell
+from analysis.tables.cells import MISSING, QUOTED_MARK
+from analysis.tables.published import Published, quoted_rows
+from analysis.tables.structure import Column
+
+# What a quoted row shows in a column: a text, and where it can be sorted by, its value.
+QuotedCell = tuple[str, float | None]
+
+
+def quoted(text: Callable[[Published], str]) -> Callable[[Published], QuotedCell]:
+    """A quoted cell that is text alone."""
+    return lambda row: (text(row), None)
+
+
+def with_quoted(
+    columns: Sequence[Column],
+    rows: Sequence[Published],
+    cells: Mapping[str, Callable[[Published], QuotedCell]],
+) -> list[Column]:
+    """The columns of a table, longer by the quoted rows: `cells` by title, where a column says anything of them."""
+    return [_extended(column, [cells.get(column.title, _missing)(row) for row in rows]) for column in columns]
+
+
+def _missing(row: Published) -> QuotedCell:
+    return MISSING, None
+
+
+def _extended(column: Column, cells: Sequence[QuotedCell]) -> Column:
+    values = None if column.values is None else [*column.values, *(value for _, value in cells)]
+    return Column(column.title, [*column.texts, *(text for text, _ in cells)], values, column.bold)
+
+
+def model_and_dataset_columns(rows: Sequence[Cell], quoted_below: Sequence[Published]) -> list[Column]:
+    """Columns that name model and dataset, where rows differ in them or quoted ones follow; to be extended by those."""
+    named = {(row["model"], row["dataset"]) for row in rows}
+    if len(named) == 1 and not quoted_below:
+        return []
+    return [Column(name, [row[name] for row in rows]) for name in ("model", "dataset")]
+
+
+QUOTED_NAMES: dict[str, Callable[[Published], QuotedCell]] = {
+    "model": quoted(lambda row: f"{row.model} ({QUOTED_MARK} quoted)"),
+    "dataset": quoted(lambda row: row.dataset),
+    "target layers": quoted(lambda row: row.target_layers),
+}
+
+
+def rule_before_quoted(num_measured: int, rows: Sequence[Published]) -> frozenset[int]:
+    """The row under which a line separates measured from quoted ones."""
+    return frozenset([num_measured - 1]) if rows else frozenset()
+
+
+def quoted_notes(form: str, published: bool) -> Iterator[str]:
+    """Where the quoted rows of a form come from, and what is known to be wrong with them."""
+    if published:
+        for found in dict.fromkeys(row.source for row in quoted_rows(form)):
+            yield f"{QUOTED_MARK} quoted, not measured here and in no statistic: {found}."
+        for note in dict.fromkeys(row.note for row in quoted_rows(form) if row.note):
+            yield f"{QUOTED_MARK} {note}."
