@@ -15,23 +15,22 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.config.schema import Method, Rerun
+from harness.config.schema import Rerun
 from harness.content.identity import PlannedRun
-from harness.results.claims import CLAIMS_DIR, Claim, RunClaimedError, current_owner
-from harness.results.files import RESULT_FILE
+from harness.results.claims import Claim, RunClaimedError, current_owner
+from harness.results.files import (
+    CHECKPOINT_FILE,
+    CLAIMS_DIR,
+    OUTPUT_DIRS,
+    PHASES_FILE,
+    RERUN_DIR,
+    RESULT_FILE,
+    SAVING_DIR,
+)
 from harness.results.schema import ResultError, RunResult, Status, read_result, write_result
 
-CONFIG_FILE = "config.yaml"
-LOG_FILE = "log.txt"
-CHECKPOINT_FILE = "checkpoint.safetensors"
-LEDGER_FILE = "phases.jsonl"
-SAVING_DIR = ".saving"
-GENERATIONS_DIR = "generations"
-WEIGHTS_DIRS = {Method.lora: "adapter", Method.full: "model", Method.head_only: "head"}
-_OUTPUT_DIRS = (*WEIGHTS_DIRS.values(), GENERATIONS_DIR)
-_RERUN_DIR = ".rerun"
 # What only an unfinished run needs.
-_UNFINISHED = (CHECKPOINT_FILE, LEDGER_FILE, SAVING_DIR)
+_UNFINISHED = (CHECKPOINT_FILE, PHASES_FILE, SAVING_DIR)
 
 logger = logging.getLogger("harness")
 
@@ -68,7 +67,7 @@ def kept_result(planned: PlannedRun) -> RunResult | None:
     What a process that was killed just after its result had left undone is done first.
     """
     folder = run_dir(planned)
-    if any((folder / name).exists() for name in (f"{_RERUN_DIR}/{RESULT_FILE}", *_UNFINISHED, CLAIMS_DIR)):
+    if any((folder / name).exists() for name in (f"{RERUN_DIR}/{RESULT_FILE}", *_UNFINISHED, CLAIMS_DIR)):
         with contextlib.suppress(RunClaimedError, OSError):
             if _ended_result(folder) is not None and current_owner(folder) is None:
                 with Claim.acquire(folder) as claim:
@@ -100,25 +99,25 @@ def _read(folder: Path) -> RunResult | None:
 
 def _ended_result(folder: Path) -> RunResult | None:
     """The result that stands, or that is about to."""
-    found = _read(folder / _RERUN_DIR) or _read(folder)
+    found = _read(folder / RERUN_DIR) or _read(folder)
     return found if found is not None and _stands(found) else None
 
 
 def settle(folder: Path) -> None:
     """Does what was left undone by a process that was killed just after its result. The caller holds the claim."""
-    if (folder / _RERUN_DIR / RESULT_FILE).is_file():
+    if (folder / RERUN_DIR / RESULT_FILE).is_file():
         _replace_by_rerun(folder)
     result = _read(folder)
     if result is not None and _stands(result):
         for name in _UNFINISHED:
             _remove(folder / name)
         with contextlib.suppress(OSError):  # a rerun that is to be resumed is in it, or nothing
-            (folder / _RERUN_DIR).rmdir()
+            (folder / RERUN_DIR).rmdir()
 
 
 def _replace_by_rerun(folder: Path) -> None:
     """Puts the run in `.rerun/`, whose result is there, in the place of the old one; can be repeated at any point."""
-    rerun = folder / _RERUN_DIR
+    rerun = folder / RERUN_DIR
     # The first: whoever reads meanwhile finds no result, and not the old one beside some of the new files.
     (folder / RESULT_FILE).unlink(missing_ok=True)
     for name in _UNFINISHED:
@@ -127,7 +126,7 @@ def _replace_by_rerun(folder: Path) -> None:
         if path.name != RESULT_FILE:
             _remove(folder / path.name)
             path.rename(folder / path.name)
-    for name in _OUTPUT_DIRS:
+    for name in OUTPUT_DIRS:
         with contextlib.suppress(OSError):  # what the new run has not is an empty folder: see `Attempt.record`
             (folder / name).rmdir()
     # The last, so that until here whoever comes finds that there is something to do.
@@ -145,7 +144,7 @@ def _remove(path: Path) -> None:
 def attempt_dir(folder: Path) -> Path:
     """Where an attempt at the run of `folder` writes: into the folder itself unless a result stands there."""
     result = _read(folder)
-    return folder / _RERUN_DIR if result is not None and _stands(result) else folder
+    return folder / RERUN_DIR if result is not None and _stands(result) else folder
 
 
 @dataclass(frozen=True)
@@ -175,7 +174,7 @@ class Attempt:
                     _remove(folder / name)
             (folder / RESULT_FILE).unlink(missing_ok=True)
         is_resumed = (attempt.dir / CHECKPOINT_FILE).exists()
-        for name in (SAVING_DIR, *(() if is_resumed else _OUTPUT_DIRS)):
+        for name in (SAVING_DIR, *(() if is_resumed else OUTPUT_DIRS)):
             _remove(attempt.dir / name)
         return attempt
 
@@ -191,7 +190,7 @@ class Attempt:
         if found is not None and _stands(found) and not _stands(result):
             return False
         if self.dir != self.folder:
-            for name in _OUTPUT_DIRS:  # takes the place of what the earlier run has of that name
+            for name in OUTPUT_DIRS:  # takes the place of what the earlier run has of that name
                 (self.dir / name).mkdir(exist_ok=True)
         write_result(self.dir, result)
         if _stands(result):
@@ -215,7 +214,7 @@ def record_failure(planned: PlannedRun, result: RunResult) -> RunResult:
     """
     folder = run_dir(planned)
     with Claim.acquire(folder) as claim:
-        is_from_before = planned.config.rerun is Rerun.all and _read(folder / _RERUN_DIR) is None
+        is_from_before = planned.config.rerun is Rerun.all and _read(folder / RERUN_DIR) is None
         settle(folder)
         found = _read(folder)
         kept = found if found is not None and _stands(found) and not is_from_before else result
@@ -227,7 +226,7 @@ def record_failure(planned: PlannedRun, result: RunResult) -> RunResult:
 
 def result_stamp(planned: PlannedRun) -> tuple[int, int] | None:
     """What changes when a run's result is written; None without one."""
-    for folder in (run_dir(planned) / _RERUN_DIR, run_dir(planned)):
+    for folder in (run_dir(planned) / RERUN_DIR, run_dir(planned)):
         with contextlib.suppress(OSError):
             found = (folder / RESULT_FILE).stat()
             return found.st_mtime_ns, found.st_ino

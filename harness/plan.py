@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from harness.config.schema import Blocks, Method, RunConfig, Task
+from harness.config.schema import Blocks, RunConfig, Task
 from harness.config.validation import ConfigError
 from harness.content.files import base_model
 from harness.methods.counts import count_parameters, set_trainable
-from harness.methods.lora import apply_lora
+from harness.methods.registry import find_method_module
 from harness.models.configs import build_skeleton
 from harness.models.loading import PACKS_BY_POSITIONS, PreTrainedModel
 from harness.placement.architectures import head_modules
 from harness.placement.select import select_modules
+from harness.results.methods import METHODS
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ def plan(config: RunConfig) -> Plan:
     require_packing(skeleton.config.model_type, config)
     head = head_modules(skeleton.config.model_type, language_model=is_language)
     target_modules = adapt(skeleton, config, head)
-    counts = count_parameters(skeleton, head)
+    counts = count_parameters(skeleton, head, is_adapter=find_method_module(config.method.name).is_adapter)
     return Plan(target_modules, counts.num_adapter_params)
 
 
@@ -58,8 +57,8 @@ def require_packing(model_type: str, config: RunConfig) -> None:
 def adapt(model: PreTrainedModel, config: RunConfig, head: tuple[str, ...]) -> list[str]:
     """Applies the method to a model, real or meta, whose head is `head`; returns the adapted modules."""
     target_modules: list[str] = []
-    if config.method.name is Method.lora:
-        assert config.rank is not None and config.target_layers is not None
+    method = find_method_module(config.method.name)
+    if config.target_layers is not None:
         target_modules = select_modules(
             [name for name, _ in model.named_modules()],
             model_type=model.config.model_type,
@@ -69,13 +68,6 @@ def adapt(model: PreTrainedModel, config: RunConfig, head: tuple[str, ...]) -> l
             language_model=config.dataset.task.is_language,
             head=head,
         )
-        # A generator of its own: the adapter depends on the seed and not on what was drawn before it.
-        apply_lora(
-            model,
-            target_modules,
-            rank=config.rank,
-            dropout=config.method.adapter_dropout,
-            generator=torch.Generator().manual_seed(config.seed),
-        )
-    set_trainable(model, config.method.name, head)
+    method.adapt(model, target_modules, config)
+    set_trainable(model, head, is_adapter=method.is_adapter, trains_base=METHODS[config.method.name].trains_base)
     return target_modules

@@ -22,8 +22,6 @@ from harness.content.errors import ContentError, DataError, ModelError
 from harness.content.identity import Identity, PlannedRun, identify
 from harness.data.batches import TrainingBatches
 from harness.folder import (
-    CONFIG_FILE,
-    LOG_FILE,
     Attempt,
     OutputError,
     attempt_dir,
@@ -33,7 +31,7 @@ from harness.folder import (
     settle,
 )
 from harness.measure.device import DeviceBusyError, is_out_of_memory
-from harness.measure.flops import FlopsError, StepFlops, formula_flops
+from harness.methods.flops import FlopsError, StepFlops, formula_flops
 from harness.methods.lora import LoRAError
 from harness.placement.architectures import PlacementError
 from harness.prepare import PreparedRun, parameter_counts, prepare
@@ -41,6 +39,7 @@ from harness.processes.distributed import ProcessFailedError, place, summed
 from harness.processes.preparation import PreparationError, preparation_of_a_run
 from harness.processes.stopping import PreemptedError, StopRequest
 from harness.results.claims import Claim, ClaimLostError
+from harness.results.files import CONFIG_FILE, LOG_FILE
 from harness.results.schema import RunResult, Status
 from harness.save import save_weights
 from harness.score import (

@@ -6,20 +6,16 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from harness.config.schema import Method
-from harness.folder import CHECKPOINT_FILE, SAVING_DIR, WEIGHTS_DIRS
-from harness.methods.peft_files import head_state, save_adapter, save_tensors
-from harness.models.saving import save_model
+from harness.methods.registry import TrainedModel, find_method_module
 from harness.prepare import PreparedRun, class_names
-from harness.results.files import write_json_atomically
+from harness.results.files import CHECKPOINT_FILE, LABELS_FILE, SAVING_DIR, write_json_atomically
+from harness.results.methods import METHODS
 from harness.training.checkpoint import write_in_its_place
-
-LABELS_FILE = "labels.json"
 
 
 def save_weights(prepared: PreparedRun, folder: Path) -> int:
     """Saves what the method trained, at the best step; returns the bytes of the tensor files."""
-    name = WEIGHTS_DIRS[prepared.config.method.name]
+    name = METHODS[prepared.config.method.name].weights_dir
     if not prepared.accelerator.is_main_process:  # sharded weights are gathered by all processes, and kept by one
         with tempfile.TemporaryDirectory() as elsewhere:
             return _save_weights(prepared, Path(elsewhere) / name)
@@ -39,29 +35,12 @@ def save_weights(prepared: PreparedRun, folder: Path) -> int:
 
 
 def _save_weights(prepared: PreparedRun, directory: Path) -> int:
-    config, label_names = prepared.config, class_names(prepared.data)
-    if config.method.name is Method.full:
-        return save_model(
-            prepared.model,
-            prepared.tokenizer,
-            directory,
-            own_settings=prepared.base.own_settings,
-            label_names=label_names,
-        )
-    if label_names:
+    name, label_names = prepared.config.method.name, class_names(prepared.data)
+    if label_names and not METHODS[name].trains_base:
         # As a transformers config has them: neither PEFT's config nor a tensor file has a place for names of classes.
         names = {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
         write_json_atomically(directory / LABELS_FILE, names)
-    if config.method.name is Method.head_only:
-        return save_tensors(head_state(prepared.model, prepared.head), directory / "head.safetensors")
-    assert config.rank is not None
-    return save_adapter(
-        prepared.model,
-        directory,
-        rank=config.rank,
-        head_modules=prepared.head,
-        dropout=config.method.adapter_dropout,
-        base_model=prepared.base.name,
-        revision=prepared.base.revision,
-        task_type="CAUSAL_LM" if config.dataset.task.is_language else "SEQ_CLS",
+    trained = TrainedModel(
+        prepared.config, prepared.model, prepared.tokenizer, prepared.base, prepared.head, label_names
     )
+    return find_method_module(name).save(trained, directory)

@@ -8,10 +8,9 @@ from pathlib import Path
 from harness.data.blocks import TokenSplit
 from harness.data.labelled import Split
 from harness.data.language import LanguageData
-from harness.folder import GENERATIONS_DIR
 from harness.prepare import PreparedRun, wanted_generation_metrics
 from harness.processes.stopping import StopRequest
-from harness.results.files import write_atomically
+from harness.results.files import GENERATIONS_DIR, GENERATIONS_FILE, write_atomically
 from harness.tasks.generation import generate
 from harness.tasks.generation_scores import score_texts, write_texts
 from harness.tasks.labelled import SequenceObjective
@@ -129,7 +128,7 @@ def score_generations(
         for prompt, text in zip(prompts, texts, strict=True)
     ]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomically(folder / GENERATIONS_DIR / "generations.jsonl", lines.encode())
+    write_atomically(folder / GENERATIONS_DIR / GENERATIONS_FILE, lines.encode())
     write_texts(folder / GENERATIONS_DIR, texts, references)
     scored = score_texts(texts, references, wanted)
     prepared.environment["generation_signatures"] = scored.signatures

@@ -26,12 +26,12 @@ from transformers import (
     XLNetConfig,
 )
 
-from harness.config.schema import Method, ModelConfig, RankConfig, TinyModel
+from harness.config.schema import ModelConfig, RankConfig, TinyModel
 from harness.data.batches import Batch
 from harness.data.blocks import NO_TARGET
-from harness.measure import flops
-from harness.measure.flops import FlopsError, StepFlops, counted_flops, formula_flops
+from harness.methods import flops
 from harness.methods.counts import set_trainable
+from harness.methods.flops import FlopsError, StepFlops, counted_flops, formula_flops
 from harness.methods.lora import apply_lora
 from harness.models.configs import build_skeleton
 from harness.placement.architectures import ARCHITECTURES, head_modules
@@ -91,7 +91,7 @@ def _classifier(tiny: TinyModel) -> PreTrainedModel:
     return build_skeleton(ModelConfig(name="tiny", tiny=tiny), num_labels=5)
 
 
-def _train(model: PreTrainedModel, method: Method, *roles: str, blocks: object = "all") -> PreTrainedModel:
+def _train(model: PreTrainedModel, method: str, *roles: str, blocks: object = "all") -> PreTrainedModel:
     """Makes of a model what the harness trains."""
     model_type, language_model = model.config.model_type, model.get_output_embeddings() is not None
     if roles:
@@ -100,7 +100,8 @@ def _train(model: PreTrainedModel, method: Method, *roles: str, blocks: object =
             names, model_type=model_type, projections=roles, blocks=blocks, language_model=language_model
         )
         apply_lora(model, selected, rank=RankConfig(RANK, alpha=8))
-    set_trainable(model, method, head_modules(model_type, language_model=language_model))
+    head = head_modules(model_type, language_model=language_model)
+    set_trainable(model, head, trains_base=method == "full")
     return model
 
 
@@ -119,17 +120,17 @@ BLOCK = 2 * SQUARE + 2 * HALF + 3 * GATED
 
 
 def test_full_fine_tuning_is_three_products_of_every_matrix() -> None:
-    step = formula_flops(_train(_language_model("llama"), Method.full))
+    step = formula_flops(_train(_language_model("llama"), "full"))
     assert step == StepFlops(3 * 2 * 2 * BLOCK, 3 * 2 * 4 * WIDTH, 3 * 2 * WIDTH * VOCAB)
 
 
 def test_nothing_trained_is_one_product() -> None:
-    step = formula_flops(_train(_language_model("llama"), Method.head_only))  # a language model has no head
+    step = formula_flops(_train(_language_model("llama"), "head_only"))  # a language model has no head
     assert step == StepFlops(2 * 2 * BLOCK, 2 * 4 * WIDTH, 2 * WIDTH * VOCAB)
 
 
 def test_adapters_on_all_are_worked_by_hand() -> None:
-    step = formula_flops(_train(_language_model("llama"), Method.lora, "all"))
+    step = formula_flops(_train(_language_model("llama"), "lora", "all"))
     frozen = 2 * 2 * 2 * BLOCK - 2 * (SQUARE + 2 * HALF)  # nothing is trained before q, k and v of the first block
     ranks = 2 * (WIDTH + WIDTH) + 2 * (WIDTH + WIDTH // 2) + 3 * (WIDTH + INNER)
     adapters = 3 * 2 * RANK * 2 * ranks - 3 * 2 * RANK * WIDTH  # nor is the gradient of their input's first product
@@ -138,7 +139,7 @@ def test_adapters_on_all_are_worked_by_hand() -> None:
 
 def test_attention_has_the_backward_products_that_its_operands_need() -> None:
     def products(*roles: str) -> float:
-        step = formula_flops(_train(_language_model("llama"), Method.lora, *roles, blocks=[0]))
+        step = formula_flops(_train(_language_model("llama"), "lora", *roles, blocks=[0]))
         return step.per_token_squared / (2 * WIDTH) - 6  # the other block has all six
 
     assert (products("v"), products("q"), products("q", "v"), products("o")) == (3, 4, 5, 2)
@@ -146,10 +147,10 @@ def test_attention_has_the_backward_products_that_its_operands_need() -> None:
 
 
 def test_a_head_alone_has_no_backward_products_but_that_of_its_weight() -> None:
-    bert = formula_flops(_train(_classifier(TinyModel.bert), Method.head_only))
+    bert = formula_flops(_train(_classifier(TinyModel.bert), "head_only"))
     assert bert == StepFlops(2 * 2 * (4 * 64 * 64 + 2 * 64 * 128), 2 * 4 * 64, 2 * 64 * 64 + 2 * 2 * 64 * 5)
     # transformers gives every position of a decoder its scores.
-    gpt2 = formula_flops(_train(_classifier(TinyModel.gpt2), Method.head_only))
+    gpt2 = formula_flops(_train(_classifier(TinyModel.gpt2), "head_only"))
     assert gpt2 == StepFlops(2 * 2 * (4 * 64 * 64 + 2 * 64 * 128) + 2 * 2 * 64 * 5, 2 * 4 * 64, 0)
 
 
@@ -164,7 +165,7 @@ def _wide(rank: int | None, blocks: str) -> StepFlops:
         names = [name for name, _ in model.named_modules()]
         selected = select_modules(names, model_type="llama", projections=["all"], blocks=blocks, language_model=True)
         apply_lora(model, selected, rank=RankConfig(rank, alpha=8))
-    set_trainable(model, Method.lora if rank is not None else Method.full, ())
+    set_trainable(model, (), trains_base=rank is None)
     return formula_flops(model)
 
 
@@ -182,20 +183,20 @@ def test_autograd_stops_at_the_first_adapter() -> None:
 
 # ---------------------------------------------------------------- formula and count
 
-TRAINED: dict[str, tuple[Method, tuple[str, ...], str]] = {
-    "full": (Method.full, (), "all"),
-    "head_only": (Method.head_only, (), "all"),
-    "all": (Method.lora, ("all",), "all"),
-    "all, last half": (Method.lora, ("all",), "last_half"),
-    "attention": (Method.lora, ("attention",), "all"),
-    "o": (Method.lora, ("o",), "first_1"),
-    "up": (Method.lora, ("up",), "all"),
-    "q": (Method.lora, ("q",), "all"),
-    "qv": (Method.lora, ("q", "v"), "all"),
-    "qkv": (Method.lora, ("qkv",), "all"),
-    "v, last half": (Method.lora, ("v",), "last_half"),
-    "lm_head": (Method.lora, ("lm_head",), "all"),
-    "all and lm_head": (Method.lora, ("all", "lm_head"), "last_half"),
+TRAINED: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "full": ("full", (), "all"),
+    "head_only": ("head_only", (), "all"),
+    "all": ("lora", ("all",), "all"),
+    "all, last half": ("lora", ("all",), "last_half"),
+    "attention": ("lora", ("attention",), "all"),
+    "o": ("lora", ("o",), "first_1"),
+    "up": ("lora", ("up",), "all"),
+    "q": ("lora", ("q",), "all"),
+    "qv": ("lora", ("q", "v"), "all"),
+    "qkv": ("lora", ("qkv",), "all"),
+    "v, last half": ("lora", ("v",), "last_half"),
+    "lm_head": ("lora", ("lm_head",), "all"),
+    "all and lm_head": ("lora", ("all", "lm_head"), "last_half"),
 }
 # What tells the architectures apart. The first two language models and BERT are taken through everything above.
 FEW = ("full", "o", "all and lm_head")
@@ -282,9 +283,9 @@ def test_a_step_of_the_language_objective_has_as_many_operations(name: str, chun
 
 
 def test_a_batch_of_classification_has_as_many_operations() -> None:
-    model = _train(build_skeleton(ModelConfig(name="tiny", tiny=TinyModel.bert), num_labels=5), Method.lora, "q")
+    model = _train(build_skeleton(ModelConfig(name="tiny", tiny=TinyModel.bert), num_labels=5), "lora", "q")
     real = AutoModelForSequenceClassification.from_config(model.config, attn_implementation="eager")
-    _train(real, Method.lora, "q")
+    _train(real, "lora", "q")
     with FlopCounterMode(display=False) as counter:
         logits = real(input_ids=torch.zeros((3, 7), dtype=torch.long)).logits
         functional.cross_entropy(logits, torch.tensor([0, 1, 4])).backward()
@@ -296,17 +297,17 @@ def test_a_batch_of_classification_has_as_many_operations() -> None:
 
 
 def test_the_count_is_that_of_the_model_and_not_of_how_it_is_held() -> None:
-    expected = counted_flops(_train(_language_model("llama"), Method.lora, "all"))
-    assert counted_flops(_train(_language_model("llama", attention="eager"), Method.lora, "all")) == expected
-    assert counted_flops(_train(_language_model("llama", device="cpu"), Method.lora, "all")) == expected
+    expected = counted_flops(_train(_language_model("llama"), "lora", "all"))
+    assert counted_flops(_train(_language_model("llama", attention="eager"), "lora", "all")) == expected
+    assert counted_flops(_train(_language_model("llama", device="cpu"), "lora", "all")) == expected
     # A base in bfloat16 under adapters in float32, which meet under autocast alone.
-    half = _train(_language_model("llama").to(torch.bfloat16), Method.lora, "all")
+    half = _train(_language_model("llama").to(torch.bfloat16), "lora", "all")
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16, torch.float32}
     assert counted_flops(half) == expected
 
 
 def test_what_gradient_checkpointing_computes_again_is_not_counted() -> None:
-    model = _train(_language_model("llama", device="cpu"), Method.full)
+    model = _train(_language_model("llama", device="cpu"), "full")
     expected = counted_flops(model)
     model.activation_checkpointing_enable()
     model.train()
@@ -314,7 +315,7 @@ def test_what_gradient_checkpointing_computes_again_is_not_counted() -> None:
 
 
 def test_counting_changes_nothing() -> None:
-    model = _train(_language_model("llama", device="cpu"), Method.lora, "q")
+    model = _train(_language_model("llama", device="cpu"), "lora", "q")
     model.train()
     model.model.norm.eval()
     training = {name: module.training for name, module in model.named_modules()}
@@ -335,7 +336,7 @@ def _deberta() -> PreTrainedModel:
 
 
 def test_attention_of_another_kind_is_an_error_and_no_wrong_number() -> None:
-    model = _train(_deberta(), Method.full)
+    model = _train(_deberta(), "full")
     with pytest.raises(
         FlopsError, match=r"^model type 'deberta-v2': its attention to relative positions has no formula"
     ):

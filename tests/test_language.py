@@ -18,7 +18,6 @@ from harness.config.schema import (
     Blocks,
     DatasetConfig,
     GenerationConfig,
-    Method,
     ModelConfig,
     RankConfig,
     Task,
@@ -121,7 +120,7 @@ def test_chunked_loss_is_the_full_loss_with_its_gradients(method: str, smoothing
         apply_lora(model, names, rank=RankConfig(rank=4, alpha=8.0), generator=torch.Generator().manual_seed(0))
         for _, layer in lora_layers(model):
             nn.init.normal_(layer.lora_B, std=0.1)
-        set_trainable(model, Method.lora, ())
+        set_trainable(model, ())
     whole = summed_loss(model, batch, chunk_tokens=0, label_smoothing=smoothing)
     expected = gradients(model, whole.minimised)
     chunked = summed_loss(model, batch, chunk_tokens=5, label_smoothing=smoothing)

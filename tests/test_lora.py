@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from harness.config.schema import AlphaPolicy, Dtype, Method, ModelConfig, RankConfig, TinyModel
+from harness.config.schema import AlphaPolicy, Dtype, ModelConfig, RankConfig, TinyModel
 from harness.methods import peft_files
 from harness.methods.counts import ParameterCounts, count_parameters, set_trainable
 from harness.methods.lora import (
@@ -158,7 +158,7 @@ def _adapted(
         dropout=dropout,
         generator=torch.Generator().manual_seed(seed),
     )
-    set_trainable(model, Method.lora, _head(model))
+    set_trainable(model, _head(model))
     return model
 
 
@@ -214,7 +214,7 @@ def test_logits_and_gradients_equal_those_of_peft(name: str, placement: str, ran
     ours = base
     logits_of_base = _logits(ours)
     apply_lora(ours, targets, rank=settings_)
-    set_trainable(ours, Method.lora, _head(ours))
+    set_trainable(ours, _head(ours))
     generator = torch.Generator().manual_seed(rank)
     with torch.no_grad():
         for _, layer in lora_layers(ours):  # B = 0 would hide A: its gradient is zero then
@@ -262,7 +262,7 @@ def test_a_loss_curve_of_20_steps_equals_that_of_peft(name: str, placement: str,
     theirs = peft.get_peft_model(copy.deepcopy(base), _peft_config(base, targets, settings_)).train()
     ours = base.train()
     apply_lora(ours, targets, rank=settings_)
-    set_trainable(ours, Method.lora, _head(ours))
+    set_trainable(ours, _head(ours))
     _copy_adapter(ours, theirs)
     # MiniLM overshoots at a higher rate, and what overshoots multiplies rounding.
     learning_rate = 2e-4 if name == "minilm" else 2e-3
@@ -713,7 +713,7 @@ def test_lora_changes_every_adapter_and_the_head_and_nothing_else(name: str) -> 
 def test_full_fine_tuning_changes_every_parameter(name: str) -> None:
     model = _base(name)
     model.requires_grad_(False)
-    set_trainable(model, Method.full, _head(model))
+    set_trainable(model, _head(model), trains_base=True)
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert _change(model) == {name for name, _ in model.named_parameters()}
 
@@ -721,7 +721,7 @@ def test_full_fine_tuning_changes_every_parameter(name: str) -> None:
 @pytest.mark.parametrize("name", TINY)
 def test_head_only_changes_the_head(name: str) -> None:
     model = _base(name)
-    set_trainable(model, Method.head_only, _head(model))
+    set_trainable(model, _head(model))
     head = {"classifier.weight", "classifier.bias"} if name == "tiny_bert" else {"score.weight"}
     assert {name for name, value in model.named_parameters() if value.requires_grad} == head
     assert _change(model) == head
@@ -731,7 +731,7 @@ def test_what_is_trained_is_float32_over_a_base_in_bfloat16() -> None:
     config = ModelConfig(name="tiny_bert", tiny=TinyModel.bert, dtype=Dtype.bfloat16)
     model = load_model(config, num_labels=NUM_LABELS, pad_token_id=0, seed=0).model
     apply_lora(model, _targets(model, "qv"), rank=RANKS["fixed"])
-    set_trainable(model, Method.lora, _head(model))
+    set_trainable(model, _head(model))
     for name, parameter in model.named_parameters():
         assert parameter.dtype is (torch.float32 if parameter.requires_grad else torch.bfloat16), name
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -894,7 +894,7 @@ def _counts(name: str, projections: list[str], rank: int) -> ParameterCounts:
     names = [name for name, _ in model.named_modules()]
     targets = select_modules(names, model_type=model.config.model_type, projections=projections)
     apply_lora(model, targets, rank=RankConfig(rank, alpha=16))
-    set_trainable(model, Method.lora, _head(model))
+    set_trainable(model, _head(model))
     counts = count_parameters(model, _head(model))
     assert all(parameter.is_meta for parameter in model.parameters())
     remove_lora(model)
@@ -961,16 +961,16 @@ def test_counts_on_the_meta_device_are_those_of_the_real_model() -> None:
     with torch.device("meta"):
         skeleton = AutoModelForSequenceClassification.from_config(model.config)
     apply_lora(skeleton, _targets(skeleton, "all"), rank=RankConfig(8, alpha=16))
-    set_trainable(skeleton, Method.lora, _head(skeleton))
+    set_trainable(skeleton, _head(skeleton))
     assert count_parameters(skeleton, _head(skeleton)) == count_parameters(real, _head(real))
 
 
 def test_full_and_head_only_count_as_trainable_what_they_train() -> None:
     model = _base("tiny_llama")
     total = sum(parameter.numel() for parameter in model.parameters())
-    set_trainable(model, Method.full, _head(model))
+    set_trainable(model, _head(model), trains_base=True)
     assert count_parameters(model, _head(model)) == ParameterCounts(0, 3 * 64, total, total)
-    set_trainable(model, Method.head_only, _head(model))
+    set_trainable(model, _head(model))
     assert count_parameters(model, _head(model)) == ParameterCounts(0, 3 * 64, 3 * 64, total)
 
 

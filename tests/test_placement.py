@@ -34,7 +34,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from harness.config.schema import Method, RankConfig
+from harness.config.schema import RankConfig
 from harness.methods.counts import count_parameters, set_trainable
 from harness.methods.lora import apply_lora
 from harness.placement.architectures import ARCHITECTURES, GROUPS, ROLES, UNEMBEDDING, PlacementError, head_modules
@@ -332,7 +332,7 @@ def test_counts_of_llama_3_1_8b_are_those_of_lora_without_regret(
         names = [name for name, _ in model.named_modules()]
         selected = select_modules(names, model_type="llama", projections=roles, language_model=True)
         apply_lora(model, selected, rank=RankConfig(rank, alpha=32))
-        set_trainable(model, Method.lora, head_modules("llama", language_model=True))
+        set_trainable(model, head_modules("llama", language_model=True))
         counts = count_parameters(model, head_modules("llama", language_model=True))
         assert counts.num_trainable_params == counts.num_adapter_params
         return counts.num_adapter_params

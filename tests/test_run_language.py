@@ -24,7 +24,7 @@ from harness.config.validation import ConfigError
 from harness.content.errors import ModelError
 from harness.content.identity import identify
 from harness.data.batches import TrainingBatches
-from harness.measure.flops import formula_flops
+from harness.methods.flops import formula_flops
 from harness.methods.lora import merge_and_remove
 from harness.methods.peft_files import load_adapter, save_adapter
 from harness.models.loading import load_model

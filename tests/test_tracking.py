@@ -22,10 +22,10 @@ from rich.console import Console
 from wandb_file import WandbRun, read_wandb_file
 
 from harness.config.schema import TrackingConfig, WandbMode
-from harness.results.files import RESULT_FILE
+from harness.results.files import CURVE_FILE, RESULT_FILE
 from harness.results.schema import RunResult, Status, read_result, write_result
 from harness.tracking import wandb_mirror
-from harness.tracking.curves import METRICS_FILE, JsonlTracker
+from harness.tracking.curves import JsonlTracker
 from harness.tracking.progress import NullProgress, PlainProgress, RichProgress, open_progress
 from harness.tracking.tracker import Tracker, open_tracker
 
@@ -69,7 +69,7 @@ def _result(status: Status = Status.FINISHED) -> RunResult:
 
 
 def _read_curve(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
+    return [json.loads(line) for line in (run_dir / CURVE_FILE).read_text().splitlines()]
 
 
 def _wandb_path(run_dir: Path) -> Path:
@@ -120,7 +120,7 @@ def test_the_curve_is_one_json_object_a_line(tmp_path: Path) -> None:
         tracker.log(step, values)
     assert _read_curve(tmp_path) == [{"step": step, **values} for step, values in CURVE], "every line is there at once"
     tracker.finish(_result())
-    assert sorted(path.name for path in tmp_path.iterdir()) == [METRICS_FILE]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CURVE_FILE]
 
 
 def test_a_value_that_is_not_finite_is_named_and_left_out(tmp_path: Path) -> None:

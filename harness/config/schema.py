@@ -15,14 +15,6 @@ from enum import StrEnum
 from typing import Any, cast
 
 
-class Method(StrEnum):
-    """Which parameters are trained beside the task head."""
-
-    lora = "lora"
-    full = "full"
-    head_only = "head_only"
-
-
 class AlphaPolicy(StrEnum):
     """How alpha, and with it the scaling of the delta weight, follows the rank."""
 
@@ -354,9 +346,12 @@ class DatasetConfig:
 
 @dataclass
 class MethodConfig:
-    """What is trained. `learning_rate` is what `trainer.learning_rate` falls back to: methods need different ones."""
+    """What is trained: `name` is a key of `METHODS` in `harness.results.methods`.
 
-    name: Method = Method.lora
+    `learning_rate` is what `trainer.learning_rate` falls back to: methods need different ones.
+    """
+
+    name: str = "lora"
     adapter_dropout: float = 0.0
     learning_rate: float = 1e-3
 

@@ -14,7 +14,6 @@ from harness.config.schema import (
     DatasetConfig,
     Dtype,
     GenerationConfig,
-    Method,
     ModelConfig,
     Precision,
     Quantization,
@@ -27,6 +26,7 @@ from harness.config.schema import (
     default_of,
 )
 from harness.placement.select import block_problems, projection_problems
+from harness.results.methods import METHODS
 
 
 class ConfigError(ValueError):
@@ -226,10 +226,11 @@ def _generation_problems(generation: GenerationConfig) -> list[str]:
 def _language_problems(config: RunConfig) -> list[str]:
     """What does not go together with a language model, and further sets that cannot be scored."""
     problems = []
-    if config.dataset.task.is_language and config.method.name is Method.head_only:
+    method = METHODS.get(config.method.name)
+    if config.dataset.task.is_language and method is not None and method.needs_head:
         problems.append(
-            f"method=head_only: a language model (dataset.task={config.dataset.task}) has no head of its own to train; "
-            "use method=lora or method=full."
+            f"method={config.method.name}: a language model (dataset.task={config.dataset.task}) has no task head to "
+            "train; use method=lora or method=full."
         )
     for name, dataset in config.evaluate_also.items():
         if not config.dataset.task.is_language or not dataset.task.is_language:
@@ -238,29 +239,33 @@ def _language_problems(config: RunConfig) -> list[str]:
                 f"evaluate_also.{name}.task={dataset.task} must be causal_lm, completion or chat."
             )
         problems += [problem.replace("dataset", f"evaluate_also.{name}", 1) for problem in _dataset_problems(dataset)]
-    if config.model.quantization is not Quantization.none and config.method.name is Method.full:
+    if config.model.quantization is not Quantization.none and method is not None and method.trains_base:
         problems.append(
             f"model.quantization={config.model.quantization}: quantised weights are frozen; use method=lora, or "
-            "model.quantization=none for method=full."
+            f"model.quantization=none for method={config.method.name}."
         )
     return problems
 
 
 def _method_problems(config: RunConfig) -> list[str]:
-    method, problems = config.method.name, []
-    if method is Method.lora:
-        if config.rank is None:
-            problems.append("method=lora needs a rank and has no hidden default: add rank=r8 (r1 to r1024).")
-        if config.target_layers is None:
-            problems.append("method=lora needs target layers: add target_layers=qv (q, v, qkvo, mlp, all, ...).")
-        if not 0 <= config.method.adapter_dropout < 1:
-            problems.append(f"method.adapter_dropout={config.method.adapter_dropout}: allowed is 0 <= dropout < 1.")
-    else:
-        for name, value in (("rank", config.rank), ("target_layers", config.target_layers)):
-            if value is not None:
-                problems.append(f"method={method} takes no {name}: leave {name}=... out, or use method=lora.")
-        if config.method.adapter_dropout != 0:
-            problems.append(f"method={method} has no adapter: method.adapter_dropout must be 0.")
+    name, problems = config.method.name, []
+    method = METHODS.get(name)
+    if method is None:
+        return [f"method.name={name}: no such method; there are {', '.join(METHODS)}."]
+    if method.uses_rank and config.rank is None:
+        problems.append(f"method={name} needs a rank and has no hidden default: add rank=r8 (r1 to r1024).")
+    if method.uses_placement and config.target_layers is None:
+        problems.append(f"method={name} needs target layers: add target_layers=qv (q, v, qkvo, mlp, all, ...).")
+    if method.uses_rank and not 0 <= config.method.adapter_dropout < 1:
+        problems.append(f"method.adapter_dropout={config.method.adapter_dropout}: allowed is 0 <= dropout < 1.")
+    for setting, value, is_used in (
+        ("rank", config.rank, method.uses_rank),
+        ("target_layers", config.target_layers, method.uses_placement),
+    ):
+        if value is not None and not is_used:
+            problems.append(f"method={name} takes no {setting}: leave {setting}=... out, or use method=lora.")
+    if not method.uses_rank and config.method.adapter_dropout != 0:
+        problems.append(f"method={name} has no adapter: method.adapter_dropout must be 0.")
     if config.rank is not None:
         problems += _rank_problems(config.rank)
     if config.target_layers is not None:
@@ -354,9 +359,10 @@ def _dtype_problems(config: RunConfig) -> list[str]:
     dtype, precision = config.model.dtype, config.trainer.precision
     if dtype is Dtype.float32:
         return []
-    if config.method.name is Method.full:
+    method = METHODS.get(config.method.name)
+    if method is not None and method.trains_base:
         return [
-            f"model.dtype={dtype}: method=full trains float32 weights; set model.dtype=float32 "
+            f"model.dtype={dtype}: method={config.method.name} trains float32 weights; set model.dtype=float32 "
             "(trainer.precision=bf16 computes in bfloat16)."
         ]
     if precision is Precision.fp32:

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from harness.config.schema import DatasetConfig, Method, ModelConfig, RunConfig, Task
+from harness.config.schema import DatasetConfig, ModelConfig, RunConfig, Task
 from harness.content.assets import asset_dir
 from harness.content.errors import DataError, ModelError
 from harness.results.files import RESULT_FILE
+from harness.results.methods import METHODS
 from harness.results.schema import ResultError, Status, read_result
 
 
@@ -81,7 +82,8 @@ def _run_model_dir(config: RunConfig) -> Path:
     if result.status is not Status.FINISHED:
         raise ModelError(f"{named}: this run ended as {result.status}: {result.error}. {_possible_bases(config)}")
     method = result.config["method"]["name"]
-    if method != Method.full:
+    known = METHODS.get(method)
+    if known is None or not known.trains_base:
         raise ModelError(
             f"{named}: this run has method={method} and so no weights of its own to start from; a base is a run with "
             f"method=full. {_possible_bases(config)}"
@@ -91,9 +93,9 @@ def _run_model_dir(config: RunConfig) -> Path:
             f"{named}: this run trained a classifier, and dataset.task={config.dataset.task} needs a language model. "
             f"{_possible_bases(config)}"
         )
-    if not (folder / "model" / "config.json").is_file():
+    if not (folder / known.weights_dir / "config.json").is_file():
         raise ModelError(f"{named}: its weights were not kept; make it again with save_weights=true rerun=all.")
-    return folder / "model"
+    return folder / known.weights_dir
 
 
 def _possible_bases(config: RunConfig) -> str:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from harness.config.schema import Method
 
-
-def is_adapter(name: str) -> bool:
-    """Whether a parameter of this name belongs to an adapter."""
+def is_lora(name: str) -> bool:
+    """Whether a parameter of this name belongs to a LoRA adapter."""
     return name.rpartition(".")[2] in ("lora_A", "lora_B")
 
 
@@ -20,13 +18,19 @@ def is_head(name: str, head_modules: Sequence[str]) -> bool:
     return any(name.startswith(module + ".") for module in head_modules)
 
 
-def set_trainable(model: nn.Module, method: Method, head_modules: Sequence[str]) -> None:
+def set_trainable(
+    model: nn.Module,
+    head_modules: Sequence[str],
+    *,
+    is_adapter: Callable[[str], bool] = is_lora,
+    trains_base: bool = False,
+) -> None:
     """Makes exactly the parameters of a method trainable: this is all in which methods differ for the trainer.
 
-    `lora`: adapter and head. `head_only`: head. `full`: everything.
+    They are the head, what `is_adapter` says of their names, and with `trains_base` everything.
     """
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(method is Method.full or is_head(name, head_modules) or is_adapter(name))
+        parameter.requires_grad_(trains_base or is_head(name, head_modules) or is_adapter(name))
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # a frozen base may be held in less
 
@@ -41,7 +45,9 @@ class ParameterCounts:
     num_total_params: int
 
 
-def count_parameters(model: nn.Module, head_modules: Sequence[str]) -> ParameterCounts:
+def count_parameters(
+    model: nn.Module, head_modules: Sequence[str], *, is_adapter: Callable[[str], bool] = is_lora
+) -> ParameterCounts:
     """Counts adapter, head, trainable and all parameters. Works on the meta device, where nothing is allocated."""
     adapter = head = trainable = total = 0
     for name, parameter in model.named_parameters():

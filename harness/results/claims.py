@@ -25,9 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from harness.results.files import write_json_atomically
-
-CLAIMS_DIR = "claims"
+from harness.results.files import CLAIMS_DIR, write_json_atomically
 
 # An owner that has not been heard of for this long is taken for dead. Only where its process cannot be looked at:
 # on this host a dead process is seen at once.

@@ -8,7 +8,28 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from harness.results.methods import METHODS
+
 RESULT_FILE = "result.json"
+CONFIG_FILE = "config.yaml"
+CURVE_FILE = "metrics.jsonl"
+LOG_FILE = "log.txt"
+GENERATIONS_DIR = "generations"
+GENERATIONS_FILE = "generations.jsonl"
+HYPOTHESES_FILE = "hypotheses.txt"
+REFERENCES_FILE = "references.tsv"
+LABELS_FILE = "labels.json"
+WANDB_DIR = "wandb"
+
+# While a run is computed, and where it was stopped.
+CLAIMS_DIR = "claims"
+CHECKPOINT_FILE = "checkpoint.safetensors"
+PHASES_FILE = "phases.jsonl"
+SAVING_DIR = ".saving"
+RERUN_DIR = ".rerun"
+
+# What a run leaves beside its result and its logs; what was trained lies in the folder that its method names.
+OUTPUT_DIRS = (*(method.weights_dir for method in METHODS.values()), GENERATIONS_DIR)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

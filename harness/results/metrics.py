@@ -82,7 +82,7 @@ METRICS: dict[str, Metric] = {
     # dropout, before the step's update, and without label smoothing.
     "train_nll": Metric("nats", Direction.LOWER, "train nll", ".4f"),
     "train_mse": Metric("1", Direction.LOWER, "train mse", ".4f"),
-    # Multiplications and additions of all training steps, forward and backward, by formula (harness/measure/flops.py).
+    # Multiplications and additions of all training steps, forward and backward, by formula (harness/methods/flops.py).
     "train_flops": Metric("FLOP", Direction.LOWER, "training compute", ",.1f", "TFLOP", 1e12),
     # The first set of `evaluate_also`, the domain that the base model comes from: its nll before training and at the
     # best step, and the difference of the two.

@@ -17,13 +17,10 @@ from pathlib import Path
 from statistics import fmean
 
 from harness.config.schema import GENERATION_METRICS
-from harness.results.files import write_atomically
+from harness.results.files import HYPOTHESES_FILE, REFERENCES_FILE, write_atomically
 
 # The libraries are imported where they are used: nltk and rouge-score bring pandas and scikit-learn with them, seconds
 # that nobody should wait for who only wants the names below.
-
-HYPOTHESES_FILE = "hypotheses.txt"
-REFERENCES_FILE = "references.tsv"
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,6 @@ from typing import Any
 
 from harness.results.schema import RunResult
 
-METRICS_FILE = "metrics.jsonl"
-
 
 def curve_record(step: int, values: Mapping[str, float]) -> dict[str, Any]:
     """Returns one record of the curve. JSON has no NaN: such a value is left out and its name listed."""

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from harness.config.schema import TrackingConfig, WandbMode
+from harness.results.files import CURVE_FILE, WANDB_DIR
 from harness.results.schema import RunResult
-from harness.tracking.curves import METRICS_FILE, JsonlTracker
-from harness.tracking.wandb_mirror import TAG_LENGTH, WANDB_DIR, WandbTracker, lost_message
+from harness.tracking.curves import JsonlTracker
+from harness.tracking.wandb_mirror import TAG_LENGTH, WandbTracker, lost_message
 
 logger = logging.getLogger("harness")
 
@@ -54,7 +55,7 @@ def open_tracker(
         sweep: Name of the sweep, a tag on W&B; None outside sweeps.
         run_config: The validated config as JSON values, mirrored verbatim.
     """
-    trackers: list[Tracker] = [JsonlTracker(run_dir / METRICS_FILE)]
+    trackers: list[Tracker] = [JsonlTracker(run_dir / CURVE_FILE)]
     if config.wandb is not WandbMode.disabled:
         job = {
             "mode": config.wandb,

@@ -31,14 +31,14 @@ from harness.results.schema import RunResult, Status
 
 if TYPE_CHECKING:
     import wandb
-from harness.tracking.curves import METRICS_FILE, curve_record
+from harness.results.files import CURVE_FILE, WANDB_DIR
+from harness.tracking.curves import curve_record
 
 
 class TrackingError(RuntimeError):
     """W&B did not take something that was asked for by name."""
 
 
-WANDB_DIR = "wandb"
 MIRROR_LOG = "mirror.log"
 
 # How long the end of a run may wait for W&B, in seconds: for the files, for a server that does not answer the start,
@@ -179,7 +179,7 @@ class WandbTracker:
 def lost_message(mode: str, reason: str) -> str:
     """What is lost when W&B fails, and what is not."""
     return (
-        f"tracking.wandb={mode}: {reason}. The run goes on and W&B will miss the rest of it; {METRICS_FILE} and "
+        f"tracking.wandb={mode}: {reason}. The run goes on and W&B will miss the rest of it; {CURVE_FILE} and "
         f"result.json do not. tracking.wandb=disabled runs without W&B."
     )
 

@@ -16,8 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from harness.config.schema import RunConfig
-from harness.folder import CHECKPOINT_FILE, LEDGER_FILE, Attempt
+from harness.folder import Attempt
 from harness.processes.stopping import PreemptedError, StopRequest
+from harness.results.files import CHECKPOINT_FILE, PHASES_FILE
 from harness.tasks.objective import Evaluation
 from harness.tracking.progress import NullProgress, Progress, open_progress
 from harness.tracking.tracker import Tracker
@@ -79,7 +80,7 @@ class FollowingJournal:
         self._path = attempt_dir / CHECKPOINT_FILE
         self._made_from = made_from
         self._stop = stop
-        self._ledger = Ledger(attempt_dir / LEDGER_FILE, spending, is_writer=False)
+        self._ledger = Ledger(attempt_dir / PHASES_FILE, spending, is_writer=False)
         self._trained: str | None = None
         self.made_by: list[dict[str, Any]] = []
         self.measured: dict[str, float] = {}
@@ -148,7 +149,7 @@ class RunJournal:
         self._claim = attempt.claim
         self._stop = stop
         self._spending = spending
-        self._ledger = Ledger(attempt.dir / LEDGER_FILE, spending)
+        self._ledger = Ledger(attempt.dir / PHASES_FILE, spending)
         self._trained: str | None = None
         self._progress: Progress = NullProgress()
         self._losses: list[float] = []

@@ -21,8 +21,8 @@ from harness.config.schema import TrainerConfig
 from harness.data.batches import Batch
 from harness.measure.clock import StepMeter, device_queue
 from harness.measure.device import reset_device_peaks
-from harness.measure.flops import StepFlops
 from harness.measure.memory import measure_peak_memory, rehearse_beside_optimizer
+from harness.methods.flops import StepFlops
 from harness.processes.distributed import is_sharded, put, summed, summed_on_device, whole
 from harness.processes.stopping import PreemptedError
 from harness.tasks.objective import Evaluation, Objective

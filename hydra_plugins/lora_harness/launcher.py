@@ -29,10 +29,10 @@ from harness.config.composing import to_dict
 from harness.config.schema import Device, RunConfig
 from harness.config.validation import ConfigError
 from harness.content.identity import PlannedRun
-from harness.folder import LOG_FILE, kept_result, result_stamp, run_dir
+from harness.folder import kept_result, result_stamp, run_dir
 from harness.processes.cores import asked_threads, available_cores
 from harness.results.claims import current_owner
-from harness.results.files import RESULT_FILE
+from harness.results.files import LOG_FILE, RESULT_FILE
 from harness.results.schema import ResultError, Status, read_result
 from hydra_plugins.lora_harness import _worker as worker
 from hydra_plugins.lora_harness._composing import compose_run

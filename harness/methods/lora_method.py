@@ -1,0 +1,46 @@
+"""Method `lora`: adapters at the target layers (`harness.methods.lora`), saved in PEFT's format."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from harness.config.schema import RunConfig
+from harness.methods.counts import is_lora
+from harness.methods.lora import apply_lora
+from harness.methods.peft_files import save_adapter
+from harness.methods.registry import TrainedModel
+
+is_adapter = is_lora
+
+
+def adapt(model: nn.Module, target_modules: Sequence[str], config: RunConfig) -> None:
+    """Puts LoRA layers in the place of the target modules."""
+    assert config.rank is not None
+    # Its own generator: the adapter depends on the seed and not on what was drawn before it.
+    apply_lora(
+        model,
+        target_modules,
+        rank=config.rank,
+        dropout=config.method.adapter_dropout,
+        generator=torch.Generator().manual_seed(config.seed),
+    )
+
+
+def save(trained: TrainedModel, directory: Path) -> int:
+    """Writes adapter and head so that `peft` loads them."""
+    config = trained.config
+    assert config.rank is not None
+    return save_adapter(
+        trained.model,
+        directory,
+        rank=config.rank,
+        head_modules=trained.head,
+        dropout=config.method.adapter_dropout,
+        base_model=trained.base.name,
+        revision=trained.base.revision,
+        task_type="CAUSAL_LM" if config.dataset.task.is_language else "SEQ_CLS",
+    )

@@ -1,0 +1,59 @@
+"""What a method's module provides, and where to find it by the method's name.
+
+To the trainer methods differ in one thing alone: which parameters have `requires_grad` (`set_trainable`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, cast
+
+from torch import nn
+
+from harness.config.schema import RunConfig
+from harness.models.loading import BaseModel, PreTrainedModel
+from harness.models.tokenizers import PreTrainedTokenizerBase
+from harness.results.methods import METHODS
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """What there is to save: a model that was adapted and trained, and what belongs to it.
+
+    `base` is the base model as it was loaded (the same object as `model`, with where it came from); `head` names the
+    modules of the task head; `label_names` are the classes in the order of the logits, none for other tasks.
+    """
+
+    config: RunConfig
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    base: BaseModel
+    head: tuple[str, ...]
+    label_names: list[str]
+
+
+class MethodModule(Protocol):
+    """The functions of a method's module."""
+
+    def adapt(self, model: nn.Module, target_modules: Sequence[str], config: RunConfig) -> None:
+        """Puts what the method adds into a model, real or on the meta device; the same for a seed, whatever was drawn.
+
+        `target_modules` is empty for a method without placement.
+        """
+        ...
+
+    def is_adapter(self, name: str) -> bool:
+        """Whether a parameter of this name was added by the method: it trains, and is counted as adapter."""
+        ...
+
+    def save(self, trained: TrainedModel, directory: Path) -> int:
+        """Writes what was trained into `directory`; returns the bytes of the tensor files."""
+        ...
+
+
+def find_method_module(name: str) -> MethodModule:
+    """The module of a method, by the method's name in `METHODS`."""
+    return cast(MethodModule, importlib.import_module(METHODS[name].module))

@@ -1,0 +1,46 @@
+"""The registry of methods: what each one trains, which settings it reads, and where its weights lie. No torch.
+
+A method is one record here and one module, named by the record, that does the work (`harness.methods`). Everything else
+(validation, the run, tables, figures) asks the record and compares no names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Method:
+    """What has to be known of a method without running it.
+
+    Attributes:
+        module: the module that adapts a model and saves what was trained; see `harness.methods.registry`.
+        trains: what is trained, for documentation.
+        weights_dir: the folder in a run's folder that holds what was trained.
+        uses_rank: whether it has a rank, and with it alpha and adapter dropout.
+        uses_placement: whether target layers say where it acts.
+        trains_base: whether the weights of the base model change, so that they are held in float32 and a run of it can
+            be the base of other runs.
+        needs_head: whether it trains the task head alone, and so nothing where a task has none.
+    """
+
+    module: str
+    trains: str
+    weights_dir: str
+    uses_rank: bool = False
+    uses_placement: bool = False
+    trains_base: bool = False
+    needs_head: bool = False
+
+
+METHODS: dict[str, Method] = {
+    "lora": Method(
+        "harness.methods.lora_method",
+        trains="adapter and head",
+        weights_dir="adapter",
+        uses_rank=True,
+        uses_placement=True,
+    ),
+    "full": Method("harness.methods.full_method", trains="everything", weights_dir="model", trains_base=True),
+    "head_only": Method("harness.methods.head_only_method", trains="head", weights_dir="head", needs_head=True),
+}
