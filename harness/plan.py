@@ -10,8 +10,8 @@ from harness.content.files import base_model
 from harness.methods.counts import count_parameters, set_trainable
 from harness.methods.registry import find_method_module
 from harness.models.configs import build_skeleton
-from harness.models.loading import PACKS_BY_POSITIONS, PreTrainedModel
-from harness.placement.architectures import head_modules
+from harness.models.loading import PreTrainedModel
+from harness.placement.architectures import ARCHITECTURES, head_modules
 from harness.placement.select import select_modules
 from harness.results.methods import METHODS
 
@@ -43,7 +43,8 @@ def require_packing(model_type: str, config: RunConfig) -> None:
     for setting, dataset in (("dataset", config.dataset), *config.evaluate_also.items()):
         isolated = dataset.blocks is Blocks.packed and not dataset.attend_across_documents
         # Flash attention reads packing from positions only in batches of one.
-        packs = model_type in PACKS_BY_POSITIONS and config.model.attention in ("sdpa", "eager")
+        known = ARCHITECTURES.get(model_type)
+        packs = known is not None and known.packs_by_positions and config.model.attention in ("sdpa", "eager")
         if dataset.task is Task.causal_lm and isolated and not packs:
             raise ConfigError(
                 [

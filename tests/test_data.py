@@ -294,7 +294,7 @@ def test_tokenised_rows_are_as_open_to_others_as_any_new_folder(
 # ---------------------------------------------------------------- splits
 
 
-def test_what_is_missing_is_carved_from_train_stratified_and_disjoint(csv: Path, tokenizer: CountedTokenizer) -> None:
+def test_what_is_missing_is_held_out_of_train_stratified_and_disjoint(csv: Path, tokenizer: CountedTokenizer) -> None:
     loaded = load_data(local(csv), tokenizer)
     parts = {name: examples(getattr(loaded, name)) for name in ("train", "val", "test")}
     assert {name: len(rows) for name, rows in parts.items()} == {"train": 162, "val": 18, "test": 20}
@@ -866,12 +866,12 @@ def test_a_subset_of_one_class_is_refused(tmp_path: Path, tokenizer: CountedToke
         (
             ["a", "b", "c"] * 4,
             {},
-            r"12 rows are too few to carve a test split of 1 off with every one of 3 classes in both parts; give more "
+            r"12 rows are too few to hold out a test split of 1 with every one of 3 classes in both parts; give more "
             r"rows, another dataset.test_fraction \(now 0.1\), or dataset.test_file",
         ),
-        (["a", "b", "c"] * 4, {"test_fraction": 0.9}, r"too few to carve a test split of 11 off"),
-        (["a", "b", "c"] * 10, {}, r"27 rows are too few to carve a val split of 3|val split"),
-        (["a", "b", "c", "d"], {}, r"0 rows are too few to carve a test split of 1 off"),
+        (["a", "b", "c"] * 4, {"test_fraction": 0.9}, r"too few to hold out a test split of 11"),
+        (["a", "b", "c"] * 10, {}, r"27 rows are too few to hold out a val split of 3|val split"),
+        (["a", "b", "c", "d"], {}, r"0 rows are too few to hold out a test split of 1"),
     ],
 )
 def test_too_few_rows_for_a_stratified_split_are_refused(
@@ -889,7 +889,7 @@ def test_too_few_rows_for_a_stratified_split_are_refused(
 def test_too_few_rows_for_a_regression_are_refused(tmp_path: Path, tokenizer: CountedTokenizer) -> None:
     (tmp_path / "rows.csv").write_text("text,label\nfine,1.5\n")
     config = local(tmp_path / "rows.csv", task=Task.regression, metrics=[], best_metric="mse")
-    with pytest.raises(DataError, match=r"1 rows are too few to carve a test split of 1 off; give more rows"):
+    with pytest.raises(DataError, match=r"1 rows are too few to hold out a test split of 1; give more rows"):
         load_data(config, tokenizer)
 
 

@@ -29,8 +29,9 @@ from harness.data.language import LanguageData, load_language_data
 from harness.measure.memory import LiveTensors
 from harness.methods.counts import set_trainable
 from harness.methods.lora import apply_lora, lora_layers
-from harness.models.loading import PACKS_BY_POSITIONS, load_model
+from harness.models.loading import load_model
 from harness.models.tokenizers import load_tokenizer
+from harness.placement.architectures import ARCHITECTURES
 from harness.tasks.generation import generate, num_cut_prompts
 from harness.tasks.language import LanguageObjective, chunked_cross_entropy, summed_loss, summed_nll
 
@@ -269,14 +270,15 @@ def test_packed_equals_unpacked_per_document(name: str, tmp_path: Path, monkeypa
 
 def test_a_family_that_would_attend_across_documents_is_not_packed() -> None:
     """OPT reads no packing out of positions: two equal documents would get other losses than one by itself."""
-    assert "opt" not in PACKS_BY_POSITIONS
-    assert set(FAMILIES) - {"opt"} <= PACKS_BY_POSITIONS
+    packing = {name for name, known in ARCHITECTURES.items() if known.packs_by_positions}
+    assert "opt" not in packing
+    assert set(FAMILIES) - {"opt"} <= packing
     ids = torch.arange(10, 16).repeat(2)[None]
     positions = torch.arange(6).repeat(2)[None]
     batch = Batch({"input_ids": ids, "position_ids": positions}, ids, 12, 11)
     for name in FAMILIES:
         losses = target_losses(family(name), batch)
-        assert torch.allclose(losses[:5], losses[6:], atol=1e-4) == (name in PACKS_BY_POSITIONS)
+        assert torch.allclose(losses[:5], losses[6:], atol=1e-4) == (name in packing)
 
 
 def target_losses(model: Any, batch: Batch) -> torch.Tensor:

@@ -647,7 +647,7 @@ def test_checkpointing_sends_no_gradient_below_the_lowest_trained_block(tiny: Ti
                 nn.init.ones_(layer.lora_B)
         set_trainable(model, head_modules(str(tiny)))
         checkpoint(model)
-        path = re.escape(ARCHITECTURES[str(tiny)].block).replace(re.escape("{}"), r"(\d+)")
+        path = ARCHITECTURES[str(tiny)].block_pattern
         seen: list[bool] = []
         for name, module in model.named_modules():
             if re.fullmatch(path, name):

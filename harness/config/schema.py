@@ -259,7 +259,7 @@ class DatasetConfig:
 
     One of `asset`, `hub_id` and `train_file` names the data. `path` is the folder in which the files are looked up;
     for an asset it replaces the download. Where there is no validation data, `val_fraction` of the training rows is
-    carved off, stratified, by `split_seed`; where there are no test rows with labels, `test_fraction` likewise.
+    held out, stratified, by `split_seed`; where there are no test rows with labels, `test_fraction` likewise.
     `num_train_examples` takes the first rows of a permutation fixed by `subset_seed`, so smaller subsets lie inside
     larger ones; `num_eval_examples` likewise limits validation and test rows (of prompts with a target: prompts, each
     with all its references).

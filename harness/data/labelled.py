@@ -24,7 +24,6 @@ import datasets
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.model_selection import train_test_split
 
 from harness.config.schema import BadRows, DatasetConfig, Task, TooLong
 from harness.content.assets import cache_dir
@@ -42,6 +41,7 @@ from harness.data.row_checks import (
     without_faults,
 )
 from harness.data.sources import Rows, Source, column_problems, digest, open_source
+from harness.data.splits import SPLITS, choose_rows, hold_out_rows
 from harness.processes.preparation import once
 
 logger = logging.getLogger(__name__)
@@ -54,8 +54,6 @@ _DESCRIPTION = "described.json"
 
 # Columns of tokenised rows that no batch holds: what stands for a row's text, and whether it was cut.
 _TEXT_DIGEST, _IS_CUT = "text_digest", "is_cut"
-
-_SPLITS = ("train", "val", "test")
 
 
 class Tokenizer(Protocol):
@@ -145,7 +143,7 @@ def load_data(config: DatasetConfig, tokenizer: Tokenizer) -> TextData:
     folder = cache_dir() / "tokenised" / f"{config.name}-{key}"
     if not (folder / _DESCRIPTION).is_file():
         once(lambda: _tokenise(source, config, tokenizer, folder))
-    rows = {name: datasets.load_from_disk(str(folder / name)) for name in _SPLITS if (folder / name).is_dir()}
+    rows = {name: datasets.load_from_disk(str(folder / name)) for name in SPLITS if (folder / name).is_dir()}
     described = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
     rows, notes = _fitting(rows, config)
     splits = _split(rows, config)
@@ -205,7 +203,6 @@ def _fitting(rows: dict[str, datasets.Dataset], config: DatasetConfig) -> tuple[
 
 def _split_notes(splits: dict[str, datasets.Dataset], config: DatasetConfig) -> list[str]:
     """Which texts are cut, and which stand in two splits."""
-    splits = {name: splits[name] for name in _SPLITS}
     cut = {name: int(_column(rows, _IS_CUT).sum()) for name, rows in splits.items()}
     notes = [
         f"dataset={config.name}, {name}: {cut[name]} of {len(rows)} texts are longer than "
@@ -220,55 +217,22 @@ def _split_notes(splits: dict[str, datasets.Dataset], config: DatasetConfig) -> 
 
 
 def _split(rows: dict[str, datasets.Dataset], config: DatasetConfig) -> dict[str, datasets.Dataset]:
-    """Carves what is missing out of train (test first, then val), then takes the subsets."""
-    splits = dict(rows)
-    for name, fraction in (("test", config.test_fraction), ("val", config.val_fraction)):
-        if name not in splits:
-            keep, carved = _carve(splits["train"], fraction, name, config)
-            splits["train"], splits[name] = splits["train"].select(keep), splits["train"].select(carved)
-    num = config.num_train_examples
-    available = len(splits["train"])
-    if num is not None:
-        if num > available:
-            raise DataError(
-                f"dataset.num_train_examples={num}: {config.name} has {available} training rows (validation and test "
-                "rows taken off); give at most that, or null for all."
-            )
-        order = np.random.default_rng(config.subset_seed).permutation(available)
-        splits["train"] = splits["train"].select(order[:num])
-    if config.num_eval_examples is not None:
-        for name in ("val", "test"):
-            order = np.random.default_rng(config.subset_seed).permutation(len(splits[name]))
-            splits[name] = splits[name].select(np.sort(order[: config.num_eval_examples]))
-    if config.task is Task.classification and len(np.unique(_column(splits["train"], "label"))) < 2:
+    """The rows of train, val and test. Raises `DataError`."""
+    labels = _column(rows["train"], "label")
+    stratify = config.task is Task.classification
+
+    def hold_out(numbers: np.ndarray, fraction: float, name: str) -> np.ndarray:
+        return hold_out_rows(labels[numbers], fraction, name, config, stratify=stratify)
+
+    groups = {name: np.arange(len(table)) for name, table in rows.items()}
+    chosen = choose_rows(groups, config, hold_out=hold_out, keep_order=False)
+    splits = {name: rows[table].select(numbers) for name, (table, numbers) in chosen.items()}
+    if stratify and len(np.unique(_column(splits["train"], "label"))) < 2:
         raise DataError(
             f"dataset={config.name}: the {len(splits['train'])} training rows are all of one class; "
             "take more rows (dataset.num_train_examples) or another dataset.subset_seed."
         )
     return splits
-
-
-def _carve(train: datasets.Dataset, fraction: float, name: str, config: DatasetConfig) -> tuple[list[int], list[int]]:
-    labels = _column(train, "label")
-    num_carved = max(1, round(len(labels) * fraction))
-    candidates, num_classes, stratify = np.arange(len(labels)), 1, None
-    if config.task is Task.classification:
-        # A class of one row cannot be in both parts; such rows stay in train, and the rest is stratified.
-        counts = Counter(labels.tolist())
-        candidates = candidates[[counts[label] > 1 for label in labels.tolist()]]
-        num_classes = sum(count > 1 for count in counts.values())
-        stratify = labels[candidates]
-    if not num_classes <= num_carved <= len(candidates) - num_classes:
-        over = "" if stratify is None else f" with every one of {num_classes} classes in both parts"
-        raise DataError(
-            f"dataset={config.name}: {len(candidates)} rows are too few to carve a {name} split of {num_carved} off"
-            f"{over}; give more rows, another dataset.{name}_fraction (now {fraction}), or dataset.{name}_file."
-        )
-    _, carved = train_test_split(
-        candidates, test_size=num_carved, random_state=config.split_seed, shuffle=True, stratify=stratify
-    )
-    chosen = set(carved.tolist())
-    return [index for index in range(len(labels)) if index not in chosen], sorted(chosen)
 
 
 def tokenizer_text(tokenizer: Any) -> str:

@@ -39,6 +39,7 @@ from harness.data.labelled import Tokenizer, tokenizer_text
 from harness.data.prompts import encode_completions, prompt_text, template_columns
 from harness.data.row_checks import Faults, equal_rows_notes, text_faults, without_faults
 from harness.data.sources import Source, column_problems, digest, open_source
+from harness.data.splits import choose_rows, hold_out_groups
 from harness.processes.preparation import once
 from harness.results.files import write_atomically
 
@@ -195,26 +196,14 @@ def _column_faults(
 
 
 def _split(tables: dict[str, pd.DataFrame], config: DatasetConfig) -> dict[str, pd.DataFrame]:
-    """Carves what is missing out of train (test first, then val), then takes the subsets."""
-    splits = dict(tables)
-    for name, fraction in (("test", config.test_fraction), ("val", config.val_fraction)):
-        if name not in splits:
-            splits["train"], splits[name] = _carve(splits["train"], fraction, name, config)
-    available = len(splits["train"])
-    if config.num_train_examples is not None and config.num_train_examples > available:
-        raise DataError(
-            f"dataset.num_train_examples={config.num_train_examples}: {config.name} has {available} training rows "
-            "(validation and test rows taken off); give at most that, or null for all."
-        )
-    if config.num_train_examples is not None:
-        order = np.random.default_rng(config.subset_seed).permutation(available)
-        splits["train"] = splits["train"].iloc[np.sort(order[: config.num_train_examples])]
-    if config.num_eval_examples is not None:
-        for name in ("val", "test"):
-            groups = _groups(splits[name], config)
-            order = np.random.default_rng(config.subset_seed).permutation(int(groups.max()) + 1)
-            splits[name] = splits[name][np.isin(groups, order[: config.num_eval_examples])]
-    return splits
+    """The rows of train, val and test. Raises `DataError`."""
+    groups = {name: _groups(table, config) for name, table in tables.items()}
+
+    def hold_out(rows: np.ndarray, fraction: float, name: str) -> np.ndarray:
+        return hold_out_groups(groups["train"][rows], fraction, name, config)
+
+    chosen = choose_rows(groups, config, hold_out=hold_out, keep_order=True)
+    return {name: tables[table].iloc[rows] for name, (table, rows) in chosen.items()}
 
 
 def _groups(table: pd.DataFrame, config: DatasetConfig) -> np.ndarray:
@@ -241,22 +230,6 @@ def _texts_and_targets(table: pd.DataFrame, config: DatasetConfig) -> tuple[list
             last = [last_answer(messages) for messages in table[config.messages_column]]
             prompts = [json.dumps(row[:end]) for row, end in zip(turns, last, strict=True)]
             return prompts, [row[end][1] for row, end in zip(turns, last, strict=True)]
-
-
-def _carve(train: pd.DataFrame, fraction: float, name: str, config: DatasetConfig) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Rows of one prompt stay together: its other references in training would give the answer away."""
-    groups = _groups(train, config)
-    num_groups = int(groups.max()) + 1
-    num_carved = max(1, round(num_groups * fraction))
-    if num_carved >= num_groups:
-        raise DataError(
-            f"dataset={config.name}: {num_groups} rows are too few to carve a {name} split off; give more rows, or "
-            f"dataset.{name}_file."
-        )
-    # A seed of its own for each split: carved one after the other, they would otherwise take the same places.
-    generator = np.random.default_rng([config.split_seed, len(name)])
-    is_carved = np.isin(groups, generator.permutation(num_groups)[:num_carved])
-    return train[~is_carved], train[is_carved]
 
 
 def _encode(table: pd.DataFrame, split: str, config: DatasetConfig, tokenizer: Any, notes: list[str]) -> TokenBlocks:

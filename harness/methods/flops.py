@@ -65,16 +65,6 @@ class StepFlops:
         return self.per_token * num_tokens + self.per_token_squared * num_squared + self.per_target * num_targets
 
 
-# Matrices that are neither in a block nor in the head, by what they see: every token before the blocks, every token
-# after them, one row an example after them.
-_BEFORE_BLOCKS = {"opt": ("model.decoder.project_in",)}
-_AFTER_BLOCKS = {"opt": ("model.decoder.project_out",)}
-_POOLER = {"bert": ("bert.pooler.dense",)}
-
-# Their attention has more than two products, and projects relative positions once a batch.
-_OTHER_ATTENTION = ("deberta", "deberta-v2")
-
-
 def formula_flops(model: nn.Module, *, whole_logits: bool = False) -> StepFlops:
     """Operations of a step from the shapes of a model's matrices and from which parameters are trained.
 
@@ -101,14 +91,13 @@ def formula_flops(model: nn.Module, *, whole_logits: bool = False) -> StepFlops:
     config: Any = model.config
     matrices = dict(_matrices(model))
     architecture = _architecture(config.model_type)
-    if config.model_type in _OTHER_ATTENTION:
+    if not architecture.has_plain_attention:
         raise FlopsError(f"model type {config.model_type!r}: its attention to relative positions has no formula here.")
     blocks = _blocks(architecture, matrices)
-    before, after, pooler = (
-        [name for name in table.get(config.model_type, ()) if name in matrices]
-        for table in (_BEFORE_BLOCKS, _AFTER_BLOCKS, _POOLER)
-    )
-    head = [name for name in matrices if any(name == h or name.startswith(f"{h}.") for h in architecture.head)]
+    before = [name for name in architecture.before_blocks if name in matrices]
+    after = [name for name in architecture.after_blocks if name in matrices]
+    pooler = [name for name in matrices if name.startswith(tuple(f"{module}." for module in architecture.optional))]
+    head = [name for name in matrices if architecture.is_in_head(name)]
     unembedding = [name for name in matrices if name == architecture.unembedding]
     in_blocks = {f"{block}.{path}" for block in blocks for path in architecture.projections.values()}
     unknown = [name for name in matrices if name not in {*in_blocks, *before, *after, *pooler, *head, *unembedding}]
@@ -166,7 +155,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _blocks(architecture: Architecture, matrices: Mapping[str, nn.Module]) -> list[str]:
-    pattern = re.compile(re.escape(architecture.block).replace(re.escape("{}"), r"(\d+)") + r"\..*")
+    pattern = re.compile(architecture.block_pattern + r"\..*")
     indices = {int(match.group(1)) for match in map(pattern.fullmatch, matrices) if match}
     return [architecture.block.format(index) for index in sorted(indices)]
 

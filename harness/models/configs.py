@@ -24,24 +24,7 @@ from harness.content.assets import cache_dir, verified_asset_dir
 from harness.content.errors import ModelError
 from harness.models.scratch import scratch_config
 from harness.models.tiny import tiny_config
-from harness.placement.architectures import ARCHITECTURES
-
-# What the families call their dropout rates. `load_model` checks that no dropout of another rate is left.
-DROPOUT_FIELDS = (
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "classifier_dropout",
-    "pooler_dropout",
-    "cls_dropout",
-    "resid_pdrop",
-    "embd_pdrop",
-    "attn_pdrop",
-    "summary_first_dropout",
-    "attention_dropout",
-    "hidden_dropout",
-    "dropout",
-    "layerdrop",
-)
+from harness.placement.architectures import ARCHITECTURES, DROPOUT_FIELDS
 
 
 def auto_class(num_labels: int | None) -> Any:
@@ -95,10 +78,15 @@ def read_config(config: ModelConfig) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(*source_arguments(config), **revision_arguments(config))
 
 
+def _dropout_fields(model_config: PreTrainedConfig) -> tuple[str, ...]:
+    known = ARCHITECTURES.get(model_config.model_type)
+    return DROPOUT_FIELDS if known is None else (*DROPOUT_FIELDS, *known.dropout_fields)
+
+
 def settings_to_restore(model_config: PreTrainedConfig, num_labels: int | None) -> dict[str, Any]:
     """The values of the base's configuration in whose place `configure` puts those of training."""
     # A classifier reads its answer before the padding: without our pad token it would not give the same logits.
-    names = (*DROPOUT_FIELDS, "use_cache", *(("pad_token_id",) if num_labels is None else ()))
+    names = (*_dropout_fields(model_config), "use_cache", *(("pad_token_id",) if num_labels is None else ()))
     return {name: getattr(model_config, name) for name in names if hasattr(model_config, name)}
 
 
@@ -106,7 +94,7 @@ def configure(
     model_config: PreTrainedConfig, config: ModelConfig, *, num_labels: int | None, pad_token_id: int
 ) -> None:
     """Sets dropout, head and pad token for training, in place. Raises `ModelError`."""
-    for name in DROPOUT_FIELDS:
+    for name in _dropout_fields(model_config):
         if hasattr(model_config, name):
             setattr(model_config, name, config.dropout)
     if num_labels is None:

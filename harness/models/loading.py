@@ -39,21 +39,6 @@ from harness.models.configs import (
 from harness.models.quantization import quantization_arguments
 from harness.placement.architectures import ARCHITECTURES, head_modules
 
-# Language models of which transformers sees by their `position_ids` that a block is packed, and keeps attention inside
-# each document; tests/test_language.py tells.
-PACKS_BY_POSITIONS = {
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "gpt2",
-    "gpt_neox",
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "smollm3",
-}
-
 
 @dataclass(frozen=True)
 class BaseModel:
@@ -105,7 +90,7 @@ def load_model(config: ModelConfig, *, num_labels: int | None, pad_token_id: int
     if odd:
         raise ModelError(
             f"model.dropout={config.dropout}: {type(model).__name__} keeps dropout {sorted(odd)} under a name that "
-            f"harness/models/configs.py does not know; add it to DROPOUT_FIELDS."
+            f"harness/placement/architectures.py does not know; add it to dropout_fields of its record."
         )
     return BaseModel(model, head, notes, own_settings, *_resolvable_name(config))
 

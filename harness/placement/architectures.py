@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 
 
 class PlacementError(ValueError):
@@ -23,13 +24,21 @@ GROUPS = {"attention": ATTENTION, "mlp": MLP, "all": ROLES}
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where the projections of one family of models are.
+    """All that has to be known of one family of models; paths are names of modules.
 
-    `block` is the path of a block with `{}` for its index, `projections` the path of each role inside a block,
-    `head` the modules of a classifier's task head (everything a checkpoint of the base model does not hold), `fused`
-    says of roles that exist only as part of another role which one that is, `unembedding` is the path of the
-    unembedding of the family's causal language models, `None` where it has none, and `optional` names modules between
-    base and head that some checkpoints lack: there they are part of the head.
+    Attributes:
+        block: the path of a block, with `{}` for its index.
+        projections: the path of each role inside a block.
+        head: the modules of a classifier's task head: everything that a checkpoint of the base model does not hold.
+        fused: of roles that exist only as part of another role, which one that is.
+        unembedding: the path of the unembedding of the family's causal language models; None where it has none.
+        optional: modules between base and head that some checkpoints lack (a pooler): there they are part of the head.
+        before_blocks, after_blocks: matrices outside the blocks that every token passes.
+        packs_by_positions: whether transformers sees by the `position_ids` of a language model that a block is packed,
+            and keeps attention inside each document.
+        has_plain_logits: whether the unembedding gives the logits as they are. Other language models scale or cap them.
+        has_plain_attention: whether attention is two products, of queries and keys and with the values.
+        dropout_fields: names of dropout rates in transformers' config, beside `DROPOUT_FIELDS`.
     """
 
     block: str
@@ -38,7 +47,39 @@ class Architecture:
     fused: dict[str, str] = field(default_factory=dict)
     unembedding: str | None = None
     optional: tuple[str, ...] = ()
+    before_blocks: tuple[str, ...] = ()
+    after_blocks: tuple[str, ...] = ()
+    packs_by_positions: bool = False
+    has_plain_logits: bool = False
+    has_plain_attention: bool = True
+    dropout_fields: tuple[str, ...] = ()
 
+    @property
+    def block_pattern(self) -> str:
+        """A regular expression that matches the path of a block; its group is the index."""
+        return re.escape(self.block).replace(re.escape("{}"), r"(\d+)")
+
+    def is_in_head(self, name: str) -> bool:
+        """Whether a module is a part of the task head, or all of it."""
+        return any(name == module or name.startswith(f"{module}.") for module in self.head)
+
+
+# What the families call their dropout rates. Loading a model checks that no dropout of another rate is left.
+DROPOUT_FIELDS = (
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "classifier_dropout",
+    "pooler_dropout",
+    "cls_dropout",
+    "resid_pdrop",
+    "embd_pdrop",
+    "attn_pdrop",
+    "summary_first_dropout",
+    "attention_dropout",
+    "hidden_dropout",
+    "dropout",
+    "layerdrop",
+)
 
 _BERT_BLOCK = {
     "q": "attention.self.query",
@@ -79,10 +120,17 @@ _OPT_BLOCK = {
     "down": "fc2",
 }
 _FUSED_QKV = {"q": "qkv", "k": "qkv", "v": "qkv"}
-_LLAMA = Architecture("model.layers.{}", _LLAMA_BLOCK, ("score",), unembedding="lm_head")
+_LLAMA = Architecture(
+    "model.layers.{}",
+    _LLAMA_BLOCK,
+    ("score",),
+    unembedding="lm_head",
+    packs_by_positions=True,
+    has_plain_logits=True,
+)
 
-# Keys are transformers' `config.model_type`. RoBERTa's head has a dense layer of its own; the pooler of DeBERTa is
-# not in its checkpoints and is part of the head; that of BERT is in most, and belongs to the base there.
+# Keys are transformers' `config.model_type`. RoBERTa's head has its own dense layer; the pooler of DeBERTa is not in
+# its checkpoints and is part of the head; that of BERT is in most, and belongs to the base there.
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": Architecture("bert.encoder.layer.{}", _BERT_BLOCK, ("classifier",), optional=("bert.pooler",)),
     "roberta": Architecture("roberta.encoder.layer.{}", _BERT_BLOCK, ("classifier",)),
@@ -91,20 +139,45 @@ ARCHITECTURES: dict[str, Architecture] = {
         {"qkv": "attention.self.in_proj", **{role: _BERT_BLOCK[role] for role in ("o", "up", "down")}},
         ("pooler", "classifier"),
         fused=_FUSED_QKV,
+        has_plain_attention=False,  # it has more products, and projects relative positions once a batch
     ),
-    "deberta-v2": Architecture("deberta.encoder.layer.{}", _DEBERTA_BLOCK, ("pooler", "classifier")),
-    "gpt2": Architecture("transformer.h.{}", _GPT2_BLOCK, ("score",), fused=_FUSED_QKV, unembedding="lm_head"),
+    "deberta-v2": Architecture(
+        "deberta.encoder.layer.{}", _DEBERTA_BLOCK, ("pooler", "classifier"), has_plain_attention=False
+    ),
+    "gpt2": Architecture(
+        "transformer.h.{}",
+        _GPT2_BLOCK,
+        ("score",),
+        fused=_FUSED_QKV,
+        unembedding="lm_head",
+        packs_by_positions=True,
+        has_plain_logits=True,
+    ),
     # Pythia. Its unembedding was `embed_out` in earlier versions of transformers and is in its checkpoints.
     "gpt_neox": Architecture(
-        "gpt_neox.layers.{}", _GPT_NEOX_BLOCK, ("score",), fused=_FUSED_QKV, unembedding="lm_head"
+        "gpt_neox.layers.{}",
+        _GPT_NEOX_BLOCK,
+        ("score",),
+        fused=_FUSED_QKV,
+        unembedding="lm_head",
+        packs_by_positions=True,
+        has_plain_logits=True,
     ),
-    "opt": Architecture("model.decoder.layers.{}", _OPT_BLOCK, ("score",), unembedding="lm_head"),
+    "opt": Architecture(
+        "model.decoder.layers.{}",
+        _OPT_BLOCK,
+        ("score",),
+        unembedding="lm_head",
+        before_blocks=("model.decoder.project_in",),
+        after_blocks=("model.decoder.project_out",),
+        has_plain_logits=True,
+    ),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
     "gemma": _LLAMA,
-    "gemma2": _LLAMA,
+    "gemma2": replace(_LLAMA, has_plain_logits=False),
     "gemma3_text": _LLAMA,
     "smollm3": _LLAMA,
 }

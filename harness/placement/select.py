@@ -193,7 +193,7 @@ def _resolve_roles(
 
 
 def _count_blocks(architecture: Architecture, names: Sequence[str]) -> int:
-    pattern = re.compile(re.escape(architecture.block).replace(re.escape("{}"), r"(\d+)"))
+    pattern = re.compile(architecture.block_pattern)
     indices = {int(match.group(1)) for match in map(pattern.fullmatch, _ancestors(names)) if match}
     return len(indices)
 

@@ -164,7 +164,7 @@ def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     one block, and at the end what is in no block (the embeddings).
     """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    path = re.escape(ARCHITECTURES[model.config.model_type].block).replace(re.escape("{}"), r"\d+")
+    path = ARCHITECTURES[model.config.model_type].block_pattern
     for name, module in model.named_modules():
         if re.fullmatch(path, name):
             fully_shard(module, mesh=mesh)

@@ -16,26 +16,12 @@ from torch import Tensor, nn
 
 from harness.data.batches import Batch
 from harness.data.blocks import NO_TARGET, TokenSplit
+from harness.placement.architectures import ARCHITECTURES
 from harness.processes.stopping import StopRequest
 from harness.tasks.objective import Evaluation, SummedLoss, cross_entropy, evaluating, largest_batch
 
 # 128 MiB of float32 logits at once; their gradient takes as much again.
 _CHUNK_ELEMENTS = 2**25
-
-# Models whose unembedding gives the logits as they are. Others scale or cap them afterwards (Gemma 2, Granite), and get
-# whole logits.
-_PLAIN_LOGITS = {
-    "gemma",
-    "gemma3_text",
-    "gpt2",
-    "gpt_neox",
-    "llama",
-    "mistral",
-    "opt",
-    "qwen2",
-    "qwen3",
-    "smollm3",
-}
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -123,7 +109,8 @@ def chunked_cross_entropy(
 
 def makes_whole_logits(model: nn.Module, chunk_tokens: int | None) -> bool:
     """Whether a step computes the logits of every position at once, and not of targets alone, a chunk at a time."""
-    return chunk_tokens == 0 or model.config.model_type not in _PLAIN_LOGITS
+    known = ARCHITECTURES.get(model.config.model_type)
+    return chunk_tokens == 0 or known is None or not known.has_plain_logits
 
 
 def summed_nll(model: nn.Module, batch: Batch, *, chunk_tokens: int | None = None) -> Tensor:
