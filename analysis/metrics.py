@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from harness.results.metrics import METRICS, Direction, Metric
+from harness.results.metrics import METRICS, Direction, Metric, scores_of
 
 # Computed here from others, so not in the registry of what runs record.
 TRAINABLE_SHARE = "trainable_share"
@@ -16,7 +16,7 @@ FORGETTING = "forgetting_nll"
 _QUALITY = {FORGETTING, LEARNED, "base_domain_nll"}
 LANGUAGE_TASKS = {"causal_lm", "completion", "chat"}
 # Of generated texts: on test, at the step that was best on val, and nowhere else.
-GENERATION_SCORES = ("bleu", "chrf", "rouge_l", "nist", "exact_match", "number_match")
+GENERATION_SCORES = scores_of(of="generated")
 # Step times are skewed by whatever else the machine does: a median, and the range instead of a deviation.
 BY_MEDIAN = {"step_seconds_median"}
 # A property of the machine as much as of the method.

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from harness.config.schema import GENERATION_METRICS, Device, Precision, RunConfig
+from harness.config.schema import Device, Precision, RunConfig
 from harness.config.validation import ConfigError
 from harness.content.digests import require_content
 from harness.content.files import base_model
@@ -30,6 +30,7 @@ from harness.models.tokenizers import PreTrainedTokenizerBase, check_vocabulary,
 from harness.plan import adapt, require_packing
 from harness.processes.cores import available_cores
 from harness.processes.distributed import Companions
+from harness.results.metrics import scores_of
 from harness.tasks.generation import num_cut_prompts
 
 
@@ -153,7 +154,7 @@ def parameter_counts(prepared: PreparedRun) -> ParameterCounts:
 
 def wanted_generation_metrics(config: RunConfig) -> list[str]:
     """The wanted scores of generated texts."""
-    return [name for name in config.dataset.metrics if name in GENERATION_METRICS]
+    return [name for name in config.dataset.metrics if name in scores_of(of="generated")]
 
 
 def class_names(data: TextData | LanguageData) -> list[str]:

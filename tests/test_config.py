@@ -116,7 +116,7 @@ PROBLEMS: list[tuple[Values, list[str]]] = [
     ),
     (
         {"dataset.metrics": ["accuracy", "bleu"]},
-        [f"{METRICS}: 'bleu' is not a metric of task classification; allowed: accuracy, f1, mcc, nll."],
+        [f"{METRICS}: 'bleu' is not a metric of task classification; allowed: accuracy, nll, f1, mcc."],
     ),
     (
         {"dataset.task": "regression"},

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 from test_layering import ROOT, loaded_in_fresh_interpreter
 
-from harness.config.schema import GENERATION_METRICS
+from harness.results.metrics import scores_of
 from harness.tasks.generation_scores import one_line, score_texts, write_texts
+
+GENERATED = scores_of(of="generated")
 
 HYPOTHESES = [
     "The Phoenix is a cheap pub near the riverside, rated 3 out of 5.",
@@ -92,9 +94,7 @@ def test_every_reference_counts(metric: str, best: float) -> None:
 
 def test_an_empty_reference_beside_others_is_a_placeholder(tmp_path: Path) -> None:
     padded = [[*texts, *["", " "][: 3 - len(texts)]] for texts in REFERENCES]
-    assert score_texts(HYPOTHESES, padded, GENERATION_METRICS) == score_texts(
-        HYPOTHESES, REFERENCES, GENERATION_METRICS
-    )
+    assert score_texts(HYPOTHESES, padded, GENERATED) == score_texts(HYPOTHESES, REFERENCES, GENERATED)
     write_texts(tmp_path / "padded", HYPOTHESES, padded)
     write_texts(tmp_path / "plain", HYPOTHESES, REFERENCES)
     files = [(tmp_path / name / "references.tsv").read_bytes() for name in ("padded", "plain")]
@@ -234,8 +234,8 @@ def test_number_match_is_left_out_where_no_reference_has_a_number(reference: str
 
 
 def test_every_metric_is_scored_in_the_order_asked_for() -> None:
-    scored = score_texts(HYPOTHESES, REFERENCES, GENERATION_METRICS[::-1])
-    assert tuple(scored.values) == GENERATION_METRICS[::-1]
+    scored = score_texts(HYPOTHESES, REFERENCES, GENERATED[::-1])
+    assert tuple(scored.values) == GENERATED[::-1]
     assert all(type(value) is float and math.isfinite(value) for value in scored.values.values())
     assert set(scored.signatures) == {"bleu", "chrf", "rouge_l", "nist"}
     assert scored.signatures["bleu"].endswith(f"tok:13a|smooth:exp|version:{version('sacrebleu')}")
@@ -243,7 +243,7 @@ def test_every_metric_is_scored_in_the_order_asked_for() -> None:
 
 
 def test_texts_that_are_all_empty_score_nothing() -> None:
-    scored = score_texts(["", ""], [["a 1"], ["b 2"]], GENERATION_METRICS)
+    scored = score_texts(["", ""], [["a 1"], ["b 2"]], GENERATED)
     assert scored.values == {"bleu": 0, "chrf": 0, "rouge_l": 0, "exact_match": 0, "number_match": 0}
 
 
@@ -287,7 +287,7 @@ def test_importing_is_cheap() -> None:
 def test_scoring_leaves_the_logging_of_the_process_alone_and_loads_no_torch() -> None:
     script = (
         "import logging, sys; from harness.tasks import generation_scores as scores;"
-        "scores.score_texts(['a b c d e 1'], [['a b c d e 1']], scores.GENERATION_METRICS);"
+        "scores.score_texts(['a b c d e 1'], [['a b c d e 1']], scores.scores_of(of='generated'));"
         "print(logging.root.handlers, 'nltk' in sys.modules, 'torch' in sys.modules)"
     )
     process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)

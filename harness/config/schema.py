@@ -14,6 +14,8 @@ from dataclasses import MISSING, Field, dataclass, field
 from enum import StrEnum
 from typing import Any, cast
 
+from harness.results.metrics import scores_of
+
 
 class AlphaPolicy(StrEnum):
     """How alpha, and with it the scaling of the delta weight, follows the rank."""
@@ -173,7 +175,7 @@ def _is_given(dataset: DatasetConfig, split: str) -> bool:
 
 
 def _generates(config: RunConfig) -> bool:
-    return any(name in GENERATION_METRICS for name in config.dataset.metrics)
+    return not set(config.dataset.metrics).isdisjoint(scores_of(of="generated"))
 
 
 _OF_HUB_DATA = _read("where dataset.hub_id names the data", lambda config: config.dataset.hub_id is not None)
@@ -471,10 +473,6 @@ class RunConfig:
     allow_busy_device: bool = False
     save_weights: bool = True
     shard_model: bool = False
-
-
-# Scores of generated texts; computed at the end, on test alone, and therefore never what chooses a step.
-GENERATION_METRICS = ("bleu", "chrf", "rouge_l", "nist", "exact_match", "number_match")
 
 
 def default_of(item: Field[Any]) -> Any:

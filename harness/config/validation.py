@@ -9,7 +9,6 @@ from dataclasses import Field, fields, is_dataclass
 from typing import Any
 
 from harness.config.schema import (
-    GENERATION_METRICS,
     AlphaPolicy,
     DatasetConfig,
     Dtype,
@@ -27,6 +26,7 @@ from harness.config.schema import (
 )
 from harness.placement.select import block_problems, projection_problems
 from harness.results.methods import METHODS
+from harness.results.metrics import scores_of
 
 
 class ConfigError(ValueError):
@@ -37,13 +37,6 @@ class ConfigError(ValueError):
         super().__init__("\n".join(problems))
 
 
-_METRICS_OF_TASK = {
-    Task.classification: ("accuracy", "f1", "mcc", "nll"),
-    Task.regression: ("pearson", "spearman", "mse"),
-    Task.causal_lm: ("nll", "perplexity", "bits_per_byte"),
-    Task.completion: ("nll", "perplexity", "bits_per_byte", *GENERATION_METRICS),
-    Task.chat: ("nll", "perplexity", "bits_per_byte", *GENERATION_METRICS),
-}
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -174,7 +167,7 @@ def _dataset_problems(dataset: DatasetConfig) -> list[str]:
             f"dataset.line_separator={dataset.line_separator!r} and dataset.line_columns={dataset.line_columns}: set "
             "both, or neither."
         )
-    allowed = _METRICS_OF_TASK[dataset.task]
+    allowed = scores_of(dataset.task)
     for name in dict.fromkeys((*dataset.metrics, dataset.best_metric)):
         if name not in allowed:
             problems.append(
@@ -182,7 +175,7 @@ def _dataset_problems(dataset: DatasetConfig) -> list[str]:
                 f"allowed: {', '.join(allowed)}."
             )
     if dataset.task.is_language:
-        if dataset.best_metric in GENERATION_METRICS:
+        if dataset.best_metric in scores_of(of="generated"):
             problems.append(
                 f"dataset.best_metric={dataset.best_metric}: texts are generated once, at the end and on test, so they "
                 "cannot choose a step; set dataset.best_metric=nll."

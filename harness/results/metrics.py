@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from enum import StrEnum
+from typing import Literal
 
 
 class Direction(StrEnum):
@@ -96,38 +97,96 @@ METRICS: dict[str, Metric] = {
     "test_nll_before": Metric("nats", Direction.NEUTRAL, "test nll before training", "z.4f"),
 }
 
-# Scores exist on two splits and at two moments: `val_accuracy` belongs to the step that was best on val,
-# `val_accuracy_last` to the last step. No quantity is ever chosen on test.
-_SCORES = {
-    "accuracy": _score("accuracy"),
-    "nll": Metric("nats", Direction.LOWER, "nll", "z.4f"),
-    "f1": _score("F1"),
-    "mcc": _score("MCC"),
-    "pearson": _score("Pearson"),
-    "spearman": _score("Spearman"),
-    "mse": Metric("1", Direction.LOWER, "mse", "z.4f"),
-    "perplexity": Metric("1", Direction.LOWER, "perplexity", "z.2f"),
+
+@dataclass(frozen=True)
+class Score:
+    """A score of a split: of which tasks, from what it is computed, and how it is shown.
+
+    Attributes:
+        metric: unit, direction and form; its label gets the split's name in front.
+        tasks: the tasks that have it, by their names in a config.
+        of: what it is computed from: the `loss`, `predictions` of labels, or `generated` texts. Generated texts are
+            scored once, at the end and on test.
+        scorer: for predictions and generated texts, the function that computes it, as `module:function`; imported where
+            it is needed, and called as `harness.tasks.labelled.Scorer` or `harness.tasks.generation_scores.Scorer`.
+    """
+
+    metric: Metric
+    tasks: tuple[str, ...]
+    of: Literal["loss", "predictions", "generated"]
+    scorer: str = ""
+
+
+_LABELLED = "harness.tasks.labelled"
+_GENERATED = "harness.tasks.generation_scores"
+_LANGUAGE = ("causal_lm", "completion", "chat")
+_PROMPTED = ("completion", "chat")
+
+SCORES: dict[str, Score] = {}
+
+
+def register_score(name: str, score: Score) -> None:
+    """Adds a score to `SCORES`, and to `METRICS` on both splits and at both moments.
+
+    `val_accuracy` belongs to the step that was best on val, `val_accuracy_last` to the last step. No quantity is ever
+    chosen on test.
+    """
+    SCORES[name] = score
+    for split in ("val", "test"):
+        METRICS.update(_on_split(split, name, score.metric))
+
+
+def _on_split(split: str, name: str, metric: Metric) -> dict[str, Metric]:
+    label = f"{split} {metric.label}"
+    return {
+        f"{split}_{name}": replace(metric, label=label),
+        f"{split}_{name}_last": replace(metric, label=f"{label} (last step)"),
+    }
+
+
+def scores_of(task: str | None = None, *, of: str | None = None) -> tuple[str, ...]:
+    """Names of the scores that a task has, in the order of the registry; of one kind where `of` says so."""
+    return tuple(
+        name
+        for name, score in SCORES.items()
+        if (task is None or task in score.tasks) and (of is None or score.of == of)
+    )
+
+
+def _of_predictions(metric: Metric, task: str, function: str) -> Score:
+    return Score(metric, (task,), "predictions", f"{_LABELLED}:{function}")
+
+
+def _of_generated(metric: Metric, function: str) -> Score:
+    return Score(metric, _PROMPTED, "generated", f"{_GENERATED}:{function}")
+
+
+SCORES |= {
+    "accuracy": _of_predictions(_score("accuracy"), "classification", "accuracy"),
+    "nll": Score(Metric("nats", Direction.LOWER, "nll", "z.4f"), ("classification", *_LANGUAGE), "loss"),
+    "f1": _of_predictions(_score("F1"), "classification", "f1"),
+    "mcc": _of_predictions(_score("MCC"), "classification", "mcc"),
+    "pearson": _of_predictions(_score("Pearson"), "regression", "pearson"),
+    "spearman": _of_predictions(_score("Spearman"), "regression", "spearman"),
+    "mse": Score(Metric("1", Direction.LOWER, "mse", "z.4f"), ("regression",), "loss"),
+    "perplexity": Score(Metric("1", Direction.LOWER, "perplexity", "z.2f"), _LANGUAGE, "loss"),
     # Of the target text in UTF-8: the one that compares models with different tokenizers.
-    "bits_per_byte": Metric("bits/byte", Direction.LOWER, "bits per byte", "z.4f"),
-    # Of generated texts (harness/tasks/generation_scores.py): BLEU and chrF from 0 to 100, ROUGE-L and the shares from
-    # 0 to 1.
-    "bleu": Metric("1", Direction.HIGHER, "BLEU", "z.2f"),
-    "chrf": Metric("1", Direction.HIGHER, "chrF", "z.2f"),
-    "rouge_l": _score("ROUGE-L"),
-    "nist": Metric("1", Direction.HIGHER, "NIST", "z.3f"),
-    "exact_match": _score("exact match"),
-    "number_match": _score("final number right"),
-    # Largest share of the predictions that one class received: 1.0 marks a collapsed classifier.
-    "majority_share": Metric("1", Direction.NEUTRAL, "share of the most predicted class", ".3f"),
+    "bits_per_byte": Score(Metric("bits/byte", Direction.LOWER, "bits per byte", "z.4f"), _LANGUAGE, "loss"),
+    # BLEU and chrF from 0 to 100, ROUGE-L and the shares from 0 to 1.
+    "bleu": _of_generated(Metric("1", Direction.HIGHER, "BLEU", "z.2f"), "bleu"),
+    "chrf": _of_generated(Metric("1", Direction.HIGHER, "chrF", "z.2f"), "chrf"),
+    "rouge_l": _of_generated(_score("ROUGE-L"), "rouge_l"),
+    "nist": _of_generated(Metric("1", Direction.HIGHER, "NIST", "z.3f"), "nist"),
+    "exact_match": _of_generated(_score("exact match"), "exact_match"),
+    "number_match": _of_generated(_score("final number right"), "number_match"),
+    # Largest share of the predictions that one class received: 1.0 marks a collapsed classifier. Always computed.
+    "majority_share": Score(
+        Metric("1", Direction.NEUTRAL, "share of the most predicted class", ".3f"), (), "predictions"
+    ),
 }
 for _split in ("val", "test"):
-    for _name, _metric in _SCORES.items():
-        METRICS[f"{_split}_{_name}"] = Metric(
-            _metric.unit, _metric.direction, f"{_split} {_metric.label}", _metric.format
-        )
-        METRICS[f"{_split}_{_name}_last"] = Metric(
-            _metric.unit, _metric.direction, f"{_split} {_metric.label} (last step)", _metric.format
-        )
+    for _name, _registered in SCORES.items():
+        METRICS.update(_on_split(_split, _name, _registered.metric))
 
 
 def _is_finite(value: float) -> bool:

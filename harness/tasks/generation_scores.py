@@ -16,8 +16,12 @@ from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
 
-from harness.config.schema import GENERATION_METRICS
 from harness.results.files import HYPOTHESES_FILE, REFERENCES_FILE, write_atomically
+from harness.results.metrics import scores_of
+from harness.tasks.objective import find_scorer
+
+Scorer = Callable[[list[str], list[list[str]]], tuple[float | None, str | None]]
+"""From texts and the references of each to a score (None where it does not exist) and how it was computed."""
 
 # The libraries are imported where they are used: nltk and rouge-score bring pandas and scikit-learn with them, seconds
 # that nobody should wait for who only wants the names below.
@@ -54,14 +58,16 @@ def score_texts(hypotheses: Sequence[str], references: Sequence[Sequence[str]], 
     `ValueError` for an unknown metric, for no text at all, for different numbers of hypotheses and references, and for
     a text without reference; `TypeError` for a string where a list of texts belongs.
     """
-    unknown = [metric for metric in metrics if metric not in _SCORERS]
+    known = scores_of(of="generated")
+    unknown = [metric for metric in metrics if metric not in known]
     if unknown:
-        raise ValueError(f"unknown generation metric {', '.join(unknown)}; known: {', '.join(GENERATION_METRICS)}")
+        raise ValueError(f"unknown generation metric {', '.join(unknown)}; known: {', '.join(known)}")
     hypotheses, references = _checked(hypotheses, references)
     values: dict[str, float] = {}
     signatures: dict[str, str] = {}
     for metric in metrics:
-        value, signature = _SCORERS[metric](hypotheses, references)
+        scorer: Scorer = find_scorer(metric)
+        value, signature = scorer(hypotheses, references)
         if value is None:
             continue
         values[metric] = value
@@ -123,7 +129,8 @@ def _streams(references: list[list[str]]) -> list[tuple[str | None, ...]]:
     return list(zip_longest(*references))
 
 
-def _bleu(hypotheses: list[str], references: list[list[str]]) -> tuple[float, str]:
+def bleu(hypotheses: list[str], references: list[list[str]]) -> tuple[float, str]:
+    """BLEU by sacrebleu's defaults, 0 to 100, and its signature."""
     from sacrebleu.metrics.bleu import BLEU
 
     bleu = BLEU()
@@ -131,7 +138,8 @@ def _bleu(hypotheses: list[str], references: list[list[str]]) -> tuple[float, st
     return score, bleu.get_signature().format()
 
 
-def _chrf(hypotheses: list[str], references: list[list[str]]) -> tuple[float, str]:
+def chrf(hypotheses: list[str], references: list[list[str]]) -> tuple[float, str]:
+    """The chrF2 of sacrebleu's defaults, 0 to 100, and its signature."""
     from sacrebleu.metrics.chrf import CHRF
 
     chrf = CHRF()
@@ -139,7 +147,8 @@ def _chrf(hypotheses: list[str], references: list[list[str]]) -> tuple[float, st
     return score, chrf.get_signature().format()
 
 
-def _rouge_l(hypotheses: list[str], references: list[list[str]]) -> tuple[float, str]:
+def rouge_l(hypotheses: list[str], references: list[list[str]]) -> tuple[float, str]:
+    """Mean over texts of the best F1 of the longest common subsequence, 0 to 1; see `score_texts`."""
     from rouge_score.rouge_scorer import RougeScorer
     from rouge_score.tokenizers import DefaultTokenizer
 
@@ -154,7 +163,8 @@ def _rouge_l(hypotheses: list[str], references: list[list[str]]) -> tuple[float,
     return fmean(scores), f"rouge-score {version('rouge-score')}, {how}"
 
 
-def _nist(hypotheses: list[str], references: list[list[str]]) -> tuple[float | None, str]:
+def nist(hypotheses: list[str], references: list[list[str]]) -> tuple[float | None, str]:
+    """Corpus NIST up to 5-grams; None where no hypothesis has five tokens."""
     from nltk.translate.nist_score import corpus_nist
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
@@ -174,12 +184,14 @@ def _nist(hypotheses: list[str], references: list[list[str]]) -> tuple[float | N
     return float(score), signature
 
 
-def _exact_match(hypotheses: list[str], references: list[list[str]]) -> tuple[float, None]:
+def exact_match(hypotheses: list[str], references: list[list[str]]) -> tuple[float, None]:
+    """Share of the texts that equal one of their references."""
     pairs = zip(hypotheses, references, strict=True)
     return fmean(hypothesis in texts for hypothesis, texts in pairs), None
 
 
-def _number_match(hypotheses: list[str], references: list[list[str]]) -> tuple[float | None, None]:
+def number_match(hypotheses: list[str], references: list[list[str]]) -> tuple[float | None, None]:
+    """Share of the texts whose last number is that of a reference; see `score_texts`."""
     # Without `####`, rpartition leaves the whole text behind it.
     answers = [{_last_number(text.rpartition("####")[2]) for text in texts} - {None} for texts in references]
     if not any(answers):
@@ -203,14 +215,3 @@ def _last_number(text: str) -> Decimal | None:
         return None
     # The sign goes into the text: a Decimal from a text is exact, minus a Decimal is rounded to 28 digits.
     return Decimal(("-" if found[-1]["sign"] else "") + found[-1]["digits"].replace(",", ""))
-
-
-_Scorer = Callable[[list[str], list[list[str]]], tuple[float | None, str | None]]
-_SCORERS: dict[str, _Scorer] = {
-    "bleu": _bleu,
-    "chrf": _chrf,
-    "rouge_l": _rouge_l,
-    "nist": _nist,
-    "exact_match": _exact_match,
-    "number_match": _number_match,
-}

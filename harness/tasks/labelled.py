@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import scipy.stats
 import torch
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor, nn
@@ -15,8 +18,8 @@ from harness.config.schema import DatasetConfig, Task
 from harness.data.batches import Batch
 from harness.data.labelled import Split
 from harness.processes.stopping import StopRequest
-from harness.results.metrics import METRICS, Direction
-from harness.tasks.objective import Evaluation, SummedLoss, cross_entropy, evaluating, largest_batch
+from harness.results.metrics import METRICS, Direction, scores_of
+from harness.tasks.objective import Evaluation, SummedLoss, cross_entropy, evaluating, find_scorer, largest_batch
 
 
 class SequenceObjective:
@@ -101,42 +104,74 @@ def score(
     if not torch.isfinite(logits).all():
         return {}
     mean_loss = float(_summed_loss(config.task, logits, labels).minimised) / len(labels)
-    wanted = dict.fromkeys([*config.metrics, config.best_metric])
     if config.task is Task.regression:
-        predictions, targets = logits.squeeze(-1).double().numpy(), labels.double().numpy()
         scores = {"mse": mean_loss}
-        scores |= {name: _CORRELATIONS[name](predictions, targets) for name in wanted if name in _CORRELATIONS}
-        return {name: value for name, value in scores.items() if math.isfinite(value)}
-    predicted, truth = logits.argmax(-1).numpy(), labels.numpy()
-    scores = {"nll": mean_loss, "majority_share": float(np.bincount(predicted).max() / len(predicted))}
-    average = "binary" if logits.shape[-1] == 2 else "macro"
-    for name in wanted:
-        match name:
-            case "accuracy":
-                scores[name] = float(accuracy_score(truth, predicted))
-            case "f1":
-                positive = 1 if positive_class is None else positive_class
-                scores[name] = float(f1_score(truth, predicted, average=average, pos_label=positive, zero_division=0.0))
-            case "mcc":
-                scores[name] = float(matthews_corrcoef(truth, predicted))
-    return scores
+        predictions = Predictions(logits.squeeze(-1).double().numpy(), labels.double().numpy())
+    else:
+        predicted = logits.argmax(-1).numpy()
+        scores = {"nll": mean_loss, "majority_share": float(np.bincount(predicted).max() / len(predicted))}
+        predictions = Predictions(predicted, labels.numpy(), logits.shape[-1], positive_class)
+    wanted = dict.fromkeys([*config.metrics, config.best_metric])
+    for name in scores_of(config.task, of="predictions"):
+        if name in wanted:
+            scorer: Scorer = find_scorer(name)
+            scores[name] = scorer(predictions)
+    return {name: value for name, value in scores.items() if math.isfinite(value)}
 
 
-def _pearson(predictions: np.ndarray, targets: np.ndarray) -> float:
-    if np.ptp(predictions) == 0 or np.ptp(targets) == 0:
-        return float("nan")
-    return float(np.corrcoef(predictions, targets)[0, 1])
+@dataclass(frozen=True)
+class Predictions:
+    """What a score of labels is computed from.
+
+    `predicted` and `truth`: `(examples,)`, class indices of `num_classes` classes, or the values of a regression.
+    `positive_class` is the class of which F1 is the score where there are two (None: class 1).
+    """
+
+    predicted: np.ndarray
+    truth: np.ndarray
+    num_classes: int = 0
+    positive_class: int | None = None
 
 
-def _spearman(predictions: np.ndarray, targets: np.ndarray) -> float:
-    return _pearson(_ranks(predictions), _ranks(targets))
+Scorer = Callable[[Predictions], float]
+"""From predictions to a score; NaN where it does not exist."""
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks with ties averaged."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2.0)[inverse]
+def accuracy(predictions: Predictions) -> float:
+    """Share of the examples whose class is right."""
+    return float(accuracy_score(predictions.truth, predictions.predicted))
 
 
-_CORRELATIONS = {"pearson": _pearson, "spearman": _spearman}
+def f1(predictions: Predictions) -> float:
+    """F1 of the positive class of two, else the macro average."""
+    return float(
+        f1_score(
+            predictions.truth,
+            predictions.predicted,
+            average="binary" if predictions.num_classes == 2 else "macro",
+            pos_label=1 if predictions.positive_class is None else predictions.positive_class,
+            zero_division=0.0,
+        )
+    )
+
+
+def mcc(predictions: Predictions) -> float:
+    """Matthews correlation coefficient."""
+    return float(matthews_corrcoef(predictions.truth, predictions.predicted))
+
+
+def pearson(predictions: Predictions) -> float:
+    """Pearson correlation; NaN without variance."""
+    return _correlation(scipy.stats.pearsonr, predictions)
+
+
+def spearman(predictions: Predictions) -> float:
+    """Spearman rank correlation, ties averaged; NaN without variance."""
+    return _correlation(scipy.stats.spearmanr, predictions)
+
+
+def _correlation(function: Callable[..., Any], predictions: Predictions) -> float:
+    predicted, truth = predictions.predicted, predictions.truth
+    if np.ptp(predicted) == 0 or np.ptp(truth) == 0:
+        return math.nan
+    return float(function(predicted, truth).statistic)
