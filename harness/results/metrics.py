@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal
 
 
 class Direction(StrEnum):
@@ -151,6 +153,13 @@ def scores_of(task: str | None = None, *, of: str | None = None) -> tuple[str, .
         for name, score in SCORES.items()
         if (task is None or task in score.tasks) and (of is None or score.of == of)
     )
+
+
+@functools.cache
+def find_scorer(score: str) -> Any:
+    """The function that computes a score, as `SCORES` names it."""
+    module, _, function = SCORES[score].scorer.partition(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def _of_predictions(metric: Metric, task: str, function: str) -> Score:

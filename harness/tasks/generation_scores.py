@@ -17,8 +17,7 @@ from pathlib import Path
 from statistics import fmean
 
 from harness.results.files import HYPOTHESES_FILE, REFERENCES_FILE, write_atomically
-from harness.results.metrics import scores_of
-from harness.tasks.objective import find_scorer
+from harness.results.metrics import find_scorer, scores_of
 
 Scorer = Callable[[list[str], list[list[str]]], tuple[float | None, str | None]]
 """From texts and the references of each to a score (None where it does not exist) and how it was computed."""

@@ -18,8 +18,8 @@ from harness.config.schema import DatasetConfig, Task
 from harness.data.batches import Batch
 from harness.data.labelled import Split
 from harness.processes.stopping import StopRequest
-from harness.results.metrics import METRICS, Direction, scores_of
-from harness.tasks.objective import Evaluation, SummedLoss, cross_entropy, evaluating, find_scorer, largest_batch
+from harness.results.metrics import METRICS, Direction, find_scorer, scores_of
+from harness.tasks.objective import Evaluation, SummedLoss, cross_entropy, evaluating, largest_batch
 
 
 class SequenceObjective:

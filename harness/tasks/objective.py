@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +13,6 @@ from torch.nn import functional
 
 from harness.data.batches import Batch
 from harness.processes.distributed import reshard
-from harness.results.metrics import SCORES
 
 
 @dataclass(frozen=True)
@@ -109,10 +106,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         model.train(was_training)
         reshard(model)
-
-
-@functools.cache
-def find_scorer(score: str) -> Any:
-    """The function that computes a score, as `SCORES` names it."""
-    module, _, function = SCORES[score].scorer.partition(":")
-    return getattr(importlib.import_module(module), function)
