@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +14,10 @@ from harness.config.validation import ConfigError
 from harness.content.digests import require_content
 from harness.content.files import base_model
 from harness.content.identity import Identity, identify
-from harness.data.labelled import TextData, load_data
-from harness.data.language import LanguageData, load_language_data
 from harness.measure.device import require_free_device
 from harness.measure.environment import environment
 from harness.methods.counts import ParameterCounts, count_parameters
+from harness.methods.registry import find_method_module
 from harness.models import configs
 from harness.models.configs import build_skeleton
 from harness.models.loading import (
@@ -31,7 +31,8 @@ from harness.plan import adapt, require_packing
 from harness.processes.cores import available_cores
 from harness.processes.distributed import Companions
 from harness.results.metrics import scores_of
-from harness.tasks.generation import num_cut_prompts
+from harness.tasks.families import TaskData, TaskFamily, find_family
+from harness.tasks.generation import num_truncated_prompts
 
 
 @dataclass
@@ -41,12 +42,14 @@ class PreparedRun:
     config: RunConfig
     identity: Identity
     accelerator: Accelerator
-    data: TextData | LanguageData
-    also: dict[str, LanguageData]
+    family: TaskFamily
+    data: TaskData
+    also: dict[str, TaskData]
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     head: tuple[str, ...]
     target_modules: list[str]
+    counts: ParameterCounts
     environment: dict[str, object]
     base: BaseModel
     companions: Companions
@@ -74,29 +77,13 @@ def _prepare(config: RunConfig, identity: Identity, accelerator: Accelerator, co
         require_free_device(accelerator.device)
     base = base_model(config)
     tokenizer = load_tokenizer(base)
-    max_tokens = configs.max_tokens(base, tokenizer)
-    named = {"dataset": config.dataset} | {f"evaluate_also.{name}": also for name, also in config.evaluate_also.items()}
-    too_long = [
-        f"{setting}.max_length={dataset.max_length}: {config.model.name} reads at most {max_tokens} tokens."
-        for setting, dataset in named.items()
-        if dataset.max_length > max_tokens
-    ]
-    if wanted_generation_metrics(config) and config.dataset.generation.max_new_tokens >= max_tokens:
-        too_long.append(
-            f"dataset.generation.max_new_tokens={config.dataset.generation.max_new_tokens}: {config.model.name} reads "
-            f"at most {max_tokens} tokens, prompt and text together."
-        )
+    too_long = _length_problems(config, configs.max_tokens(base, tokenizer))
     if too_long:
         raise ConfigError(too_long)
-    data: TextData | LanguageData
-    if config.dataset.task.is_language:
-        data = load_language_data(config.dataset, tokenizer)
-        num_labels = None
-    else:
-        data = load_data(config.dataset, tokenizer)
-        num_labels = data.num_labels
-    also = {name: load_language_data(dataset, tokenizer) for name, dataset in config.evaluate_also.items()}
-    loaded = load_model(base, num_labels=num_labels, pad_token_id=tokenizer.pad_token_id, seed=config.seed)
+    family = find_family(config.dataset.task)
+    data = family.load(config.dataset, tokenizer)
+    also = {name: find_family(dataset.task).load(dataset, tokenizer) for name, dataset in config.evaluate_also.items()}
+    loaded = load_model(base, num_labels=data.num_labels, pad_token_id=tokenizer.pad_token_id, seed=config.seed)
     model = loaded.model
     splits = [split for found in (data, *also.values()) for split in (found.train, found.val, found.test)]
     used = (batch.inputs["input_ids"] for split in splits for batch in split.batches(config.trainer.eval_batch_size))
@@ -108,58 +95,78 @@ def _prepare(config: RunConfig, identity: Identity, accelerator: Accelerator, co
     # After everything is read, so that an edit while it was read is seen too.
     require_content(config, identity.content)
     recorded = environment(accelerator.device, num_threads=config.num_threads)
-    recorded["data_fingerprint"] = data.fingerprint
-    recorded["content"] = identity.content
     if accelerator.num_processes > 1:
         recorded |= {"num_processes": accelerator.num_processes, "shard_model": config.shard_model}
-    notes = [note for found in (data, *also.values()) for note in found.notes]
-    if isinstance(data, LanguageData) and wanted_generation_metrics(config):
-        num_cut = num_cut_prompts(model, data.test.prompts(), config.dataset.generation)
-        if num_cut:
-            notes.append(f"dataset={config.dataset.name}: {num_cut} test prompts lose their beginning in generation.")
-    if notes:
-        recorded["data_notes"] = notes
-    if isinstance(data, TextData) and data.positive_class is not None and "f1" in config.dataset.metrics:
-        recorded["positive_label"] = data.label_names[data.positive_class]
-    if loaded.notes:
-        recorded["model_notes"] = loaded.notes
-    if class_names(data):
-        recorded["label_names"] = class_names(data)
     return PreparedRun(
-        config,
-        identity,
-        accelerator,
-        data,
-        also,
-        model,
-        tokenizer,
-        loaded.head,
-        target_modules,
-        recorded,
-        loaded,
-        companions,
+        config=config,
+        identity=identity,
+        accelerator=accelerator,
+        family=family,
+        data=data,
+        also=also,
+        model=model,
+        tokenizer=tokenizer,
+        head=loaded.head,
+        target_modules=target_modules,
+        counts=_count_parameters(config, loaded, data.num_labels),
+        environment=recorded | _facts(config, identity, data, also, loaded),
+        base=loaded,
+        companions=companions,
     )
 
 
-def parameter_counts(prepared: PreparedRun) -> ParameterCounts:
+def _length_problems(config: RunConfig, max_tokens: int) -> list[str]:
+    """What is longer than the model reads."""
+    named = {"dataset": config.dataset} | {f"evaluate_also.{name}": also for name, also in config.evaluate_also.items()}
+    problems = [
+        f"{setting}.max_length={dataset.max_length}: {config.model.name} reads at most {max_tokens} tokens."
+        for setting, dataset in named.items()
+        if dataset.max_length > max_tokens
+    ]
+    if wanted_generation_metrics(config) and config.dataset.generation.max_new_tokens >= max_tokens:
+        problems.append(
+            f"dataset.generation.max_new_tokens={config.dataset.generation.max_new_tokens}: {config.model.name} reads "
+            f"at most {max_tokens} tokens, prompt and text together."
+        )
+    return problems
+
+
+def _facts(
+    config: RunConfig, identity: Identity, data: TaskData, also: Mapping[str, TaskData], base: BaseModel
+) -> dict[str, object]:
+    """What a result records of data and model, by its name in `environment`; what does not exist is absent."""
+    notes = [note for found in (data, *also.values()) for note in found.notes]
+    if wanted_generation_metrics(config):
+        num_truncated = num_truncated_prompts(base.model, data.test.prompts(), config.dataset.generation)
+        if num_truncated:
+            notes.append(
+                f"dataset={config.dataset.name}: {num_truncated} test prompts lose their beginning in generation."
+            )
+    facts: dict[str, object] = {"data_fingerprint": data.fingerprint, "content": identity.content}
+    if notes:
+        facts["data_notes"] = notes
+    if data.positive_class is not None and "f1" in config.dataset.metrics:
+        facts["positive_label"] = data.label_names[data.positive_class]
+    if base.notes:
+        facts["model_notes"] = base.notes
+    if data.label_names:
+        facts["label_names"] = data.label_names
+    return facts
+
+
+def _count_parameters(config: RunConfig, base: BaseModel, num_labels: int | None) -> ParameterCounts:
     """From shapes: a quantised weight has fewer entries than its matrix, so its model is counted as it was before."""
-    if not getattr(prepared.model, "is_quantized", False):
-        return count_parameters(prepared.model, prepared.head)
-    config = prepared.config
-    num_labels = None if config.dataset.task.is_language else prepared.model.config.num_labels
+    is_adapter = find_method_module(config.method.name).is_adapter
+    if not getattr(base.model, "is_quantized", False):
+        return count_parameters(base.model, base.head, is_adapter=is_adapter)
     skeleton = build_skeleton(base_model(config), num_labels=num_labels)
-    adapt(skeleton, config, prepared.head)
-    return count_parameters(skeleton, prepared.head)
+    adapt(skeleton, config, base.head)
+    return count_parameters(skeleton, base.head, is_adapter=is_adapter)
 
 
 def wanted_generation_metrics(config: RunConfig) -> list[str]:
     """The wanted scores of generated texts."""
     return [name for name in config.dataset.metrics if name in scores_of(of="generated")]
-
-
-def class_names(data: TextData | LanguageData) -> list[str]:
-    """The classes in the order of the logits; none for regression and language models."""
-    return data.label_names if isinstance(data, TextData) else []
 
 
 def _accelerator(config: RunConfig) -> Accelerator:

@@ -34,8 +34,8 @@ from harness.measure.device import DeviceBusyError, is_out_of_memory
 from harness.methods.flops import FlopsError, StepFlops, formula_flops
 from harness.methods.lora import LoRAError
 from harness.placement.architectures import PlacementError
-from harness.prepare import PreparedRun, parameter_counts, prepare
-from harness.processes.distributed import ProcessFailedError, place, summed
+from harness.prepare import PreparedRun, prepare
+from harness.processes.distributed import ProcessFailedError, all_reduce_sum, place_on_device
 from harness.processes.preparation import PreparationError, preparation_of_a_run
 from harness.processes.stopping import PreemptedError, StopRequest
 from harness.results.claims import Claim, ClaimLostError
@@ -43,15 +43,13 @@ from harness.results.files import CONFIG_FILE, LOG_FILE
 from harness.results.schema import RunResult, Status
 from harness.save import save_weights
 from harness.score import (
-    build_objective,
     score_after_training,
     score_before_training,
     score_generations,
 )
-from harness.tasks.language import makes_whole_logits
 from harness.tasks.objective import Objective
 from harness.tracking.tracker import open_tracker
-from harness.training.callbacks import FollowingJournal, RunJournal
+from harness.training.callbacks import FollowerCallbacks, RunCallbacks
 from harness.training.ledger import Spending
 from harness.training.loop import TrainingDivergedError, TrainingOutcome, train
 
@@ -112,7 +110,7 @@ def run(config: RunConfig, identity: Identity | None = None) -> RunResult:
                 # Whoever had the claim before may have ended the run while this process prepared.
                 settle(folder)
                 kept = kept_result(planned)
-                summed([kept is not None], prepared.accelerator)  # which the others ask for
+                all_reduce_sum([kept is not None], prepared.accelerator)  # which the others ask for
                 if kept is None:
                     attempt = Attempt.begin(planned, claim)
                     with _logged_to(folder / LOG_FILE):
@@ -124,15 +122,15 @@ def run(config: RunConfig, identity: Identity | None = None) -> RunResult:
 
 def _follow(prepared: PreparedRun, folder: Path, stop: StopRequest, spending: Spending) -> RunResult:
     """What the processes beside the main one do: the same training, and nothing written."""
-    if any(summed([False], prepared.accelerator)):  # the main process has found a result
+    if any(all_reduce_sum([False], prepared.accelerator)):  # the main process has found a result
         kept = kept_result(PlannedRun(prepared.config, prepared.identity))
         assert kept is not None
         return kept
     prepared.accelerator.wait_for_everyone()
     directory = attempt_dir(folder)
-    journal = FollowingJournal(directory, stop, spending, made_from=_made_from(prepared))
+    callbacks = FollowerCallbacks(directory, stop, spending, made_from=_made_from(prepared))
     prepared.accelerator.wait_for_everyone()  # the main process writes only after this one has read
-    return _train_and_evaluate(prepared, directory, journal, stop, spending)
+    return _train_and_evaluate(prepared, directory, callbacks, stop, spending)
 
 
 def _run_claimed(prepared: PreparedRun, attempt: Attempt, stop: StopRequest, spending: Spending) -> RunResult:
@@ -152,18 +150,18 @@ def _run_claimed(prepared: PreparedRun, attempt: Attempt, stop: StopRequest, spe
         run_config=to_dict(config),
     )
     made_by = {name: value for name, value in prepared.environment.items() if name in MADE_BY}
-    journal = RunJournal(config, attempt, tracker, stop, spending, made_from=_made_from(prepared), made_by=made_by)
+    callbacks = RunCallbacks(config, attempt, tracker, stop, spending, made_from=_made_from(prepared), made_by=made_by)
     prepared.accelerator.wait_for_everyone()  # whatever an earlier attempt left is cleared
     prepared.accelerator.wait_for_everyone()  # and the others have read what is resumed
     try:
-        result = _train_and_evaluate(prepared, attempt.dir, journal, stop, spending)
+        result = _train_and_evaluate(prepared, attempt.dir, callbacks, stop, spending)
         is_recorded = attempt.record(result)
         try:
             tracker.finish(result)
         except Exception:  # the result is on disk; what happens to its mirror cannot change that
             logger.warning("tracking did not end properly: %s", traceback.format_exc())
     finally:
-        journal.close()
+        callbacks.close()
         tracker.close()
     logger.info("%s: %s %s", result.run_id, result.status, result.error or _headline(config, result))
     if not is_recorded:
@@ -183,31 +181,31 @@ def _made_from(prepared: PreparedRun) -> dict[str, Any]:
 def _train_and_evaluate(
     prepared: PreparedRun,
     directory: Path,
-    journal: RunJournal | FollowingJournal,
+    callbacks: RunCallbacks | FollowerCallbacks,
     stop: StopRequest,
     spending: Spending,
 ) -> RunResult:
     """Trains, scores, saves; whatever happens to training becomes a status. What an earlier attempt did is resumed."""
     config = prepared.config
-    metrics: dict[str, float] = asdict(parameter_counts(prepared))
+    metrics: dict[str, float] = asdict(prepared.counts)
     status, error = Status.FINISHED, ""
     started_at = time.time()
     try:
-        objective = build_objective(prepared, stop)
-        place(prepared.model, prepared.accelerator, shard_model=config.shard_model)
-        before = score_before_training(prepared, objective, journal)
+        objective = prepared.family.build_objective(config, prepared.data, prepared.also, stop)
+        place_on_device(prepared.model, prepared.accelerator, shard_model=config.shard_model)
+        before = score_before_training(prepared, objective, callbacks)
         metrics |= before
-        outcome = _train(prepared, objective, journal)
+        outcome = _train(prepared, objective, callbacks)
         spending.end_training()
         metrics |= outcome.measured
         with prepared.accelerator.autocast():
-            metrics |= score_after_training(prepared, objective, journal, outcome, before)
+            metrics |= score_after_training(prepared, objective, callbacks, outcome, before)
         stop.check("saving")
         prepared.companions.check()
         if config.save_weights:
-            metrics["checkpoint_bytes"] = journal.once("save", lambda: save_weights(prepared, directory))
+            metrics["checkpoint_bytes"] = callbacks.once("save", lambda: save_weights(prepared, directory))
         with prepared.accelerator.autocast():
-            metrics |= score_generations(prepared, directory, journal, stop)
+            metrics |= score_generations(prepared, directory, callbacks, stop)
     except (PreemptedError, ClaimLostError):
         raise
     except TrainingDivergedError as problem:
@@ -219,12 +217,12 @@ def _train_and_evaluate(
         if cause is not None:
             status, error = Status(cause.status), f"process {cause.process}: {cause.error}"
         logger.error("%s", traceback.format_exc())
-    metrics = journal.measured | metrics
+    metrics = callbacks.measured | metrics
     metrics |= spending.total()
-    times = {"started_at": started_at, "first_step_at": journal.first_step_at, "ended_at": time.time()}
+    times = {"started_at": started_at, "first_step_at": callbacks.first_step_at, "ended_at": time.time()}
     recorded: dict[str, Any] = {name: value for name, value in times.items() if value is not None}
-    if len(journal.made_by) > 1:
-        recorded["made_by"] = journal.made_by
+    if len(callbacks.made_by) > 1:
+        recorded["made_by"] = callbacks.made_by
     return RunResult(
         run_id=prepared.identity.run_id,
         cell_id=prepared.identity.cell_id,
@@ -238,7 +236,7 @@ def _train_and_evaluate(
     )
 
 
-def _train(prepared: PreparedRun, objective: Objective, journal: RunJournal | FollowingJournal) -> TrainingOutcome:
+def _train(prepared: PreparedRun, objective: Objective, callbacks: RunCallbacks | FollowerCallbacks) -> TrainingOutcome:
     config = prepared.config
     batches = TrainingBatches(
         prepared.data.train,
@@ -257,17 +255,14 @@ def _train(prepared: PreparedRun, objective: Objective, journal: RunJournal | Fo
         objective,
         config=config.trainer,
         accelerator=prepared.accelerator,
-        journal=journal,
-        flops=_step_flops(prepared),
+        callbacks=callbacks,
+        flops=_step_flops(prepared, objective),
     )
 
 
-def _step_flops(prepared: PreparedRun) -> StepFlops | None:
+def _step_flops(prepared: PreparedRun, objective: Objective) -> StepFlops | None:
     try:
-        whole_logits = prepared.config.dataset.task.is_language and makes_whole_logits(
-            prepared.model, prepared.config.trainer.loss_chunk_tokens
-        )
-        return formula_flops(prepared.model, whole_logits=whole_logits)
+        return formula_flops(prepared.model, whole_logits=objective.makes_whole_logits(prepared.model))
     except FlopsError as reason:
         logger.info("train_flops is not recorded: %s", reason)
         return None

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from harness.methods.registry import TrainedModel, find_method_module
-from harness.prepare import PreparedRun, class_names
+from harness.prepare import PreparedRun
 from harness.results.files import CHECKPOINT_FILE, LABELS_FILE, SAVING_DIR, write_json_atomically
 from harness.results.methods import METHODS
 from harness.training.checkpoint import write_in_its_place
@@ -35,7 +35,7 @@ def save_weights(prepared: PreparedRun, folder: Path) -> int:
 
 
 def _save_weights(prepared: PreparedRun, directory: Path) -> int:
-    name, label_names = prepared.config.method.name, class_names(prepared.data)
+    name, label_names = prepared.config.method.name, prepared.data.label_names
     if label_names and not METHODS[name].trains_base:
         # As a transformers config has them: neither PEFT's config nor a tensor file has a place for names of classes.
         names = {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}

@@ -32,7 +32,7 @@ from harness.methods.lora import apply_lora, lora_layers
 from harness.models.loading import load_model
 from harness.models.tokenizers import load_tokenizer
 from harness.placement.architectures import ARCHITECTURES
-from harness.tasks.generation import generate, num_cut_prompts
+from harness.tasks.generation import generate, num_truncated_prompts
 from harness.tasks.language import LanguageObjective, chunked_cross_entropy, summed_loss, summed_nll
 
 TINY = {name: ModelConfig(name=name, tiny=TinyModel(name)) for name in ("gpt2", "llama")}
@@ -428,4 +428,8 @@ def test_a_prompt_without_room_keeps_the_start_token_and_a_text_loses_the_spaces
     assert asked == [[TOKENIZER.bos_token_id, *ids("za")]]
     fits = Prompt("", ids("zzz"), [""])
     prompts = [prompt, fits, prompt]
-    assert [num_cut_prompts(knowing, prompts, GenerationConfig(125, num_examples=n)) for n in (None, 2, 1)] == [2, 1, 1]
+    assert [num_truncated_prompts(knowing, prompts, GenerationConfig(125, num_examples=n)) for n in (None, 2, 1)] == [
+        2,
+        1,
+        1,
+    ]

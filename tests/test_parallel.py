@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from harness.config.schema import ModelConfig, TinyModel, TrainerConfig
 from harness.data.batches import Batch, TrainingBatches
 from harness.models.loading import load_model
-from harness.processes.distributed import Companions, ProcessFailedError, is_sharded, place
+from harness.processes.distributed import Companions, ProcessFailedError, is_sharded, place_on_device
 from harness.tasks.language import summed_nll
 from harness.tasks.objective import evaluating
 from harness.training.checkpoint import pack_training, unpack_training
@@ -185,16 +185,16 @@ if what == "claimed" and rank == 0:
 
     Claim.acquire = taken
 if what == "stopped" and rank == 0:
-    from harness.training.callbacks import RunJournal
+    from harness.training.callbacks import RunCallbacks
 
-    stepped = RunJournal.stepped
+    stepped = RunCallbacks.stepped
 
     def stopping(self, step, values):
         stepped(self, step, values)
         if step == 4 and str(self._config.runs_dir).endswith("parts") and not self.resumed_at_step:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    RunJournal.stepped = stopping
+    RunCallbacks.stepped = stopping
 runs_dirs = sys.argv.pop(1).split(",")
 common = sys.argv[1:]
 for runs_dir in runs_dirs:
@@ -347,7 +347,7 @@ def sharded_llama(monkeypatch: pytest.MonkeyPatch) -> Any:
     accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=2)
     monkeypatch.setattr("harness.processes.distributed.init_device_mesh", lambda kind, _: init_device_mesh(kind, (1,)))
     monkeypatch.setattr(type(model.model), "to", lambda *_: pytest.fail("moved as a whole"))
-    place(model.model, accelerator, shard_model=True)  # type: ignore[arg-type]
+    place_on_device(model.model, accelerator, shard_model=True)  # type: ignore[arg-type]
     return model.model
 
 

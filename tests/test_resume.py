@@ -32,7 +32,7 @@ from harness.tasks.labelled import SequenceObjective
 from harness.tasks.language import LanguageObjective
 from harness.tasks.objective import Evaluation
 from harness.training import checkpoint
-from harness.training.callbacks import RunJournal
+from harness.training.callbacks import RunCallbacks
 from harness.training.checkpoint import write_in_its_place
 
 
@@ -61,7 +61,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     for owner, name in (
         (SequenceObjective, "evaluate_split"),
         (LanguageObjective, "evaluate_split"),
-        (RunJournal, "stepped"),
+        (RunCallbacks, "stepped"),
         (save, "_save_weights"),
         (generation, "_text_before"),
     ):
@@ -258,7 +258,7 @@ def test_a_score_that_does_not_exist_yet_does_not_break_a_checkpoint(
     )
     score = labelled.score
     monkeypatch.setattr(labelled, "score", lambda *p, **n: {k: v for k, v in score(*p, **n).items() if k != "mcc"})
-    keep = RunJournal.keep_checkpoint
+    keep = RunCallbacks.keep_checkpoint
     bests: list[float] = []
 
     def watched(self: Any, tensors: Any, position: Any) -> None:
@@ -267,7 +267,7 @@ def test_a_score_that_does_not_exist_yet_does_not_break_a_checkpoint(
         if len(bests) == 2:
             raise PreemptedError("stopped")
 
-    monkeypatch.setattr(RunJournal, "keep_checkpoint", watched)
+    monkeypatch.setattr(RunCallbacks, "keep_checkpoint", watched)
     with pytest.raises(PreemptedError):
         run(wanted)
     monkeypatch.setattr(labelled, "score", score)

@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,9 @@ from harness.results.claims import Claim, RunClaimedError
 from harness.results.metrics import METRICS
 from harness.results.schema import Status, read_result
 from harness.run import run
+from harness.tasks.families import find_family
 from harness.training import loop
-from harness.training.callbacks import RunJournal
+from harness.training.callbacks import RunCallbacks
 
 # What a clock or the operating system says differs from run to run; everything else is exact.
 NOT_EXACT = {
@@ -281,7 +283,7 @@ def test_data_that_are_edited_after_planning_are_refused(
         path.write_text(rows.read_text().replace(",fruit", ",x"))
         return loaded or load(*arguments)
 
-    monkeypatch.setattr(prepare_module, "load_data", edited)
+    monkeypatch.setattr(prepare_module, "find_family", lambda task: replace(find_family(task), load=edited))
     with pytest.raises(ContentError, match=r"dataset\.train: changed since this run was planned"):
         run(wanted, planned)
     assert not (tmp_path / "runs" / planned.run_id).exists()
@@ -332,14 +334,14 @@ def test_sigterm_writes_a_checkpoint_and_the_run_goes_on_from_it_bitwise(
     dropout = {"model": {"dropout": 0.1}, "method": {"adapter_dropout": 0.1}}
     whole = run(config(rows, tmp_path / "whole", trainer=trainer, **dropout))
 
-    stepped = RunJournal.stepped
+    stepped = RunCallbacks.stepped
 
     def terminated_at_5(self: Any, step: int, values: dict[str, float]) -> None:
         stepped(self, step, values)
         if step == 5 and not self.resumed_at_step:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(RunJournal, "stepped", terminated_at_5)
+    monkeypatch.setattr(RunCallbacks, "stepped", terminated_at_5)
     wanted = config(rows, tmp_path / "cut", trainer=trainer, **dropout)
     run_dir = tmp_path / "cut" / identify(wanted).run_id
     with pytest.raises(PreemptedError, match="stopped after step 5"):
@@ -379,13 +381,13 @@ def test_a_checkpoint_of_other_data_is_refused_with_a_word_and_the_run_starts_ov
     wanted = config(fewer, tmp_path / "runs", trainer=trainer)
     undisturbed = run(wanted)
 
-    keep = RunJournal.keep_checkpoint
+    keep = RunCallbacks.keep_checkpoint
 
     def killed_after(self: Any, *state: Any) -> None:
         keep(self, *state)
         raise PreemptedError("killed")
 
-    monkeypatch.setattr(RunJournal, "keep_checkpoint", killed_after)
+    monkeypatch.setattr(RunCallbacks, "keep_checkpoint", killed_after)
     more = config(rows, tmp_path / "runs", trainer=trainer)
     with pytest.raises(PreemptedError):
         run(more)

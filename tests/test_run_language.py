@@ -38,7 +38,7 @@ from harness.results.schema import Status, read_result
 from harness.run import run
 from harness.tasks.generation_scores import score_texts
 from harness.tasks.language import LanguageObjective
-from harness.training.callbacks import RunJournal
+from harness.training.callbacks import RunCallbacks
 from harness.training.optimizer import learning_rate_at
 
 WORDS = ["the", "old", "king", "had", "three", "sons", "and", "a", "well", "at", "the", "end", "of", "the", "world"]
@@ -285,7 +285,7 @@ def to_values(wanted: RunConfig) -> dict[str, Any]:
 
 
 def test_methods_and_models_that_language_tasks_cannot_have(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"method=head_only: a language model .* has no head of its own"):
+    with pytest.raises(ConfigError, match=r"method=head_only: a language model .* has no task head"):
         config(data, tmp_path, "head_only")
     with pytest.raises(ModelError, match="bert is no language model that predicts the next token"):
         plan(config(data, tmp_path, model={"name": "tiny_bert", "tiny": "bert"}))
@@ -406,14 +406,14 @@ def test_loss_curves_are_those_of_peft_and_the_transformers_trainer(
 def test_a_run_stops_and_goes_on_bitwise(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     undisturbed = run(config(data, tmp_path / "a", task="completion", trainer={"max_steps": 8}))
     wanted = config(data, tmp_path / "b", task="completion", trainer={"max_steps": 8, "checkpoint_every": 3})
-    keep = RunJournal.keep_checkpoint
+    keep = RunCallbacks.keep_checkpoint
 
     def stop_after(self: Any, tensors: Any, position: Any) -> None:
         self._stop.ask()
         keep(self, tensors, position)
 
     with monkeypatch.context() as patched:
-        patched.setattr(RunJournal, "keep_checkpoint", stop_after)
+        patched.setattr(RunCallbacks, "keep_checkpoint", stop_after)
         with pytest.raises(PreemptedError):
             run(wanted)
     result = run(wanted)

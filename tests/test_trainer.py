@@ -109,7 +109,7 @@ class Objective:
 
 
 class Record:
-    """A journal that remembers, and keeps the checkpoints it is told to."""
+    """Callbacks that remember, and keep the checkpoints that they are asked to."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -151,7 +151,7 @@ def run(
 ) -> tuple[TrainingOutcome, Record]:
     record = record or Record()
     outcome = train(
-        model, rows, objective or Objective(), config=config, accelerator=Accelerator(cpu=True), journal=record
+        model, rows, objective or Objective(), config=config, accelerator=Accelerator(cpu=True), callbacks=record
     )
     return outcome, record
 

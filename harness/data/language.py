@@ -25,7 +25,7 @@ import re
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -58,6 +58,11 @@ class LanguageData:
     test: TokenSplit
     fingerprint: str
     notes: list[str]
+
+    # A language model has no task head.
+    num_labels: ClassVar[int | None] = None
+    label_names: ClassVar[list[str]] = []
+    positive_class: ClassVar[int | None] = None
 
 
 def load_language_data(config: DatasetConfig, tokenizer: Tokenizer) -> LanguageData:

@@ -28,7 +28,7 @@ from harness.methods.lora import (
     replace_module,
     replaced_modules,
 )
-from harness.processes.distributed import whole
+from harness.processes.distributed import full_tensor
 from harness.results.files import write_json_atomically
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -97,7 +97,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> int:
     """Writes tensors as safetensors, atomically, and returns the bytes written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
-    save_file({name: whole(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+    save_file({name: full_tensor(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}, temporary)
     temporary.replace(path)
     return path.stat().st_size
 

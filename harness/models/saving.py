@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from harness.models.configs import quiet_transformers
-from harness.processes.distributed import whole
+from harness.processes.distributed import full_tensor
 
 
 def save_model(
@@ -46,7 +46,7 @@ def save_model(
             # Of the base's own, transformers refuses to write what it did not refuse to read.
             model.generation_config = GenerationConfig()
         with quiet_transformers():
-            state = {name: whole(value) for name, value in model.state_dict().items()}
+            state = {name: full_tensor(value) for name, value in model.state_dict().items()}
             model.save_pretrained(directory, state_dict=state)
             tokenizer.save_pretrained(directory)
         if generation is not None:

@@ -118,7 +118,7 @@ class Companions:
                 return
 
 
-def summed(values: Sequence[float], accelerator: Accelerator) -> list[float]:
+def all_reduce_sum(values: Sequence[float], accelerator: Accelerator) -> list[float]:
     """Each value summed over all processes."""
     if accelerator.num_processes == 1:
         return list(values)
@@ -127,13 +127,13 @@ def summed(values: Sequence[float], accelerator: Accelerator) -> list[float]:
     return accelerator.reduce(total, reduction="sum").tolist()
 
 
-def gathered(tensor: Tensor, accelerator: Accelerator) -> Tensor:
+def all_gather_to_cpu(tensor: Tensor, accelerator: Accelerator) -> Tensor:
     """The tensor of each process, `(processes, ...)`, on the CPU of all of them."""
     everyone: Tensor = accelerator.gather(tensor.unsqueeze(0).to(accelerator.device))
     return everyone.cpu()
 
 
-def summed_on_device(parts: Sequence[Sequence[Tensor]], accelerator: Accelerator) -> Tensor:
+def all_reduce_sum_on_device(parts: Sequence[Sequence[Tensor]], accelerator: Accelerator) -> Tensor:
     """Sums the n-th numbers of all parts over all processes: `(numbers,)`, on the device, without waiting for it."""
     # In the order of the parts and with 53 bits, as Python would add them up. MPS has no such numbers.
     dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
@@ -143,7 +143,7 @@ def summed_on_device(parts: Sequence[Sequence[Tensor]], accelerator: Accelerator
     return total if accelerator.num_processes == 1 else accelerator.reduce(total, reduction="sum")
 
 
-def place(model: nn.Module, accelerator: Accelerator, *, shard_model: bool) -> None:
+def place_on_device(model: nn.Module, accelerator: Accelerator, *, shard_model: bool) -> None:
     """Puts a model from the CPU on the device: whole, or this process's part of every matrix."""
     if shard_model and accelerator.num_processes > 1:
         shard(model, accelerator)
@@ -180,12 +180,12 @@ def reshard(model: nn.Module) -> None:
         model.reshard()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The tensor itself, put together where it is spread; then all processes must ask at once."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def like(other: Tensor, value: Tensor) -> Tensor:
+def shard_like(other: Tensor, value: Tensor) -> Tensor:
     """A whole tensor, spread as `other` of the same shape is."""
     if isinstance(other, DTensor) and other.shape == value.shape:
         return distribute_tensor(value.to(other.device), other.device_mesh, other.placements)
@@ -193,6 +193,6 @@ def like(other: Tensor, value: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def put(target: Tensor, value: Tensor) -> None:
+def copy_into(target: Tensor, value: Tensor) -> None:
     """Copies a whole tensor into one that may be spread."""
-    target.copy_(like(target, value))
+    target.copy_(shard_like(target, value))

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from accelerate import Accelerator
 
-from harness.processes.distributed import summed
+from harness.processes.distributed import all_reduce_sum
 
 # What clusters send before they take a machine away: SLURM and Kubernetes the first, submitit the second.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
@@ -56,7 +56,7 @@ class StopRequest:
         if self._accelerator is None or self._accelerator.num_processes == 1:
             return self._is_asked
         asked = self._is_asked and self._accelerator.is_main_process
-        return any(summed([asked], self._accelerator))
+        return any(all_reduce_sum([asked], self._accelerator))
 
     def check(self, phase: str) -> None:
         """Raises `PreemptedError` when the run was asked to stop. `phase` says what is being done."""

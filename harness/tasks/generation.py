@@ -92,7 +92,7 @@ def generate(
     return texts
 
 
-def num_cut_prompts(model: nn.Module, prompts: Sequence[Prompt], config: GenerationConfig) -> int:
+def num_truncated_prompts(model: nn.Module, prompts: Sequence[Prompt], config: GenerationConfig) -> int:
     """How many of the prompts from which `generate` is to write are too long for the model's context."""
     room = _room(getattr(model, "module", model), config)
     return 0 if room is None else sum(len(prompt.token_ids) > room for prompt in prompts[: config.num_examples])

@@ -65,6 +65,10 @@ class SequenceObjective:
         sign = 1.0 if METRICS[f"val_{best}"].direction is Direction.HIGHER else -1.0
         return Evaluation(scores, sign * scores[best] if best in scores else -math.inf)
 
+    def makes_whole_logits(self, model: nn.Module) -> bool:
+        """No: a classifier has one row of logits a text."""
+        return False
+
     def rehearse(self, model: nn.Module) -> None:
         """One forward pass on the largest batch of all splits."""
         predict(model, [largest_batch(self._splits, self._eval_batch_size)])

@@ -210,6 +210,10 @@ class LanguageObjective:
         # All three fall together.
         return Evaluation(scores, -nll)
 
+    def makes_whole_logits(self, model: nn.Module) -> bool:
+        """Whether a step computes the logits of every position at once."""
+        return makes_whole_logits(model, self._chunk_tokens)
+
     def rehearse(self, model: nn.Module) -> None:
         """One forward pass on the largest batch of all splits."""
         batch = largest_batch(self._splits, self._eval_batch_size)

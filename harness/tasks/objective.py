@@ -66,6 +66,10 @@ class Objective(Protocol):
         """Scores on any split of the task's data; otherwise as `evaluate`."""
         ...
 
+    def makes_whole_logits(self, model: nn.Module) -> bool:
+        """Whether a step of a language model computes the logits of every position, and not of its targets alone."""
+        ...
+
     def rehearse(self, model: nn.Module) -> None:
         """Makes the largest forward pass that scoring will make, and throws it away."""
         ...

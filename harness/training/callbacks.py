@@ -71,8 +71,8 @@ def _as_values(evaluation: Evaluation | None) -> dict[str, Any] | None:
     return {"scores": evaluation.scores, "objective": evaluation.objective if has_objective else None}
 
 
-class FollowingJournal:
-    """The journal of a process beside the main one: it resumes from the same checkpoint, and tells nobody anything."""
+class FollowerCallbacks:
+    """The callbacks of a process beside the main one: it resumes from the same checkpoint, and reports nothing."""
 
     def __init__(
         self, attempt_dir: Path, stop: StopRequest, spending: Spending, *, made_from: Mapping[str, Any]
@@ -87,7 +87,7 @@ class FollowingJournal:
         self.first_step_at: float | None = None
 
     def once(self, phase: str, compute: Callable[[], Any]) -> Any:
-        """What a phase came to: see `RunJournal.once`."""
+        """What a phase came to: see `RunCallbacks.once`."""
         return self._ledger.once(self._trained or _start(self._made_from), phase, compute)
 
     def last_checkpoint(self) -> tuple[dict[str, Tensor], Position] | None:
@@ -120,8 +120,8 @@ class FollowingJournal:
         self._stop.check("training")
 
 
-class RunJournal:
-    """The trainer's journal of one run.
+class RunCallbacks:
+    """The training callbacks of one run.
 
     Curves get the mean loss since the last record, every `tracking.log_every` steps; scores come at once. A checkpoint
     holds the curve so far, so that a run that resumes leaves the same curve as an undisturbed one, and `made_from`,

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from harness.processes.distributed import gathered, like, put, whole
+from harness.processes.distributed import all_gather_to_cpu, copy_into, full_tensor, shard_like
 from harness.results.files import write_atomically
 
 Written = TypeVar("Written")
@@ -91,13 +91,13 @@ def pack_training(
     `optimizer` is None when all steps are made.
     """
     trainable = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
-    tensors = {f"model/{name}": whole(value.detach()) for name, value in trainable}
+    tensors = {f"model/{name}": full_tensor(value.detach()) for name, value in trainable}
     for name, value in trainable if optimizer is not None else ():
-        tensors |= {f"optimizer/{name}/{key}": whole(entry) for key, entry in optimizer.state[value].items()}
+        tensors |= {f"optimizer/{name}/{key}": full_tensor(entry) for key, entry in optimizer.state[value].items()}
     tensors |= {f"best/{name}": value for name, value in (best_state or {}).items()}
-    tensors["random/cpu"] = gathered(torch.get_rng_state(), accelerator)
+    tensors["random/cpu"] = all_gather_to_cpu(torch.get_rng_state(), accelerator)
     if accelerator.device.type == "cuda":
-        tensors["random/cuda"] = gathered(torch.cuda.get_rng_state(accelerator.device), accelerator)
+        tensors["random/cuda"] = all_gather_to_cpu(torch.cuda.get_rng_state(accelerator.device), accelerator)
     return tensors
 
 
@@ -114,13 +114,13 @@ def unpack_training(
         groups[group][rest] = value
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
     for name, value in parameters.items():
-        put(value, groups["model"][name])
+        copy_into(value, groups["model"][name])
     by_identity = {id(value): name for name, value in parameters.items()}
     ordered = [by_identity[id(value)] for group in optimizer.param_groups for value in group["params"]]
     states: dict[int, dict[str, Tensor]] = {}
     for name, value in groups["optimizer"].items():
         parameter, _, key = name.rpartition("/")
-        states.setdefault(ordered.index(parameter), {})[key] = like(parameters[parameter], value)
+        states.setdefault(ordered.index(parameter), {})[key] = shard_like(parameters[parameter], value)
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
     _restore_random_state(groups["random"], accelerator)
     return groups["best"] or None

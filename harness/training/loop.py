@@ -23,7 +23,7 @@ from harness.measure.clock import StepMeter, device_queue
 from harness.measure.device import reset_device_peaks
 from harness.measure.memory import measure_peak_memory, rehearse_beside_optimizer
 from harness.methods.flops import StepFlops
-from harness.processes.distributed import is_sharded, put, summed, summed_on_device, whole
+from harness.processes.distributed import all_reduce_sum, all_reduce_sum_on_device, copy_into, full_tensor, is_sharded
 from harness.processes.stopping import PreemptedError
 from harness.tasks.objective import Evaluation, Objective
 from harness.training.checkpoint import pack_training, unpack_training
@@ -103,7 +103,7 @@ class Position:
         )
 
 
-class Journal(Protocol):
+class TrainingCallbacks(Protocol):
     """Who is told what happens, by metric name, and who keeps the checkpoints."""
 
     def started(self, num_steps: int, measured: dict[str, float]) -> None:
@@ -157,7 +157,7 @@ class TrainingOutcome:
         if self.best_state is not None:
             parameters = dict(model.named_parameters())
             for name, value in self.best_state.items():
-                put(parameters[name], value)
+                copy_into(parameters[name], value)
 
 
 def train(
@@ -167,7 +167,7 @@ def train(
     *,
     config: TrainerConfig,
     accelerator: Accelerator,
-    journal: Journal,
+    callbacks: TrainingCallbacks,
     flops: StepFlops | None = None,
 ) -> TrainingOutcome:
     """Trains the parameters that require a gradient; the model ends at its last step.
@@ -195,7 +195,7 @@ def train(
 
     Raises:
         TrainingDivergedError: a loss or the predictions on val were not finite.
-        PreemptedError: the journal was asked to stop; the checkpoint is written.
+        PreemptedError: the run was asked to stop; the checkpoint is written.
         torch.OutOfMemoryError: a step does not fit; also RuntimeError on the CPU.
     """
     device = accelerator.device
@@ -226,13 +226,13 @@ def train(
                 accelerator.backward(loss)
         if config.max_gradient_norm is not None:
             accelerator.clip_grad_norm_(parameters, config.max_gradient_norm)
-        return summed_on_device(losses, accelerator)
+        return all_reduce_sum_on_device(losses, accelerator)
 
     def rehearse(micro_batches: Sequence[Batch]) -> None:
-        forward_backward(micro_batches, summed(_sizes(micro_batches), accelerator)[-1])
+        forward_backward(micro_batches, all_reduce_sum(_sizes(micro_batches), accelerator)[-1])
 
     def account(*, behind: bool) -> None:
-        """Counts the steps that the device has finished, or waits for all of them, and hands them to the journal."""
+        """Counts the steps that the device has finished, or waits for all of them, and hands them to the callbacks."""
         for done in meter.finished(behind=behind):
             minimised, reported = done.values
             for loss in (minimised, reported):
@@ -241,7 +241,7 @@ def train(
             at.add(done.seconds, done.note.sizes, reported)
             tokens_per_second = at.real_tokens / at.seconds
             values = {"learning_rate": done.note.learning_rate, "train_tokens_per_second": tokens_per_second}
-            journal.stepped(done.note.step, {objective.loss_name: reported, **values})
+            callbacks.stepped(done.note.step, {objective.loss_name: reported, **values})
 
     def rehearse_scoring() -> None:
         with accelerator.autocast():
@@ -249,7 +249,7 @@ def train(
 
     def keep(optimizer: torch.optim.Optimizer | None) -> None:
         at.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
-        journal.keep_checkpoint(pack_training(bare_model, optimizer, best_state, accelerator=accelerator), at)
+        callbacks.keep_checkpoint(pack_training(bare_model, optimizer, best_state, accelerator=accelerator), at)
 
     def score(*, is_kept: bool) -> Evaluation:
         """Scores the state after `at.step` on val. Unless it is kept already, it is when that fails."""
@@ -264,7 +264,7 @@ def train(
             raise
         if not evaluation.scores:
             raise TrainingDivergedError(at.step, "predictions on val were not finite")
-        journal.evaluated(at.step, evaluation)
+        callbacks.evaluated(at.step, evaluation)
         at.is_to_score, at.last = False, evaluation
         if at.best is None or evaluation.objective > at.best.objective:
             at.best, at.best_step = evaluation, at.step
@@ -273,7 +273,7 @@ def train(
 
     at, best_state = Position(), None
     meter: StepMeter[_Made] = StepMeter(device_queue(device))
-    checkpoint = journal.last_checkpoint()
+    checkpoint = callbacks.last_checkpoint()
     if checkpoint is not None:
         at = checkpoint[1]
     if not at.measured:
@@ -297,7 +297,7 @@ def train(
             accelerator.scaler.load_state_dict(at.scaler)
         del checkpoint
     if not at.measured:
-        journal.started(num_steps, measured)
+        callbacks.started(num_steps, measured)
         if at.is_to_score:
             score(is_kept=False)
 
@@ -309,7 +309,7 @@ def train(
                 rate = learning_rate_at(at.step, num_steps, config)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                sizes = summed(_sizes(micro_batches), accelerator)
+                sizes = all_reduce_sum(_sizes(micro_batches), accelerator)
                 meter.begin()
                 step_loss = forward_backward(micro_batches, sizes[-1])
                 optimizer.step()
@@ -332,7 +332,7 @@ def train(
                     break
                 if at.is_to_score:
                     score(is_kept=False)
-                if any(summed([journal.wants_checkpoint(at.step)], accelerator)):
+                if any(all_reduce_sum([callbacks.wants_checkpoint(at.step)], accelerator)):
                     account(behind=False)
                     keep(optimizer)
 
@@ -367,7 +367,7 @@ def _sizes(micro_batches: Sequence[Batch]) -> list[float]:
 
 def _trainable_state(model: nn.Module) -> dict[str, Tensor]:
     return {
-        name: whole(parameter.detach()).to("cpu", copy=True)
+        name: full_tensor(parameter.detach()).to("cpu", copy=True)
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
