@@ -14,6 +14,9 @@ DERIVED = {
 FORGETTING = "forgetting_nll"
 # Means over seeds with a spread that counts, as the scores on val and test are.
 _QUALITY = {FORGETTING, LEARNED, "base_domain_nll"}
+# What the memory peak is made of.
+MEMORY_PARTS = ("weights_bytes", "gradients_bytes", "optimizer_bytes", "activations_bytes")
+
 LANGUAGE_TASKS = {"causal_lm", "completion", "chat"}
 # Of generated texts: on test, at the step that was best on val, and nowhere else.
 GENERATION_SCORES = scores_of(of="generated")

@@ -15,7 +15,8 @@ import pandas as pd
 import pytest
 from test_analysis_load import save_run
 
-from analysis.figures import Figure, paper_figures, pareto_front, write_figures
+from analysis.figures import Figure, paper_figures, write_figures
+from analysis.figures.tradeoffs import pareto_front
 from analysis.load import load_runs
 from analysis.select import best_cells, cells
 

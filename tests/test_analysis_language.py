@@ -19,13 +19,14 @@ from test_analysis_figures import draw, footnote, line, texts
 from test_analysis_load import ENVIRONMENT, save_run
 from test_analysis_page import browser, check_quiet, data_of, hover_text, make, open_page  # noqa: F401
 
-import harness.config
 from analysis import metrics, select
 from analysis.figures import paper_figures
 from analysis.load import CAME_LATER, load_curves, load_runs
 from analysis.report import write_report
 from analysis.tables import PaperTable, paper_tables
 from analysis.tables.writers import to_csv, to_markdown
+from harness.config import schema
+from harness.config.composing import from_dict, to_dict
 from harness.config.schema import Task
 from harness.results.metrics import METRICS
 
@@ -620,8 +621,8 @@ def test_settings_that_came_later_have_the_value_that_stood_for_them(tmp_path: P
 
 def test_what_came_later_is_what_the_schema_says() -> None:
     """A field that the schema marks as added later and that has a default other than null needs a line in `load`."""
-    defaults = harness.config.to_dict(
-        harness.config.from_dict(
+    defaults = to_dict(
+        from_dict(
             {
                 "model": {"name": "tiny", "tiny": "bert"},
                 "dataset": {"name": "toy", "train_file": "toy.csv"},
@@ -632,9 +633,9 @@ def test_what_came_later_is_what_the_schema_says() -> None:
         )
     )
     classes = {
-        "model": harness.config.ModelConfig,
-        "dataset": harness.config.DatasetConfig,
-        "trainer": harness.config.TrainerConfig,
+        "model": schema.ModelConfig,
+        "dataset": schema.DatasetConfig,
+        "trainer": schema.TrainerConfig,
     }
     expected: dict[str, Any] = {}
     for group, kind in classes.items():

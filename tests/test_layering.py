@@ -49,7 +49,6 @@ ROOMS = (
     "analysis.comparisons",
     "analysis.recipes",
     "analysis.select",
-    "analysis.labels",
     "analysis.tables",
     "analysis.figures",
     "analysis.page",

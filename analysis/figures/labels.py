@@ -12,10 +12,9 @@ from matplotlib.collections import LineCollection
 from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 
-INK, GREY = "#222222", "#8A8A8A"
-SMALL = 6.5
+from analysis.figures.style import GREY, TEXT
+
 _NO_BOX = {"boxstyle": "square,pad=0", "facecolor": "none", "edgecolor": "none"}  # where the line to a label stops
-TEXT: dict[str, Any] = {"va": "center", "fontsize": SMALL, "color": INK}
 _END, _POINT = "label at the right edge", "label beside a point"
 
 

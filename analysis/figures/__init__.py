@@ -1,0 +1,51 @@
+"""Figures for the paper: each drawn from cells and curves, a panel for each model and dataset, as PDF and PNG.
+
+    cells, curves --paper_figures--> list of Figure --write_figures--> <name>.pdf and <name>.png
+
+Every figure but `learning_rates` and `lowest_curves` shows a condition at the learning rate that was best on val. Only
+finished runs give numbers; what has none is named under the figure. Colour never stands alone: markers, line styles,
+hatches and labels say the same. Names from configs are printed as they are and never read as formulas.
+
+A new kind of figure is a `FigureKind` in the file of its family, and its place in `KINDS`.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from analysis.figures.curves import LOWEST_CURVES, TRAINING_CURVES
+from analysis.figures.engine import Figure, figures_of, write_figures
+from analysis.figures.forgetting import FORGETTING_BY_LEARNING
+from analysis.figures.memory import MEMORY
+from analysis.figures.panels import Curves, panels_of
+from analysis.figures.ranks import RANK_BY_PLACEMENT, RANK_CURVES
+from analysis.figures.rates import BEST_RATES, LEARNING_RATES
+from analysis.figures.tradeoffs import SCORE_BY_COMPUTE, SCORE_BY_MEMORY, SCORE_BY_PARAMS, SCORE_BY_STEP_TIME
+
+__all__ = ["KINDS", "Figure", "paper_figures", "write_figures"]
+
+# In the order in which they appear in a report.
+KINDS = (
+    SCORE_BY_PARAMS,
+    SCORE_BY_MEMORY,
+    SCORE_BY_COMPUTE,
+    FORGETTING_BY_LEARNING,
+    RANK_CURVES,
+    RANK_BY_PLACEMENT,
+    LEARNING_RATES,
+    BEST_RATES,
+    LOWEST_CURVES,
+    TRAINING_CURVES,
+    MEMORY,
+    SCORE_BY_STEP_TIME,
+)
+
+
+def paper_figures(cells: pd.DataFrame, curves: Curves) -> list[Figure]:
+    """The figures that the data allow, always in the same order.
+
+    Args:
+        cells: as `select.cells` makes them, at all learning rates.
+        curves: by run id, the rows of its `metrics.jsonl`; may be empty.
+    """
+    return figures_of(KINDS, panels_of(cells, curves))

@@ -1,0 +1,204 @@
+"""What a figure shows: the cells of one model on one dataset, with the names that they have in figures."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pandas as pd
+from matplotlib import font_manager
+
+from analysis.comparisons import Cell
+from analysis.figures.style import COLOURS, LINES, LOOK_WITHOUT_RANK, MARKERS, in_turn
+from analysis.metrics import metric
+from analysis.select import best_cells, num_status, records
+from harness.results.schema import Status
+
+Curves = Mapping[str, Sequence[Mapping[str, float]]]
+
+
+@dataclass(frozen=True, eq=False)
+class PlottedCell:
+    """A cell and its names in a figure: `label` ("lora r8 qv") and `family`, what it shares with other ranks ("qv")."""
+
+    row: Cell
+    label: str
+    family: str
+
+    def value(self, name: str) -> float | None:
+        """Its mean of a metric; None if no run finished or none measured it."""
+        value = self.row.get(name)
+        return None if not self.num_finished or value is None or math.isnan(value) else float(value)
+
+    def displayed(self, name: str) -> float:
+        """Such a mean that it has, in the unit in which it is shown; of "rank" the rank."""
+        value = self.rank if name == "rank" else self.value(name)
+        assert value is not None, name
+        return value if name == "rank" else value / metric(name).display_divisor
+
+    def interval(self, name: str) -> float:
+        """Half the width of the 95 % interval; 0 where one seed gives none."""
+        half = self.row.get(f"{name}_ci")
+        return 0.0 if half is None or math.isnan(half) else float(half)
+
+    def deviation(self, name: str) -> float:
+        """Standard deviation over seeds; 0 where there is one."""
+        sd = self.row.get(f"{name}_sd")
+        return 0.0 if sd is None or math.isnan(sd) else float(sd)
+
+    @property
+    def rank(self) -> float | None:
+        """Its rank; None for a method without one."""
+        return None if pd.isna(self.row["rank"]) else float(self.row["rank"])
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is full fine-tuning."""
+        return bool(self.row["method"] == "full")
+
+    @property
+    def num_finished(self) -> int:
+        """How many of its runs finished."""
+        return int(self.row[num_status(Status.FINISHED)])
+
+    @property
+    def status(self) -> str:
+        """How its runs ended that did not finish."""
+        ended = [status for status in Status if status is not Status.FINISHED and self.row[num_status(status)]]
+        return " and ".join(status.value.replace("_", " ") for status in ended)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What is shown of one model on one dataset.
+
+    `tried` holds the cells of all learning rates, `best` one per condition; `numbers` are those of the families in the
+    whole sweep, so that a placement looks alike in all panels.
+    """
+
+    name: str
+    best: list[PlottedCell]
+    tried: list[PlottedCell]
+    curves: Curves
+    test: str
+    val: str
+    numbers: Mapping[str, int]
+
+    def with_metrics(self, *names: str) -> list[PlottedCell]:
+        """The conditions that have all of these metrics."""
+        return [cell for cell in self.best if all(cell.value(name) is not None for name in names)]
+
+    def ranks(self) -> list[float]:
+        """The ranks of its conditions, ascending."""
+        return sorted({cell.rank for cell in self.best if cell.rank})
+
+    def families(self) -> dict[str, list[PlottedCell]]:
+        """The conditions with a rank by family, in order of rank."""
+        found = defaultdict(list)
+        for cell in sorted((cell for cell in self.best if cell.rank), key=lambda cell: cell.displayed("rank")):
+            found[cell.family].append(cell)
+        return dict(sorted(found.items(), key=lambda item: self.numbers[item[0]]))
+
+    def look_of(self, cell: PlottedCell) -> dict[str, Any]:
+        """Colour, marker and line style of a family; full fine-tuning is black, whatever else has no rank grey."""
+        colour, marker, line = LOOK_WITHOUT_RANK.get(cell.row["method"], LOOK_WITHOUT_RANK["head_only"])
+        if cell.rank:
+            number = self.numbers[cell.family]
+            colour, marker, line = (in_turn(kinds, number) for kinds in (COLOURS, MARKERS, LINES))
+        return {"color": colour, "marker": marker, "linestyle": line}
+
+    def tuned_ranks(self) -> list[PlottedCell]:
+        """The conditions of which several learning rates were tried, in placements that have several such ranks."""
+        tuned = [cell for cell in self.with_metrics(self.val) if cell.rank and len(cell.row["tried"]) > 1]
+        ranks = defaultdict(set)
+        for cell in tuned:
+            ranks[cell.family].add(cell.rank)
+        return [cell for cell in tuned if len(ranks[cell.family]) > 1]
+
+    def tuned_full(self, shown: Sequence[PlottedCell]) -> dict[str, PlottedCell]:
+        """By the recipes of the cells shown, full fine-tuning with several learning rates, of several the usual one."""
+        tuned = [cell for cell in self.with_metrics(self.val) if cell.is_full and len(cell.row["tried"]) > 1]
+        found: dict[str, PlottedCell] = {}
+        for cell in sorted(tuned, key=lambda cell: bool(_departures(cell.row))):
+            if any(cell.row["recipe_id"] == other.row["recipe_id"] for other in shown):
+                found.setdefault(cell.row["recipe_id"], cell)
+        return found
+
+
+# ---------------------------------------------------------------- from cells to panels
+
+
+def panels_of(cells: pd.DataFrame, curves: Curves) -> list[Panel]:
+    """A panel for each model and dataset, from a table of `select.cells` at all learning rates."""
+    best = best_cells(cells)
+    groups: defaultdict[tuple[Any, ...], list[Cell]] = defaultdict(list)
+    for row in records(best):
+        groups[row["model"], row["dataset"], row["best_metric"]].append(row)
+    one_method = best.loc[best["rank"].notna(), "method"].nunique() == 1
+    numbers: dict[str, int] = {}
+    panels: list[Panel] = []
+    for (model, dataset, score), rows in groups.items():
+        chosen = {cell.row["condition_id"]: cell for cell in _named(rows, one_method=one_method)}
+        for cell in chosen.values():
+            if cell.rank:
+                numbers.setdefault(cell.family, len(numbers))
+        tried = [
+            PlottedCell(row, chosen[row["condition_id"]].label, chosen[row["condition_id"]].family)
+            for row in records(cells)
+            if row["condition_id"] in chosen
+        ]
+        name = f"{short_name(model)}, {short_name(dataset)}"
+        alike = sum(panel.name.partition(" #")[0] == name for panel in panels)
+        name += f" #{alike + 1}" if alike else ""
+        panels.append(Panel(name, [*chosen.values()], tried, curves, f"test_{score}", f"val_{score}", numbers))
+    return panels
+
+
+def _named(rows: Sequence[Cell], *, one_method: bool) -> list[PlottedCell]:
+    """The rows with their names; where recipes differ, those that depart from the usual one are numbered: "(2)"."""
+    known = variants(rows)
+    taken: Counter[str] = Counter()
+    cells = []
+    for row in rows:
+        number = known.index(_departures(row)) + 1
+        variant = [f"({number})"] if number > 1 else []
+        method = short_name(row["method"])
+        placement = [short_name(row["target_layers"])] if isinstance(row["target_layers"], str) else []
+        rank: list[str] = [] if pd.isna(row["rank"]) else [f"r{row['rank']:g}"]
+        label = " ".join([method, *rank, *placement, *variant])
+        family = " ".join([*([] if one_method and rank else [method]), *placement, *variant]) or method
+        taken[label] += 1
+        again = f" #{taken[label]}" if taken[label] > 1 else ""
+        cells.append(PlottedCell(row, label + again, family + again))
+    return cells
+
+
+def variants(rows: Sequence[Cell]) -> list[tuple[str, ...]]:
+    """The ways in which recipes depart from the usual one, that one first if there is any."""
+    return sorted(dict.fromkeys(map(_departures, rows)), key=bool)
+
+
+def _departures(row: Cell) -> tuple[str, ...]:
+    return tuple(text for text in row["differs"] or () if not text.startswith("environment."))
+
+
+# ---------------------------------------------------------------- names
+
+
+def short_name(value: Any, length: int = 20) -> str:
+    """A name from a config on one line, shortened in its middle; what the font has no glyph for as its code point."""
+    text = "".join(letter if _has_glyph(letter) else f"U+{ord(letter):04X}" for letter in str(value)).strip() or "?"
+    return text if len(text) <= length else f"{text[: length // 2]}…{text[-(length // 2 - 1) :]}"
+
+
+@lru_cache(maxsize=4096)
+def _has_glyph(letter: str) -> bool:
+    """Whether the font that every figure is set in, the one that comes with matplotlib, has a letter."""
+    font = font_manager.get_font(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")))
+    return letter.isprintable() and font.get_char_index(ord(letter)) != 0

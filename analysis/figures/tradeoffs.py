@@ -1,0 +1,148 @@
+"""Scores against costs: adapter parameters, memory, compute and the time of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+
+from matplotlib.figure import SubFigure
+
+from analysis.figures.axes import (
+    axis_label,
+    draw_families,
+    draw_points,
+    draw_references,
+    draw_without_rank,
+    is_outlier,
+    limits,
+    name_points,
+    of_same_recipe,
+    outlier_text,
+    set_count_ticks,
+    without_rank,
+)
+from analysis.figures.engine import FigureKind
+from analysis.figures.footnote import Footnote
+from analysis.figures.labels import label_point
+from analysis.figures.panels import Panel, PlottedCell
+from analysis.figures.style import GREY, INK
+from analysis.metrics import is_better
+
+
+def _draw_by_params(subfigure: SubFigure, panel: Panel, footnote: Footnote) -> None:
+    axes = subfigure.subplots()
+    shown = _with_adapter(panel)
+    references = of_same_recipe(without_rank(panel), shown)
+    draw_families(axes, panel, "num_adapter_params", shown)
+    axes.set_xscale("log")
+    set_count_ticks(axes, "num_adapter_params")
+    name_points(axes, shown, "num_adapter_params", panel.test, footnote)
+    draw_references(axes, panel, references, footnote)
+    left_out = [cell for cell in without_rank(panel) if cell not in references]
+    footnote.account_for([cell for cell in panel.best if cell not in left_out], [*shown, *references], panel.test)
+    axes.set(xlabel=axis_label("num_adapter_params", "x"), ylabel=axis_label(panel.test, "y"))
+
+
+def _with_adapter(panel: Panel) -> list[PlottedCell]:
+    measured = panel.with_metrics("num_adapter_params", panel.test)
+    return [cell for cell in measured if cell.rank and cell.value("num_adapter_params")]
+
+
+SCORE_BY_PARAMS = FigureKind(
+    "score_by_params",
+    "Score on test against the number of adapter parameters",
+    is_drawn_for=lambda panel: len(_with_adapter(panel)) > 1,
+    draw=_draw_by_params,
+    has_intervals=True,
+)
+
+
+# ---------------------------------------------------------------- memory and time: Pareto fronts
+
+
+def pareto_front(costs: Sequence[float], scores: Sequence[float], name: str) -> list[int]:
+    """Indices, by cost, of the points that no other beats: none costs less without scoring worse by metric `name`."""
+
+    def beaten(index: int) -> bool:
+        return any(
+            (cost < costs[index] and not is_better(name, scores[index], value))
+            or (cost == costs[index] and is_better(name, value, scores[index]))
+            for cost, value in zip(costs, scores, strict=True)
+        )
+
+    return sorted((index for index in range(len(costs)) if not beaten(index)), key=lambda index: costs[index])
+
+
+def _draw_front(subfigure: SubFigure, panel: Panel, footnote: Footnote, *, cost: str) -> None:
+    """All conditions, what another beats hollow, and the stairs along the others."""
+    axes = subfigure.subplots()
+    cells = panel.with_metrics(cost, panel.test)
+    costs, scores = ([cell.displayed(name) for cell in cells] for name in (cost, panel.test))
+    front = pareto_front(costs, scores, panel.test)
+    for index, cell in enumerate(cells):
+        beaten = {"color": GREY, "markerfacecolor": "white", "markersize": 3.5, "zorder": 1}
+        look = panel.look_of(cell) | {"linestyle": "none"} | ({} if index in front else beaten)
+        draw_points(axes, [cell], cost, panel.test, cell.label, **look)
+    at = [(costs[index], scores[index]) for index in front]
+    corners = [corner for (x, y), (right, up) in pairwise(at) for corner in ((x, y), (right, y), (right, up))] or at
+    axes.plot(*zip(*corners, strict=True), color=INK, linewidth=0.7, zorder=0.5, label="front")
+    axes.margins(0.12)
+    near = [cell for cell in cells if not is_outlier(cell, cells, panel.test)]
+    axes.set_ylim(*limits(near, panel.test, footnote))
+    for index, (x, y) in zip(front, at, strict=True):
+        low, high = axes.get_ylim()
+        away = " ↓" if y < low else " ↑" if y > high else ""
+        label_point(axes, cells[index].label + away, x, min(max(y, low), high))
+    footnote.account_for(panel.best, cells, panel.test)
+    footnote.remarks += [outlier_text(cell, panel.test, footnote) for cell in cells if cell not in near]
+    footnote.remarks.append("line: what nothing beats in both; hollow: beaten")
+    footnote.remarks += ["time: median and range"] if f"{cost}_min" in cells[0].row else []
+    axes.set(xlabel=axis_label(cost, "x"), ylabel=axis_label(panel.test, "y"))
+
+
+def _can_draw_front(panel: Panel, *, cost: str) -> bool:
+    return len(panel.with_metrics(cost, panel.test)) > 1
+
+
+SCORE_BY_MEMORY = FigureKind(
+    "score_by_memory",
+    "Score on test against peak memory",
+    is_drawn_for=partial(_can_draw_front, cost="peak_memory_bytes"),
+    draw=partial(_draw_front, cost="peak_memory_bytes"),
+    has_intervals=True,
+)
+SCORE_BY_STEP_TIME = FigureKind(
+    "score_by_step_time",
+    "Score on test against the time of a step",
+    is_drawn_for=partial(_can_draw_front, cost="step_seconds_median"),
+    draw=partial(_draw_front, cost="step_seconds_median"),
+    has_intervals=True,
+)
+
+
+# ---------------------------------------------------------------- compute
+
+
+def _draw_by_compute(subfigure: SubFigure, panel: Panel, footnote: Footnote) -> None:
+    axes = subfigure.subplots()
+    cells = panel.with_metrics("train_flops", panel.test)
+    shown = [cell for cell in cells if not is_outlier(cell, cells, panel.test)]
+    draw_families(axes, panel, "train_flops", shown)
+    draw_without_rank(axes, panel, shown, "train_flops", panel.test)
+    axes.set_xscale("log")
+    axes.margins(0.1)
+    set_count_ticks(axes, "train_flops")
+    name_points(axes, shown, "train_flops", panel.test, footnote)
+    footnote.remarks += [outlier_text(cell, panel.test, footnote) for cell in cells if cell not in shown]
+    footnote.account_for(panel.best, cells, panel.test)
+    axes.set(xlabel=axis_label("train_flops", "x", stored=True), ylabel=axis_label(panel.test, "y"))
+
+
+SCORE_BY_COMPUTE = FigureKind(
+    "score_by_compute",
+    "Score on test against training compute",
+    is_drawn_for=partial(_can_draw_front, cost="train_flops"),
+    draw=_draw_by_compute,
+    has_intervals=True,
+)
