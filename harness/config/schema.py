@@ -195,8 +195,18 @@ _OF_WANDB = _read("where W&B is on (tracking.wandb)", lambda config: config.trac
 class ScratchConfig:
     """A base model to be pretrained here: a small Llama of random weights, and a byte-level BPE learned from text.
 
-    Embedding and unembedding are one matrix. The vocabulary is learned from a column of a training file, which lies in
-    `asset` or in the folder `path`.
+    Embedding and unembedding are one matrix. The text is a column of a file in `asset` or in the folder `path`.
+
+    Attributes:
+        num_blocks: how many transformer blocks.
+        width: the size of a hidden state, a multiple of `num_heads`.
+        num_heads: attention heads of a block.
+        max_tokens: the longest input, in tokens.
+        vocab_size: tokens in the vocabulary: at least 258, the bytes and two special tokens.
+        asset: the asset whose text the vocabulary is learned from.
+        path: a folder of your own with that text.
+        file: the file of rows in `asset` or `path`.
+        column: its column of texts.
     """
 
     num_blocks: int = 4
@@ -212,9 +222,21 @@ class ScratchConfig:
 
 @dataclass
 class ModelConfig:
-    """The base model: one of `asset`, `hub_id`, `tiny`, `run` and `scratch`, or `path`, a local folder, before all.
+    """The base model: one of `asset`, `hub_id`, `tiny`, `run` and `scratch`, or `path`, which comes before all.
 
-    `run` is the run id of a finished full fine-tuning in the same runs folder, whose model is the base of this run.
+    Attributes:
+        name: what tables and run ids call it.
+        asset: the name of a pinned asset in `harness.content.assets`.
+        hub_id: a repository on the model hub.
+        revision: its commit; a branch such as main where the commit may change.
+        tiny: a small random model with a tokenizer of bytes, for tests.
+        path: a local folder that `save_pretrained` wrote.
+        attention: how attention is computed, in transformers' words: sdpa, eager, flash_attention_2.
+        dtype: the type in which frozen weights are held; what is trained is held in float32.
+        dropout: the rate of every dropout in the base model.
+        run: the run id of a finished full fine-tuning in the same runs folder, whose model is the base of this run.
+        scratch: a random model to be pretrained, with a vocabulary learned from text.
+        quantization: how frozen weights are quantised (the extra `quant`).
     """
 
     name: str = "???"
@@ -238,7 +260,13 @@ class ModelConfig:
 class GenerationConfig:
     """How texts are generated on the test split, for tasks `completion` and `chat`.
 
-    `num_examples` takes the first prompts in the order of the file, null all; `no_repeat_ngram_size` 0 allows repeats.
+    Attributes:
+        max_new_tokens: the most tokens of a text.
+        num_beams: beams of the search; 1 is greedy.
+        length_penalty: the exponent of the length by which a beam's score is divided.
+        no_repeat_ngram_size: n-grams of this size occur once in a text; 0 allows repeats.
+        num_examples: so many prompts, the first in the order of the file; null takes all.
+        batch_size: prompts at a time.
     """
 
     max_new_tokens: int = field(default=64, metadata=_OF_GENERATION)
@@ -259,22 +287,53 @@ class GenerationConfig:
 class DatasetConfig:
     """Rows, what is predicted of them, and how they are split.
 
-    One of `asset`, `hub_id` and `train_file` names the data. `path` is the folder in which the files are looked up;
-    for an asset it replaces the download. Where there is no validation data, `val_fraction` of the training rows is
-    held out, stratified, by `split_seed`; where there are no test rows with labels, `test_fraction` likewise.
-    `num_train_examples` takes the first rows of a permutation fixed by `subset_seed`, so smaller subsets lie inside
-    larger ones; `num_eval_examples` likewise limits validation and test rows (of prompts with a target: prompts, each
-    with all its references).
+    One of `asset`, `hub_id` and `train_file` names the data. Where there is no validation data, `val_fraction` of the
+    training rows is held out, stratified, by `split_seed`; where there are no test rows with labels, `test_fraction`
+    likewise. What `completion` and `chat` read is in `harness.data.prompts` and `harness.data.chat`.
 
-    `bad_rows` says what becomes of rows whose text is empty or whose label is missing; null is `error` where a label is
-    predicted and `drop` for language models, whose corpora have empty lines. `positive_label` names the class of which
-    `f1` is the score where there are two; null takes the second one, in the order of the data or of the alphabet.
-
-    Language models: `causal_lm` reads one text column; `completion` fills `prompt_template`, in which `{name}` stands
-    for a column, and predicts `target_column`; `chat` reads lists of `{"role", "content"}` in `messages_column` through
-    `chat_template` (`chatml`, a file of a Jinja template, or null for the tokenizer's own). In files of lines (.txt) a
-    line is a row: of one column `text`, or of `line_columns` between `line_separator`. `letters_only` makes texts lower
-    case and everything but letters a space, which is how the 20 Newsgroups come: for a model that knows nothing else.
+    Attributes:
+        name: what tables and run ids call it.
+        asset: the name of a pinned asset in `harness.content.assets`.
+        hub_id: a repository on the data hub.
+        subset: the configuration of `hub_id`, such as mrpc of GLUE.
+        revision: the commit of `hub_id`.
+        path: the folder in which the files are looked up; for an asset it replaces the download.
+        train_file: the file of training rows: .csv, .tsv, .tab, .json, .jsonl, .parquet or .txt.
+        val_file: the file of validation rows.
+        test_file: the file of test rows.
+        train_split: the split of `hub_id` that is trained on.
+        val_split: its split for validation.
+        test_split: its split for test.
+        text_columns: the column of texts; two columns make a task on pairs.
+        label_column: the column of labels, or of the numbers of a regression.
+        task: what is predicted.
+        metrics: scores beside the loss, of those that the task has.
+        best_metric: the score on val that chooses the best step.
+        val_fraction: the part of the training rows that is held out for validation.
+        test_fraction: the part of the training rows that is held out for test.
+        split_seed: draws which rows are held out.
+        num_train_examples: the first so many rows of a permutation fixed by `subset_seed`, so that smaller subsets lie
+            inside larger ones; null takes all.
+        subset_seed: draws the subsets of rows.
+        max_length: the most tokens of an example.
+        num_eval_examples: limits validation and test rows likewise (of prompts with a target: prompts, each with all
+            its references).
+        line_separator: what stands between the columns of a line in a .txt file; null makes a line one text.
+        line_columns: the names of those columns.
+        letters_only: makes texts lower case and everything but letters a space, which is how the 20 Newsgroups come:
+            for a model that knows nothing else.
+        blocks: how raw text becomes examples.
+        attend_across_documents: whether the documents packed into an example see each other.
+        prompt_template: the prompt, in which `{name}` stands for a column.
+        target_column: the column that is predicted after the prompt.
+        messages_column: the column of conversations, lists of `{"role", "content"}`.
+        chat_template: `chatml`, a file of a Jinja template, or null for the tokenizer's own.
+        too_long: what becomes of examples of more than `max_length` tokens.
+        bad_rows: what becomes of rows whose text is empty or whose label is missing; null is `error` where a label is
+            predicted and `drop` for language models, whose corpora have empty lines.
+        positive_label: the class of which `f1` is the score where there are two; null takes the second one, in the
+            order of the data or of the alphabet.
+        generation: how texts are generated for the scores of generated texts.
     """
 
     name: str = "???"
@@ -348,9 +407,12 @@ class DatasetConfig:
 
 @dataclass
 class MethodConfig:
-    """What is trained: `name` is a key of `METHODS` in `harness.results.methods`.
+    """What is trained.
 
-    `learning_rate` is what `trainer.learning_rate` falls back to: methods need different ones.
+    Attributes:
+        name: a key of `METHODS` in `harness.results.methods`.
+        adapter_dropout: the rate of dropout on the adapter's input.
+        learning_rate: what `trainer.learning_rate` falls back to: methods need different ones.
     """
 
     name: str = "lora"
@@ -364,6 +426,12 @@ class RankConfig:
 
     `fixed`: scaling = alpha / rank. `proportional`: alpha = alpha_per_rank * rank, so scaling = alpha_per_rank.
     `rslora`: scaling = alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732).
+
+    Attributes:
+        rank: the rank of the low-rank update, at most the smaller side of each matrix.
+        alpha_policy: how alpha follows the rank.
+        alpha: the numerator of the scaling, for `fixed` and `rslora`.
+        alpha_per_rank: what it is at rank 1, for `proportional`.
     """
 
     rank: int = 8
@@ -390,10 +458,12 @@ class RankConfig:
 class TargetLayersConfig:
     """Placement: which projections of which blocks get an adapter.
 
-    `projections`: roles such as q, k, v, o, up, down, gate, or the groups attention, mlp, all.
-    `blocks`: all, first_half, last_half, first_N, last_N, or a list of block indices.
-    `modules`: for modules that no role names: regular expressions, each of which must match at least one whole module
-    name; given instead of `projections` and `blocks`.
+    Attributes:
+        name: what tables and run ids call it.
+        projections: roles such as q, k, v, o, up, down, gate, or the groups attention, mlp, all.
+        blocks: all, first_half, last_half, first_N, last_N, or a list of block indices.
+        modules: for modules that no role names: regular expressions, each of which must match at least one whole module
+            name; given instead of `projections` and `blocks`.
     """
 
     name: str = "???"
@@ -406,8 +476,28 @@ class TargetLayersConfig:
 class TrainerConfig:
     """The recipe. Exactly one of `num_epochs` and `max_steps` is given; periods count optimizer steps, 0 = never.
 
-    `loss_chunk_tokens`: of how many targets a language model's logits are held at once; null takes as many as fit into
-    128 MiB of float32, 0 all.
+    Attributes:
+        learning_rate: of AdamW, after warm-up; falls back to that of the method.
+        num_epochs: passes over the training rows, also a part of one (1.5).
+        max_steps: optimizer steps.
+        batch_size: examples of an optimizer step, over all micro-batches and processes.
+        micro_batch_size: examples of a forward pass; null takes the batch at once.
+        schedule: the shape of the learning rate after warm-up.
+        warmup_fraction: the part of the steps over which the rate rises from 0.
+        weight_decay: of AdamW, on matrices; biases and norms have none.
+        beta1: of AdamW.
+        beta2: of AdamW.
+        adam_epsilon: of AdamW.
+        max_gradient_norm: gradients are clipped to this norm; null for no clipping.
+        precision: the type in which a step computes.
+        gradient_checkpointing: whether activations are computed again in the backward pass instead of held.
+        label_smoothing: the part of the target's probability that is spread over all classes or tokens.
+        loss_chunk_tokens: of how many targets a language model's logits are held at once; null takes as many as fit
+            into 128 MiB of float32, 0 all.
+        eval_every: steps between two scorings on val; the last step is always scored.
+        eval_each_epoch: whether val is also scored at the end of each epoch.
+        eval_batch_size: examples at a time when scoring.
+        checkpoint_every: steps between two checkpoints; at 0 one is written only when the run is asked to stop.
     """
 
     learning_rate: float = "${method.learning_rate}"  # type: ignore[assignment]
@@ -438,7 +528,15 @@ class TrainerConfig:
 
 @dataclass
 class TrackingConfig:
-    """Where numbers go beside `metrics.jsonl` and `result.json`, which are always written."""
+    """Where numbers go beside `metrics.jsonl` and `result.json`, which are always written.
+
+    Attributes:
+        wandb: whether and how W&B mirrors them.
+        project: W&B's project.
+        entity: W&B's user or team; null for the default one of the account.
+        progress: whether progress is displayed.
+        log_every: steps between two points of the training curves.
+    """
 
     wandb: WandbMode = WandbMode.offline
     project: str = field(default="lora-harness", metadata=_OF_WANDB)
@@ -449,11 +547,27 @@ class TrackingConfig:
 
 @dataclass
 class RunConfig:
-    """One run. `rank` and `target_layers` belong to method `lora` alone and have no hidden default.
+    """One run. `rank` and `target_layers` belong to methods that have them, and have no hidden default.
 
-    `evaluate_also` names further language sets whose test split is scored before and after training; the first is the
-    domain of the base model, on which forgetting is measured. `shard_model`: under several processes, each holds a part
-    of the weights instead of all.
+    Attributes:
+        model: the base model.
+        dataset: the data, and the task on them.
+        method: what is trained.
+        rank: the rank of the adapters.
+        target_layers: where they are.
+        trainer: the recipe.
+        seed: draws the head, the adapters, the order of the rows and dropout.
+        evaluate_also: additional language datasets by name, whose test split is scored before and after training; the
+            first is the domain of the base model, on which forgetting is measured.
+        tracking: where the numbers go.
+        sweep: the sweep that the run belongs to.
+        runs_dir: the folder of all runs.
+        rerun: which ended runs are run again.
+        device: where to run.
+        num_threads: CPU threads of PyTorch; null for its own choice.
+        allow_busy_device: whether to run on a GPU that other processes use.
+        save_weights: whether to keep what was trained.
+        shard_model: under several processes, each holds a part of the weights instead of all.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
