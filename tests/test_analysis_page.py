@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 from plotly.offline import get_plotlyjs
 
-import analysis.page
+import analysis.page.data
 from analysis.load import load_runs
 from analysis.page import PageTable, page
 from analysis.select import cells
@@ -250,7 +250,7 @@ def test_data_of_a_run(frame: pd.DataFrame) -> None:
 
 def test_curves_are_thinned_to_their_ends(frame: pd.DataFrame) -> None:
     steps, values = data_of(make(frame))["curves"]["full-None-None-0.001-s0"]["train_nll"]
-    assert len(steps) == len(values) == analysis.page.MAX_CURVE_POINTS
+    assert len(steps) == len(values) == analysis.page.data.MAX_CURVE_POINTS
     assert (steps[0], steps[-1]) == (1, 300)
     assert values.count(None) <= 1
     assert values[-1] == 0.0066667
@@ -265,7 +265,7 @@ def test_settings_that_differ_are_listed_with_their_counts(frame: pd.DataFrame) 
 def test_above_the_limit_the_chosen_cells_keep_their_details(
     frame: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(analysis.page, "MAX_DETAILED_RUNS", 17)
+    monkeypatch.setattr(analysis.page.data, "MAX_DETAILED_RUNS", 17)
     text = make(frame)
     assert "Settings, metrics and curves of 17 of 19 runs are in this page" in text
     assert set(frame["run_id"]) - set(data_of(text)["runs"]) == {"lora-4-qv-0.01-s0", "lora-4-qv-0.01-s1"}

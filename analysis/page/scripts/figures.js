@@ -1,0 +1,164 @@
+// The figures by their ids; each gives its traces and layout, or null without data.
+
+function against(name, title, axis) {
+  const cells = bestCells().filter(has("test"));
+  const points = cells.filter((cell) => cell[name] > 0);
+  if (!points.length) return null;
+  const low = Math.min(...points.map((cell) => cell[name])) / 1.5;
+  const high = Math.max(...points.map((cell) => cell[name])) * 1.5;
+  const levels = cells.filter((cell) => !(cell[name] > 0)).map((cell, i) => level(cell, i, low, high));
+  const traces = bySeries(points).map((members) => trace(members, name, "test", { join: true }));
+  return { traces: [...levels, ...traces], layout: layout({ type: "log", title, ...axis(points) }, task().test) };
+}
+
+function drawMemory() {
+  const cells = bestCells().filter(has("test", "memory"));
+  if (!cells.length) return null;
+  const traces = bySeries(cells).map((members) => trace(members, "memory", "test"));
+  const sign = task().higher ? 1 : -1;
+  const front = [];
+  [...cells].sort((a, b) => a.memory - b.memory || sign * (b.test - a.test)).forEach((cell) => {
+    if (!front.length || sign * cell.test > sign * front[front.length - 1].test) front.push(cell);
+  });
+  traces.unshift({
+    type: "scatter", mode: "lines", x: front.map((cell) => cell.memory), y: front.map((cell) => cell.test),
+    line: { shape: "hv", dash: "dot", width: 1.5, color: theme().quiet }, hoverinfo: "skip", name: "Pareto front",
+  });
+  return { traces, layout: layout({ title: data.memory, rangemode: "normal" }, task().test) };
+}
+
+function drawForgetting() {
+  const cells = bestCells().filter(has("learned", "forgetting"));
+  if (!cells.length) return null;
+  const traces = bySeries(cells).map((members) => {
+    const made = trace(members, "learned", "forgetting", { join: true, order: "rank" });
+    const spread = [...members].sort((a, b) => a.rank - b.rank).map((cell) => cell.learned_sd);
+    made.error_x = { ...made.error_y, array: spread, visible: spread.some((sd) => sd !== null) };
+    return made;
+  });
+  traces.unshift({
+    type: "scatter", mode: "markers", x: [0], y: [0], name: "base model", text: ["<b>base model</b>, before training"],
+    hoverinfo: "text", marker: { symbol: "cross", size: 11, color: theme().quiet },
+  });
+  return { traces, layout: layout({ title: data.learned }, data.forgetting) };
+}
+
+function drawRates() {
+  const tried = [...groups(visibleCells().filter(has("val", "rate")), (cell) => cell.condition).values()]
+    .filter((members) => new Set(members.map((cell) => cell.rate)).size > 1);
+  if (!tried.length) return null;
+  const named = new Set();
+  const traces = tried.map((members) => {
+    const made = trace(members, "rate", "val", { join: true });
+    const ordered = [...members].sort((a, b) => a.rate - b.rate);
+    made.showlegend = !named.has(made.legendgroup);
+    named.add(made.legendgroup);
+    made.error_y.visible = false;
+    made.marker.size = 8;
+    made.marker.color = ordered.map((cell) => (cell.best ? colour(cell.series) : theme().back));
+    made.marker.line = { color: colour(members[0].series), width: 1.8 };
+    return made;
+  });
+  const axis = ticks("rate", 6)(tried.flat());
+  return { traces, layout: layout({ type: "log", title: "learning rate", ...axis, tickformat: "~g" }, task().val) };
+}
+
+function drawParts() {
+  const all = bestCells().filter((cell) => cell.parts.some((part) => part !== null));
+  if (!all.length) return null;
+  const cells = all.slice(0, MAX_BARS);
+  const traces = data.parts.map((title, part) => ({
+    type: "bar", orientation: "h", name: plain(title.replace(/ \(.*/, "")),
+    x: cells.map((cell) => cell.parts[part]), y: cells.map((_, i) => i),
+    text: cells.map(hover), textposition: "none", hoverinfo: "text", customdata: cells.map((cell) => cell.runs),
+    marker: {
+      color: theme().series[[0, 4, 2, 1][part]], line: { color: theme().back, width: 1 },
+      pattern: {
+        shape: ["", "/", "x", "."][part], size: 6, solidity: 0.25,
+        fillmode: "overlay", fgcolor: theme().back, fgopacity: 0.4,
+      },
+    },
+  }));
+  const short = (name) => plain(name.length > 36 ? `${name.slice(0, 35)}…` : name);
+  const limit = all.length > MAX_BARS ? `, first ${MAX_BARS} of ${all.length} cells` : "";
+  const title = data.memory.replace(/^[^(]*/, "memory ") + limit;
+  const made = layout({ title }, "", { barmode: "stack", height: Math.max(400, 130 + 24 * cells.length) });
+  Object.assign(made.yaxis, {
+    tickvals: cells.map((_, i) => i), ticktext: cells.map((cell) => short(cell.name)), autorange: "reversed",
+  });
+  made.legend.y = -75 / (made.height - 60);
+  return { traces, layout: made };
+}
+
+function drawCurves() {
+  const cells = bestCells();
+  const longest = Math.max(0, ...cells.map((cell) => cell.runs.length));
+  // The first seed of every cell before the second of any, so that a limit drops seeds and not cells.
+  const runs = Array.from({ length: longest }, (_, i) => cells.map((cell) => [cell, cell.runs[i]])).flat()
+    .filter(([, run]) => run && Object.hasOwn(data.curves, run) && data.curves[run][state.curve]);
+  if (!runs.length) return null;
+  const named = new Set();
+  const traces = runs.slice(0, MAX_CURVES).map(([cell, run]) => {
+    const [steps, values] = data.curves[run][state.curve];
+    const first = !named.has(cell.series);
+    named.add(cell.series);
+    return {
+      type: "scatter", mode: "lines", x: steps, y: values, name: plain(data.series[cell.series]), showlegend: first,
+      legendgroup: String(cell.series), legendrank: 1000 + cell.series, opacity: 0.85,
+      line: { color: colour(cell.series), width: 1.3 },
+      text: steps.map((step, i) => `<b>${plain(run)}</b><br>${plain(cell.name)}<br>step ${step}: ${values[i]}`),
+      hoverinfo: "text", customdata: steps.map(() => [run]),
+    };
+  });
+  const limit = runs.length > MAX_CURVES ? ` (${MAX_CURVES} of ${runs.length} runs)` : "";
+  return { traces, layout: layout({ title: `step${limit}` }, data.curve_labels[state.curve]) };
+}
+
+const FIGURES = {
+  params: () => against("params", data.params, ticks("params", 0)),
+  memory: drawMemory,
+  compute: () => against("compute", data.compute, ticks("compute", 0)),
+  forgetting: drawForgetting,
+  rank: () => against("rank", "rank", ticks("rank", 10)),
+  rate: drawRates,
+  parts: drawParts,
+  curves: drawCurves,
+};
+
+function drawFigures() {
+  Object.entries(FIGURES).forEach(([name, make]) => {
+    const figure = document.getElementById(`figure-${name}`);
+    const plot = figure.querySelector(".plot");
+    const made = make();
+    figure.hidden = made === null;
+    if (made === null) return;
+    if (state.printing) made.layout.width = 640;
+    const isNew = !plot.classList.contains("js-plotly-plot");
+    const image = { filename: name, format: "svg" };
+    Plotly.react(plot, made.traces, made.layout, { ...CONFIG, toImageButtonOptions: image });
+    if (isNew) {
+      plot.on("plotly_click", (event) => {
+        const runs = event.points[0].customdata;
+        if (runs) openDetails(runs, null);
+      });
+    }
+  });
+  document.getElementById("no-figures").hidden = document.querySelector(".grid figure:not([hidden])") !== null;
+}
+
+function addCurveChoice() {
+  const present = new Set(Object.values(data.curves).flatMap(Object.keys));
+  const names = Object.keys(data.curve_labels).filter((name) => present.has(name));
+  state.curve = names.find((name) => name.startsWith("train_")) || names[0] || null;
+  if (names.length < 2) return;
+  const choice = element("select");
+  choice.setAttribute("aria-label", "Curve");
+  names.forEach((name) => {
+    const option = element("option", data.curve_labels[name]);
+    option.value = name;
+    option.selected = name === state.curve;
+    choice.append(option);
+  });
+  choice.addEventListener("change", () => { state.curve = choice.value; drawFigures(); });
+  document.getElementById("figure-curves").prepend(choice);
+}

@@ -1,0 +1,13 @@
+// Listens to the controls and draws everything once.
+
+document.querySelectorAll("table").forEach(prepareTable);
+filterBox.addEventListener("input", filterRows);
+methodBox.addEventListener("change", () => { filterRows(); drawFigures(); });
+taskBox.addEventListener("change", drawFigures);
+darkness.addEventListener("change", drawFigures);
+window.addEventListener("beforeprint", () => { state.printing = true; drawFigures(); });
+window.addEventListener("afterprint", () => { state.printing = false; drawFigures(); });
+document.addEventListener("keydown", (event) => { if (event.key === "Escape" && !panel.hidden) closeDetails(); });
+addCurveChoice();
+filterRows();
+drawFigures();
