@@ -61,7 +61,7 @@ def main() -> int:
         from harness.run import USER_ERRORS, run
 
         try:
-            plan(config)  # a wrong placement is told before anything is downloaded or tokenised
+            plan(config)  # a wrong placement is an error before anything is downloaded or tokenised
             identity = identify(config)
             _record_single_run(config, identity)
             result = run(config, identity)

@@ -93,7 +93,7 @@ def _read(folder: Path) -> RunResult | None:
     try:
         return read_result(path)
     except ResultError as error:
-        logger.warning("%s; the run is made again", error)
+        logger.warning("%s; the run is repeated", error)
         return None
 
 
@@ -118,7 +118,7 @@ def settle(folder: Path) -> None:
 def _replace_by_rerun(folder: Path) -> None:
     """Puts the run in `.rerun/`, whose result is there, in the place of the old one; can be repeated at any point."""
     rerun = folder / RERUN_DIR
-    # The first: whoever reads meanwhile finds no result, and not the old one beside some of the new files.
+    # The first: a reader finds no result meanwhile, and not the old one beside some of the new files.
     (folder / RESULT_FILE).unlink(missing_ok=True)
     for name in _UNFINISHED:
         _remove(rerun / name)
@@ -129,7 +129,7 @@ def _replace_by_rerun(folder: Path) -> None:
     for name in OUTPUT_DIRS:
         with contextlib.suppress(OSError):  # what the new run has not is an empty folder: see `Attempt.record`
             (folder / name).rmdir()
-    # The last, so that until here whoever comes finds that there is something to do.
+    # The last, so that until here another process finds that there is something to do.
     (rerun / RESULT_FILE).replace(folder / RESULT_FILE)
     rerun.rmdir()
 

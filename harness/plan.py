@@ -18,7 +18,7 @@ from harness.results.methods import METHODS
 
 @dataclass(frozen=True)
 class Plan:
-    """What a config comes to on its model, known without loading a weight."""
+    """What a config resolves to on its model, known without loading a weight."""
 
     target_modules: list[str]
     num_adapter_params: int

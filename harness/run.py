@@ -58,7 +58,7 @@ logger = logging.getLogger("harness")
 MADE_BY = ("git_commit", "git_dirty", "versions", "device_name")
 
 
-# What a user can mend: each ends a run before training, with its message and no traceback.
+# What a user can fix: each ends a run before training, with its message and no traceback.
 USER_ERRORS = (
     ConfigError,
     PlacementError,
@@ -78,7 +78,7 @@ def run(config: RunConfig, identity: Identity | None = None) -> RunResult:
     """Runs one config and returns its result, which lies in `<runs_dir>/<run_id>/result.json`.
 
     `identity` is what the run was planned as; without it, it is determined here. A run that has a result already (see
-    `kept_result`) is not made again; one that left a checkpoint goes on from it.
+    `kept_result`) is not repeated; one that left a checkpoint resumes from it.
     A run that diverges, exhausts the memory or fails in training returns a result that says so. Where an earlier result
     stands (`rerun=all`), a failure is returned and that result stays in the folder.
 
@@ -93,7 +93,7 @@ def run(config: RunConfig, identity: Identity | None = None) -> RunResult:
     folder = run_dir(planned)
     kept = kept_result(planned)
     if kept is not None:
-        logger.info("%s: %s already; rerun=all makes it again", kept.run_id, kept.status)
+        logger.info("%s: %s already; rerun=all repeats it", kept.run_id, kept.status)
         return kept
     require_writable(config.runs_dir)
     stop = StopRequest()
@@ -107,7 +107,7 @@ def run(config: RunConfig, identity: Identity | None = None) -> RunResult:
                 return _follow(prepared, folder, stop, spending)
             # Only now, when nothing is left to go wrong before training, does the run leave a trace.
             with Claim.acquire(folder) as claim:
-                # Whoever had the claim before may have ended the run while this process prepared.
+                # The process that had the claim before may have ended the run while this process prepared.
                 settle(folder)
                 kept = kept_result(planned)
                 all_reduce_sum([kept is not None], prepared.accelerator)  # which the others ask for

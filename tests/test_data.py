@@ -989,7 +989,7 @@ def test_labels_that_look_alike_are_refused(tmp_path: Path, one: str, other: str
     path.write_text("\n".join(json.dumps(row) for row in rows[:3]))
     test.write_text("\n".join(json.dumps(row) for row in rows[2:]))
     assert refused(local(path, val_file=str(path), test_file=str(test)), tmp_path) == (
-        "dataset=local: labels in column label look alike and would be classes of their own: "
+        "dataset=local: labels in column label look alike and would be different classes: "
         f"{one!a} (4 rows, first train.jsonl line 1), {other!a} (1 rows, first test.jsonl line 2). Write them "
         "alike in the file."
     )

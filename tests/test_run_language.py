@@ -257,10 +257,10 @@ def test_a_base_that_cannot_be_one_is_refused_before_anything_is_loaded(data: Pa
     assert f"Finished full runs there: {full.run_id}." in refusal("nobody")
 
     adapted = run(config(data, tmp_path))
-    assert "has method=lora and so no weights of its own to start from" in refusal(adapted.run_id)
+    assert "has method=lora and so no full weights to start from" in refusal(adapted.run_id)
 
     unsaved = run(config(data, tmp_path, "full", seed=1, save_weights=False))
-    assert "its weights were not kept; make it again with save_weights=true rerun=all." in refusal(unsaved.run_id)
+    assert "its weights were not kept; rerun it with save_weights=true rerun=all." in refusal(unsaved.run_id)
 
     diverged = run(config(data, tmp_path, "full", trainer={"learning_rate": 1e30, "max_gradient_norm": None}))
     assert diverged.status is Status.DIVERGED

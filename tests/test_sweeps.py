@@ -202,7 +202,7 @@ def test_a_sweep_on_the_embedded_language_model_asks_for_its_run(
     error = capsys.readouterr().err
     assert code == 2
     assert not seen
-    assert "this run does not exist" in error and "make it first" in error
+    assert "this run does not exist" in error and "run it first" in error
 
 
 def test_the_wandb_sweep_names_what_exists() -> None:

@@ -428,7 +428,7 @@ def test_broken_wandb_is_reported_once_and_the_run_goes_on(
     run_dir.mkdir()
     _assert_run_goes_on(run_dir, WandbMode.offline, seconds=15.0)
     assert caplog.messages == [
-        f"tracking.wandb=offline: {reason}. The run goes on and W&B will miss the rest of it; metrics.jsonl and "
+        f"tracking.wandb=offline: {reason}. The run continues and W&B will miss the rest of it; metrics.jsonl and "
         f"result.json do not. tracking.wandb=disabled runs without W&B. Details: {run_dir}/wandb/mirror.log"
     ]
     assert _processes_of(run_dir) == []

@@ -64,7 +64,7 @@ class Task(StrEnum):
 
     @property
     def is_language(self) -> bool:
-        """Whether the task is for a language model, without a head of its own."""
+        """Whether the task is for a language model, which has no task head."""
         return self in (Task.causal_lm, Task.completion, Task.chat)
 
 
@@ -161,7 +161,7 @@ def _read_by(*tasks: Task) -> dict[str, ReadWhere]:
 
 
 def _file_names(dataset: DatasetConfig) -> list[str]:
-    """The local files that a dataset names, as far as its settings tell."""
+    """The local files that a dataset names, as far as its settings show."""
     if dataset.hub_id is not None and dataset.path is None:
         return []
     named = [dataset.train_file or dataset.path, dataset.val_file, dataset.test_file]

@@ -217,7 +217,7 @@ def _generation_problems(generation: GenerationConfig) -> list[str]:
 
 
 def _language_problems(config: RunConfig) -> list[str]:
-    """What does not go together with a language model, and further sets that cannot be scored."""
+    """What a language model excludes, and additional evaluation datasets that cannot be scored."""
     problems = []
     method = METHODS.get(config.method.name)
     if config.dataset.task.is_language and method is not None and method.needs_head:
@@ -375,7 +375,7 @@ def _run_problems(config: RunConfig) -> list[str]:
         problems.append("shard_model=true: trainer.precision=fp16 is not scaled across parts; use bf16 or fp32.")
     if config.shard_model and config.model.quantization is not Quantization.none:
         problems.append(
-            f"shard_model=true: a base in {config.model.quantization} is not spread; set one of the two off."
+            f"shard_model=true: a base in {config.model.quantization} cannot be sharded; turn one of the two off."
         )
     if config.tracking.log_every < 1:
         problems.append(f"tracking.log_every={config.tracking.log_every}: at least 1 step.")

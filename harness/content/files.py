@@ -77,7 +77,7 @@ def _run_model_dir(config: RunConfig) -> Path:
     except ResultError:
         state = "was not finished" if folder.is_dir() else "does not exist"
         raise ModelError(
-            f"{named}: this run {state} in runs_dir={config.runs_dir}; make it first. {_possible_bases(config)}"
+            f"{named}: this run {state} in runs_dir={config.runs_dir}; run it first. {_possible_bases(config)}"
         ) from None
     if result.status is not Status.FINISHED:
         raise ModelError(f"{named}: this run ended as {result.status}: {result.error}. {_possible_bases(config)}")
@@ -85,7 +85,7 @@ def _run_model_dir(config: RunConfig) -> Path:
     known = METHODS.get(method)
     if known is None or not known.trains_base:
         raise ModelError(
-            f"{named}: this run has method={method} and so no weights of its own to start from; a base is a run with "
+            f"{named}: this run has method={method} and so no full weights to start from; a base is a run with "
             f"method=full. {_possible_bases(config)}"
         )
     if config.dataset.task.is_language and not Task(result.config["dataset"]["task"]).is_language:
@@ -94,7 +94,7 @@ def _run_model_dir(config: RunConfig) -> Path:
             f"{_possible_bases(config)}"
         )
     if not (folder / known.weights_dir / "config.json").is_file():
-        raise ModelError(f"{named}: its weights were not kept; make it again with save_weights=true rerun=all.")
+        raise ModelError(f"{named}: its weights were not kept; rerun it with save_weights=true rerun=all.")
     return folder / known.weights_dir
 
 

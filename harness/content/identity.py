@@ -1,7 +1,7 @@
 """Which run a config is: its scientific settings and the content that it reads, never a path or a name of a sweep.
 
 `identify` is called once, where a run is planned or begins; what it returns is carried from there as a `PlannedRun`.
-Whoever loads the content compares it with `Identity.content`, so that numbers cannot end up under the id of other data.
+What loads the content compares it with `Identity.content`, so that numbers cannot end up under the id of other data.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class TokenSplit:
 
         Labels are the token ids themselves where they are targets, else `NO_TARGET`; nothing is shifted. Packed blocks
         have `position_ids` that start over at each piece, which is how transformers knows that they are packed, and no
-        attention mask: padding is a piece of its own.
+        attention mask: padding is its own piece.
         """
         lengths = self.lengths[np.asarray(indices)]
         shape = (len(lengths), int(lengths.max()))

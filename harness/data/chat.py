@@ -89,7 +89,7 @@ def find_chat_template(config: DatasetConfig, tokenizer: Any) -> str:
     if given is None:
         if getattr(tokenizer, "chat_template", None) is None:
             raise DataError(
-                "dataset.chat_template: the tokenizer has no chat template of its own; set "
+                "dataset.chat_template: the tokenizer has no chat template; set "
                 "dataset.chat_template=chatml, or to a file that holds a Jinja template."
             )
         return str(tokenizer.chat_template)
@@ -203,7 +203,7 @@ def _answers(messages: list[dict[str, str]], text: str, render: _Render) -> list
             )
         ending = after
         if index + 1 < len(messages):
-            # What follows begins with what ends the answer, and goes on with the next turn.
+            # What follows begins with what ends the answer, and continues with the next turn.
             ending = _common_start(after, render(marked, False).rpartition(marker)[2])
         shown = text[len(head) if text.startswith(head) else len(before) : stop]
         content = message["content"]

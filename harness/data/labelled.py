@@ -390,7 +390,7 @@ def _label_problems(
     notes += [f"dataset={config.name}: labels differ in case alone: {', '.join(group)}." for group in in_case]
     if alike:
         return [
-            f"dataset={config.name}: labels in column {column} look alike and would be classes of their own: "
+            f"dataset={config.name}: labels in column {column} look alike and would be different classes: "
             f"{', '.join(group)}. Write them alike in the file."
             for group in alike
         ]

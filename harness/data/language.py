@@ -3,7 +3,7 @@
 A block is a row of at most `max_length` tokens. Where `is_target` holds, the token is to be predicted from those before
 it; everything else is context. What becomes an example:
 
-    causal_lm    <start> w w w w <end>          every w and <end>; a long document goes on in the next block
+    causal_lm    <start> w w w w <end>          every w and <end>; a long document continues in the next block
     completion   <start> p p p t t t <end>      t and <end>
     chat         the chat template              the assistant's turns and what ends them
 
@@ -11,8 +11,8 @@ A prompt and its target have the tokens of the joined text wherever the prompt t
 generation must begin as training did. Where a tokenizer joins a space with the word after it, spaces at the end of a
 prompt are therefore tokenised with the target.
 
-`cut` gives each document blocks of its own; `packed` fills blocks with pieces of several documents, which do not see
-each other: positions start over at each piece, and attention stays inside. A block that goes on with a document begins
+`cut` gives each document its own blocks; `packed` fills blocks with pieces of several documents, which do not see
+each other: positions start over at each piece, and attention stays inside. A block that continues a document begins
 with the last token of the block before, as context, so that every token of a document is a target exactly once.
 """
 

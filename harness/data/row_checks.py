@@ -133,9 +133,9 @@ def number(value: Any) -> float | None:
 
 
 def look_alike_labels(columns: Mapping[str, pd.Series]) -> tuple[list[list[str]], list[list[str]]]:
-    """Labels that a reader cannot tell apart, and those that differ in the case of letters alone; described, in groups.
+    """Labels that look alike to a reader, and those that differ in the case of letters alone; described, in groups.
 
-    Not told apart are spaces at the ends, kinds and numbers of spaces, characters without a width, composed and
+    Not distinguished are spaces at the ends, kinds and numbers of spaces, characters without a width, composed and
     decomposed accents, and 1.0 beside 1.
 
     Args:

@@ -40,7 +40,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that memory ran out, on a GPU or on the CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    # PyTorch's CPU allocator has no exception of its own.
+    # PyTorch's CPU allocator has no exception type.
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
@@ -59,7 +59,7 @@ def require_free_device(
 ) -> None:
     """Raises `DeviceBusyError` when other processes hold more than `limit_bytes` of a CUDA device.
 
-    Memory in use minus what our own allocator reserved; our own CUDA context (300 to 600 MiB) cannot be told apart, so
+    Memory in use minus what our own allocator reserved; our own CUDA context (300 to 600 MiB) cannot be separated, so
     the limit must leave room for it. Nothing happens unless the device is CUDA.
     """
     if torch.device(device).type != "cuda":

@@ -267,7 +267,7 @@ def without_side_effects(model: nn.Module, optimizer: torch.optim.Optimizer) -> 
     """Rehearses training steps: on leaving, also by an exception, all is as if they had not happened.
 
     Inside, every learning rate is 0, which makes an optimizer step with zero gradients the identity (weight decay
-    included); the gradients must be zeroed by whoever calls the step, see `measure_peak_memory`. On leaving, the
+    included); the gradients must be zeroed by the caller of the step, see `measure_peak_memory`. On leaving, the
     parameter groups and the buffers are restored, the optimizer's state is emptied, gradients are None, and the random
     state (CPU, and CUDA or MPS where the model is) is what it was.
 

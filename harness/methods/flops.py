@@ -104,7 +104,7 @@ def formula_flops(model: nn.Module, *, whole_logits: bool = False) -> StepFlops:
     if unknown:
         raise FlopsError(
             f"model type {config.model_type!r}: it is not known what passes {', '.join(unknown[:4])}"
-            f"{', ...' if len(unknown) > 4 else ''}, so its operations cannot be told from its shapes."
+            f"{', ...' if len(unknown) > 4 else ''}, so its operations cannot be counted from its shapes."
         )
 
     per_token = per_token_squared = per_target = 0

@@ -1,8 +1,8 @@
-"""More than one process: what they share, and a model whose weights are spread over them.
+"""More than one process: what they share, and a model whose weights are sharded over them.
 
 The processes come from `accelerate launch` or torchrun; with one, nothing here does anything. Every process takes its
 share of each step's examples. Without sharding each holds the whole model (DDP); with it, each holds a part of every
-matrix (FSDP2) and the blocks are put together one at a time while they compute.
+matrix (FSDP2) and the blocks are all-gathered one at a time while they compute.
 """
 
 from __future__ import annotations
@@ -181,12 +181,12 @@ def reshard(model: nn.Module) -> None:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The tensor itself, put together where it is spread; then all processes must ask at once."""
+    """The tensor itself, all-gathered where it is sharded; then all processes must call this at once."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(other: Tensor, value: Tensor) -> Tensor:
-    """A whole tensor, spread as `other` of the same shape is."""
+    """A full tensor, sharded as `other` of the same shape is."""
     if isinstance(other, DTensor) and other.shape == value.shape:
         return distribute_tensor(value.to(other.device), other.device_mesh, other.placements)
     return value
@@ -194,5 +194,5 @@ def shard_like(other: Tensor, value: Tensor) -> Tensor:
 
 @torch.no_grad()
 def copy_into(target: Tensor, value: Tensor) -> None:
-    """Copies a whole tensor into one that may be spread."""
+    """Copies a full tensor into one that may be sharded."""
     target.copy_(shard_like(target, value))

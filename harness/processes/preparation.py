@@ -121,7 +121,7 @@ def _work_and_report(work: Callable[[], object], parent: int, writer: int) -> No
         error = raised
     try:
         message = pickle.dumps(error)
-        pickle.loads(message)  # some errors cannot be put together again
+        pickle.loads(message)  # some errors cannot be unpickled
     except Exception:
         message = pickle.dumps(RuntimeError("".join(traceback.format_exception(error))))
     with open(writer, "wb") as pipe:

@@ -1,4 +1,4 @@
-"""A request to stop a run, made by a signal and heard between two batches, tokens or steps, in every phase."""
+"""A request to stop a run, made by a signal and checked between two batches, tokens or steps, in every phase."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class PreemptedError(RuntimeError):
 
 
 class _Interrupted(BaseException):
-    """Raised wherever a signal arrives; no library takes it for an error of its own."""
+    """Raised wherever a signal arrives; no library takes it for one of its own errors."""
 
 
 class StopRequest:

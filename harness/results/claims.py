@@ -27,7 +27,7 @@ from typing import Any
 
 from harness.results.files import CLAIMS_DIR, write_json_atomically
 
-# An owner that has not been heard of for this long is taken for dead. Only where its process cannot be looked at:
+# An owner without a heartbeat for this long is taken for dead. Only where its process cannot be looked at:
 # on this host a dead process is seen at once.
 SILENT_SECONDS = 60.0
 HEARTBEAT_SECONDS = 2.0
@@ -47,9 +47,9 @@ class ClaimLostError(RuntimeError):
 class Owner:
     """What a claim says.
 
-    `boot` tells hosts of one name apart, and a host from itself before a restart; `pid_namespace` tells the containers
+    `boot` distinguishes hosts of one name, and a host from itself before a restart; `pid_namespace` the containers
     of one host apart, whose process numbers mean different processes (empty where that is not known, as in claims of
-    earlier versions); `started` tells a process from a later one with the same number.
+    earlier versions); `started` distinguishes a process from a later one with the same number.
     """
 
     host: str
@@ -93,7 +93,7 @@ class Claim:
             try:
                 if _create_new(directory / f"{number + 1}.json", me):
                     return cls(run_dir, number + 1, me)
-            except FileNotFoundError:  # whoever ended the run has just removed the folder
+            except FileNotFoundError:  # the process that ended the run has just removed the folder
                 continue
 
     def report(self, progress: dict[str, Any]) -> None:
@@ -164,7 +164,7 @@ def current_owner(run_dir: Path) -> Owner | None:
 
 
 def is_held(path: Path) -> bool:
-    """Whether the owner in a claim file is alive, as far as can be seen from here."""
+    """Whether the owner in a claim file still runs, as far as can be seen from here."""
     owner = read_owner(path)
     if owner is None:
         return _is_being_written(path)

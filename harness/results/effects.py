@@ -33,7 +33,7 @@ SETTINGS_WITHOUT_EFFECT = {
     "num_threads",  # likewise
     "allow_busy_device",
     "save_weights",
-    "shard_model",  # what it came to is in the environment
+    "shard_model",  # what it resolved to is in the environment
 }
 # The same for what a run records of its environment.
 FACTS_WITHOUT_EFFECT = {
@@ -44,7 +44,7 @@ FACTS_WITHOUT_EFFECT = {
     "started_at",
     "first_step_at",
     "ended_at",
-    "evaluated_also",  # scores, which every run has of its own
+    "evaluated_also",  # scores, which differ from run to run
 }
 
 

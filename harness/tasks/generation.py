@@ -34,7 +34,7 @@ def generate(
         prompts: what to continue.
         config: how.
         tokenizer: the model's.
-        stop: heard between two tokens; raises `PreemptedError`.
+        stop: checked between two tokens; raises `PreemptedError`.
         once: called with the name of a batch and what generates it; may know its texts from an earlier attempt.
     """
     stop = stop or StopRequest()
@@ -54,7 +54,7 @@ def generate(
         if room is not None:
             rows = [_last_tokens(ids, room, start=tokenizer.bos_token_id) for ids in rows]
         width = max(map(len, rows))
-        # On the left, so that every text goes on where its row ends.
+        # On the left, so that every text continues where its row ends.
         token_ids = [[tokenizer.pad_token_id] * (width - len(ids)) + ids for ids in rows]
         mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in rows]
         written = bare.generate(
@@ -112,7 +112,7 @@ def _last_tokens(ids: list[int], num: int, *, start: int | None) -> list[int]:
 
 
 def _text_before(stop: str, token_ids: list[int], tokenizer: Any) -> str:
-    """The text up to what ends an answer, which may be a special token and then has no text of its own."""
+    """The text up to what ends an answer, which may be a special token and then has no text."""
     if stop and stop in tokenizer.decode(token_ids, skip_special_tokens=False):
         lengths = range(1, len(token_ids) + 1)
         until = next(n for n in lengths if stop in tokenizer.decode(token_ids[:n], skip_special_tokens=False))

@@ -39,7 +39,7 @@ class SequenceObjective:
         others: Sequence[Split] = (),
         stop: StopRequest | None = None,
     ) -> None:
-        """`others` are the splits beside val that will be scored; `stop` is heard between batches."""
+        """`others` are the splits beside val that will be scored; `stop` is checked between batches."""
         self._config = config
         self._positive_class = positive_class
         self._label_smoothing = label_smoothing

@@ -2,7 +2,7 @@
 
 Logits are the largest tensor of a small model: tokens x vocabulary, twice with their gradient. They are computed only
 where there is a target, a chunk of targets at a time, and the gradient of a chunk is taken at once: never is more than
-one chunk of them alive.
+one chunk of them in memory.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def chunked_cross_entropy(
     label_smoothing: float = 0.0,
     forward: Callable[[Tensor], Tensor] | None = None,
 ) -> SummedLoss:
-    """Cross-entropy in nats of `head(hidden)` against `targets`, summed, with at most `chunk` rows of logits alive.
+    """Cross-entropy in nats of `head(hidden)` against `targets`, summed, with at most `chunk` rows of logits in memory.
 
     Args:
         hidden: `(rows, width)`.
@@ -174,7 +174,7 @@ class LanguageObjective:
         others: Sequence[TokenSplit] = (),
         stop: StopRequest | None = None,
     ) -> None:
-        """`others` are the splits beside val that will be scored; `stop` is heard between batches."""
+        """`others` are the splits beside val that will be scored; `stop` is checked between batches."""
         self._val = val
         self._splits = (val, *others)
         self._stop = stop or StopRequest()

@@ -36,7 +36,7 @@ class JsonlTracker:
         self._file.flush()
 
     def finish(self, result: RunResult) -> None:
-        """Closes the file; the result has a file of its own."""
+        """Closes the file; the result has its own file."""
         self.close()
 
     def close(self) -> None:

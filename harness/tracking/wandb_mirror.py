@@ -56,14 +56,14 @@ logger = logging.getLogger("harness")
 
 
 class WandbTracker:
-    """Mirrors a run to W&B through a process of its own.
+    """Mirrors a run to W&B through its own process.
 
     The history on W&B is `metrics.jsonl` row for row, the x axis is its `step`, and the summary is
     `RunResult.metrics` plus `status` and nothing derived from the curve. A run that is not finished ends with exit
     code 1. All files are below `directory`, which is emptied first; `wandb sync` uploads those of an offline run.
     What wandb prints is in `mirror.log` there.
 
-    No method raises or blocks because of W&B: a problem is logged as a warning and the run goes on without.
+    No method raises or blocks because of W&B: a problem is logged as a warning and the run continues without.
 
     Raises:
         OSError: `directory` cannot be written or the process cannot be started.
@@ -179,7 +179,7 @@ class WandbTracker:
 def lost_message(mode: str, reason: str) -> str:
     """What is lost when W&B fails, and what is not."""
     return (
-        f"tracking.wandb={mode}: {reason}. The run goes on and W&B will miss the rest of it; {CURVE_FILE} and "
+        f"tracking.wandb={mode}: {reason}. The run continues and W&B will miss the rest of it; {CURVE_FILE} and "
         f"result.json do not. tracking.wandb=disabled runs without W&B."
     )
 
@@ -234,7 +234,7 @@ def _start_wandb_run(job: dict[str, Any]) -> wandb.Run:
         init_timeout=job.pop("start_seconds"),
         finish_timeout=job.pop("upload_seconds"),
         finish_timeout_raises=True,
-        # The run records its own environment in result.json. These cost time and tell W&B about the machine.
+        # The run records its own environment in result.json. These cost time and send facts of the machine to W&B.
         disable_git=True,
         save_code=False,
         symlink=False,

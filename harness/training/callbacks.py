@@ -1,4 +1,4 @@
-"""What the trainer tells goes here: to the curves, the display, the claim's heartbeat, and the checkpoint file."""
+"""Training callbacks: from the loop to the curves, the display, the claim's heartbeat and the checkpoint file."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class FollowerCallbacks:
         self.first_step_at: float | None = None
 
     def once(self, phase: str, compute: Callable[[], Any]) -> Any:
-        """What a phase came to: see `RunCallbacks.once`."""
+        """The result of a phase: see `RunCallbacks.once`."""
         return self._ledger.once(self._trained or _start(self._made_from), phase, compute)
 
     def last_checkpoint(self) -> tuple[dict[str, Tensor], Position] | None:
@@ -160,7 +160,7 @@ class RunCallbacks:
         self.first_step_at: float | None = None
 
     def once(self, phase: str, compute: Callable[[], Any]) -> Any:
-        """What a phase beside the steps came to, as JSON values: from an earlier attempt, or computed now and kept.
+        """The result of a phase beside the steps, as JSON values: from an earlier attempt, or computed now and kept.
 
         Raises `ClaimLostError` when the run is another process's by now.
         """

@@ -85,7 +85,7 @@ def pack_training(
     *,
     accelerator: Accelerator,
 ) -> dict[str, Tensor]:
-    """Every tensor that decides how training goes on: trained parameters, optimizer, random states, best so far.
+    """Every tensor that decides how training continues: trained parameters, optimizer, random states, best so far.
 
     The random states are those of all processes, `(processes, bytes)`, so all of them must call this at once.
     `optimizer` is None when all steps are made.

@@ -1,4 +1,4 @@
-"""What the phases of a run beside its steps came to, and what they took: nothing that is on disk is computed again.
+"""Results and costs of the phases of a run beside its steps: nothing that is on disk is computed again.
 
     {"of": "start", "phase": "score val before training", "value": {"nll": 5.1}, "spent": {"wall_seconds": 7.5}}
 
@@ -83,11 +83,11 @@ class Ledger:
         self._read()
 
     def find(self, of: str, phase: str) -> Any | None:
-        """What a phase came to, or None when it is not done."""
+        """The result of a phase, or None when it is not done."""
         return self._values.get((of, phase))
 
     def add(self, of: str, phase: str, value: Any) -> None:
-        """Keeps what a phase came to: JSON values, not null."""
+        """Keeps the result of a phase: JSON values, not null."""
         self._values[of, phase] = value
         if not self._is_writer:
             return
@@ -103,7 +103,7 @@ class Ledger:
             logger.warning("%s cannot be written (%s): a next attempt would compute this again", self._path, error)
 
     def once(self, of: str, phase: str, compute: Callable[[], Any]) -> Any:
-        """What a phase came to: from an earlier attempt, or computed now and kept."""
+        """The result of a phase: from an earlier attempt, or computed now and kept."""
         if self.find(of, phase) is None:
             self.add(of, phase, compute())
         return self.find(of, phase)

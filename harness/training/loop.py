@@ -78,7 +78,7 @@ class Position:
     best: Evaluation | None = None
     best_step: int = 0
     scaler: dict[str, Any] = field(default_factory=dict)
-    # The state after `step` is to be scored on val, and what that came to where it is known.
+    # The state after `step` is to be scored on val, and its scores where they are known.
     is_to_score: bool = False
     last: Evaluation | None = None
     # Of all steps, once they are made; only scoring is left then.
@@ -104,7 +104,7 @@ class Position:
 
 
 class TrainingCallbacks(Protocol):
-    """Who is told what happens, by metric name, and who keeps the checkpoints."""
+    """What is called when something happens, with values by metric name, and what keeps the checkpoints."""
 
     def started(self, num_steps: int, measured: dict[str, float]) -> None:
         """Steps begin or resume; `measured` is what was measured before them. Raises as `keep_checkpoint` does."""
@@ -127,7 +127,7 @@ class TrainingCallbacks(Protocol):
         ...
 
     def last_checkpoint(self) -> tuple[dict[str, Tensor], Position] | None:
-        """The state to go on from, if there is one."""
+        """The state to resume from, if there is one."""
         ...
 
 
@@ -184,14 +184,14 @@ def train(
     The loss of a step is the mean over its targets, whatever they are split into: each micro-batch contributes its sum
     divided by the targets of the whole step.
 
-    `flops` says what the model's operations come to; without it `train_flops` is missing from what is measured.
+    `flops` counts the model's operations; without it `train_flops` is missing from what is measured.
 
     Several processes (see `harness.processes.distributed`) make the steps that one would make; each scores all of val.
     The model lies on the accelerator's device already, whole or sharded.
 
     A run that resumes from a checkpoint makes the steps that an undisturbed one would have made, bitwise on the CPU.
     When all steps are made, the state is kept before it is scored; so is the state that a scoring in between fails or
-    is stopped on. Whoever resumes from there begins with that scoring.
+    is stopped on. A run that resumes from there begins with that scoring.
 
     Raises:
         TrainingDivergedError: a loss or the predictions on val were not finite.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from harness.content.identity import Identity, PlannedRun
 
-# What a run can come to beside the statuses of the results contract; it has no result then.
+# How a run can end beside the statuses of the results contract; it has no result then.
 NOT_FINISHED = "not finished"
 CLAIMED = "claimed"
 
@@ -98,7 +98,7 @@ def outcome_of_dead(planned: PlannedRun, error: str | None, *, stamp_before: obj
 
     Args:
         planned: the run.
-        error: how the process died; None when it was told to.
+        error: how the process died; None when it was asked to.
         stamp_before: `result_stamp(planned)` from before the process was started.
     """
     from harness.config.schema import Rerun
@@ -109,7 +109,7 @@ def outcome_of_dead(planned: PlannedRun, error: str | None, *, stamp_before: obj
         if result is not None:
             return Outcome(str(result.status), result.error)
     if error is None:
-        return Outcome(NOT_FINISHED, "its process was told to stop")
+        return Outcome(NOT_FINISHED, "its process was asked to stop")
     return write_failure(planned, error)
 
 

@@ -2,7 +2,7 @@
 
 They hand each run's config to `worker.compute` on another machine that sees the same folders. What they share with the
 default launcher lies in the run itself: a finished run is skipped, a run that somebody computes is left alone, a
-stopped one goes on from its checkpoint.
+stopped one resumes from its checkpoint.
 
 Hydra's submitit plug-in has had no release since 2022; its Ray plug-in wants cloudpickle below 3 and brings an AWS tool
 chain. So the libraries themselves are driven from here. Both are extras: `pip install 'lora-harness[slurm]'`,
@@ -90,7 +90,7 @@ class _ClusterLauncher(Launcher):
     def __init__(self) -> None:
         self.config: DictConfig | None = None
         self.hydra_context: HydraContext | None = None
-        # By run id, from before the runs were handed over: whoever changes one has ended its run.
+        # By run id, from before the runs were handed over: a process that changes one has ended its run.
         self._stamps: dict[str, object] = {}
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -191,7 +191,7 @@ class SubmititLauncher(_ClusterLauncher):
 
 
 class RayLauncher(_ClusterLauncher):
-    """One Ray task per run, each in a worker process of its own.
+    """One Ray task per run, each in its own worker process.
 
     Args:
         init: arguments of `ray.init`; without an address a cluster of this machine alone.

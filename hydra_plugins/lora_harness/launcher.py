@@ -208,7 +208,7 @@ class Queue:
                 continue
             slot = self._free.pop(0)
             if slot.is_shared:
-                # A run could not tell its neighbour from a stranger: the device is looked at before the first of them.
+                # A run cannot tell a neighbour from a stranger: the device is checked before the first of them.
                 busy = "" if self._is_used(slot) or run.config.allow_busy_device else self._find_busy(slot)
                 if busy:
                     self._free.append(slot)

@@ -174,7 +174,7 @@ def _name_runs(problems: dict[str, list[Overrides]], num_runs: int) -> list[str]
 
 
 def _plan_all(runs: Sequence[SweepRun]) -> dict[str, Plan]:
-    """Resolves every placement on its model's skeleton; by run id, what each run comes to.
+    """Resolves every placement on its model's skeleton; by run id, what each run resolves to.
 
     Raises `ConfigError` naming every rank or projection that a model has not.
     """
