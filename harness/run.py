@@ -50,8 +50,9 @@ from harness.score import (
 from harness.tasks.objective import Objective
 from harness.tracking.tracker import open_tracker
 from harness.training.callbacks import FollowerCallbacks, RunCallbacks
+from harness.training.learner import TrainingDivergedError
 from harness.training.ledger import Spending
-from harness.training.loop import TrainingDivergedError, TrainingOutcome, train
+from harness.training.loop import TrainingOutcome, train
 
 logger = logging.getLogger("harness")
 # What of the environment a run may find changed when it resumes; the result then lists all.

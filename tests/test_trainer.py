@@ -22,8 +22,9 @@ from harness.data.batches import Batch
 from harness.measure.clock import HostQueue
 from harness.processes.stopping import PreemptedError
 from harness.tasks.objective import Evaluation, SummedLoss
-from harness.training import loop
-from harness.training.loop import Position, TrainingDivergedError, TrainingOutcome, train
+from harness.training import learner
+from harness.training.learner import Position, TrainingDivergedError
+from harness.training.loop import TrainingOutcome, train
 from harness.training.optimizer import build_optimizer, count_steps, learning_rate_at
 
 
@@ -416,7 +417,7 @@ class SlowDevice(HostQueue):
 @pytest.fixture
 def slow_device(monkeypatch: pytest.MonkeyPatch) -> SlowDevice:
     device = SlowDevice()
-    monkeypatch.setattr(loop, "device_queue", lambda _: device)
+    monkeypatch.setattr(learner, "device_queue", lambda _: device)
     return device
 
 

@@ -23,8 +23,8 @@ from harness.tasks.objective import Evaluation
 from harness.tracking.progress import NullProgress, Progress, open_progress
 from harness.tracking.tracker import Tracker
 from harness.training.checkpoint import read_checkpoint, write_checkpoint
+from harness.training.learner import Position
 from harness.training.ledger import Ledger, Spending
-from harness.training.loop import Position
 
 logger = logging.getLogger("harness")
 
