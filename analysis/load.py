@@ -15,12 +15,11 @@ from typing import Any
 
 import pandas as pd
 
-from harness.results.files import RESULT_FILE
+from harness.results.files import CURVE_FILE, RESULT_FILE
 from harness.results.launches import SWEEPS_DIR, Launch, LaunchError, SweepLaunches, launched_sweeps, read_launches
+from harness.results.methods import METHODS
 from harness.results.metrics import METRICS
 from harness.results.schema import ResultError, RunResult, Status, read_result
-
-CURVE_FILE = "metrics.jsonl"
 
 # Without these a run has no place in a table.
 _NEEDED_SETTINGS: dict[str, type] = {
@@ -316,10 +315,9 @@ def _find_problem(path: Path, row: dict[str, Any]) -> str | None:
         if value is not None and not _is_sensible(value, kind):
             shown = f"{setting.removeprefix('config.')}={str(value)[:60]!r}"
             return f"its config has {shown}, which is not a {kind.__name__}"
-    if row["config.method.name"] == "lora":
-        absent = [setting for setting in _TYPED_SETTINGS if row.get(setting) is None]
-        if absent:
-            return f"its method is lora and its config has no {', '.join(name[len('config.') :] for name in absent)}"
+    absent = [setting.removeprefix("config.") for setting in _settings_of_method(row) if row.get(setting) is None]
+    if absent:
+        return f"its method is {row['config.method.name']} and its config has no {', '.join(absent)}"
     if not isinstance(row.get("config.target_layers.blocks", ""), str | tuple | None):
         return f"its config has target_layers.blocks={row['config.target_layers.blocks']!r}, which is no list"
     best_metric = row["config.dataset.best_metric"]
@@ -332,6 +330,15 @@ def _find_problem(path: Path, row: dict[str, Any]) -> str | None:
     if path.parent.name != row["run_id"]:
         return f"is the result of run {row['run_id']} and belongs into a folder of that name"
     return None
+
+
+def _settings_of_method(row: dict[str, Any]) -> Iterator[str]:
+    """What a run must have because of its method; of one that is not registered here nothing is known."""
+    method = METHODS.get(row["config.method.name"])
+    if method is not None and method.uses_rank:
+        yield "config.rank.rank"
+    if method is not None and method.uses_placement:
+        yield "config.target_layers.name"
 
 
 def _is_sensible(value: Any, kind: type) -> bool:

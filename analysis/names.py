@@ -21,7 +21,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.code_spans import as_code
-from harness.results.effects import DATA_SOURCE, MODEL_SOURCE
+from harness.results.effects import DATA_SOURCE, MODEL_SOURCE, canonical_blocks
 
 CONTENT = "environment.content."
 FINGERPRINT = "environment.data_fingerprint"
@@ -232,17 +232,17 @@ def placement_keys(frame: pd.DataFrame) -> list[tuple[Any, ...]]:
     for name, projections, blocks, modules in zip(*columns, strict=True):
         projections, modules = tuple(projections or ()), tuple(modules or ())
         ordered = sorted(projections, key=lambda role: _ROLES.index(role) if role in _ROLES else len(_ROLES))
-        keys.append((tuple(ordered), _canonical_blocks(blocks), modules, None if projections else name))
+        keys.append((tuple(ordered), _comparable_blocks(blocks), modules, None if projections else name))
     return keys
 
 
-def _canonical_blocks(blocks: Any) -> Any:
+def _comparable_blocks(blocks: Any) -> Any:
     if not isinstance(blocks, tuple):
         return blocks or "all"
-    ordered = (
-        tuple(sorted(blocks, key=str)) if not all(isinstance(block, int) for block in blocks) else tuple(sorted(blocks))
-    )
-    return f"first_{len(ordered)}" if ordered and ordered == tuple(range(len(ordered))) else ordered
+    if not blocks or not all(isinstance(block, int) for block in blocks):
+        return tuple(sorted(blocks, key=str))  # nothing that ran
+    canonical = canonical_blocks(blocks)
+    return canonical if isinstance(canonical, str) else tuple(canonical)
 
 
 def _placement(projections: tuple[Any, ...], blocks: Any, modules: tuple[Any, ...], name: str | None) -> str | None:

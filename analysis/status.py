@@ -1,31 +1,30 @@
 """How far a sweep is: what has ended, what runs and when it will end, what failed and why, what is to do.
 
-Reads files only, so it works beside a running sweep and on a copied folder. Whether a run is running is told by the
-heartbeat in its claim (`harness/claims.py`).
+Reads files only, so it works beside a running sweep and on a copied folder. A run is running while its claim has a
+heartbeat (`harness/results/claims.py`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from analysis.load import Runs, load_runs
-from harness.results.claims import Owner, current_owner
+from harness.results.claims import current_owner
+from harness.results.files import CLAIMS_DIR, LOG_FILE, RESULT_FILE
 from harness.results.metrics import duration_text
 from harness.results.schema import Status
-
-LOG_FILE = "log.txt"
+from harness.results.state import NEW, RUNNING, STOPPED, UNREADABLE, run_state
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """One run of a sweep. `state` is a status of the results contract, `running` or `to do`; `text` says the rest."""
+    """One run of a sweep. `state` is that of `run_state`, or `to do` for what has not ended; `text` says the rest."""
 
     run_id: str
     state: str
@@ -35,7 +34,12 @@ class RunStatus:
 def find_status(runs_dir: Path, sweep: str | None = None) -> list[RunStatus]:
     """The state of every run of a sweep, in its order. Raises `LoadError` when there is no such sweep."""
     runs = load_runs(runs_dir, sweep=sweep, need_ended=False)
-    return [*_ended(runs, runs_dir), *_not_ended(runs, runs_dir)]
+    ended = runs.frame.itertuples(index=False)
+    return [
+        *(_status(runs_dir / str(row.run_id), ended=str(row.status), error=str(row.error or "")) for row in ended),
+        *(_status(runs_dir / run_id, ended=UNREADABLE) for run_id in runs.unreadable),
+        *(_status(runs_dir / run_id) for run_id in _unfinished_ids(runs, runs_dir)),
+    ]
 
 
 def print_status(runs_dir: Path, sweep: str | None = None, *, console: Console | None = None) -> None:
@@ -51,35 +55,22 @@ def print_status(runs_dir: Path, sweep: str | None = None, *, console: Console |
 
 
 def _urgency(state: str) -> tuple[int, str]:
-    order = ["running", Status.FAILED, Status.OUT_OF_MEMORY, Status.DIVERGED]
+    order = [RUNNING, Status.FAILED, Status.OUT_OF_MEMORY, Status.DIVERGED]
     return (order.index(state) if state in order else len(order), state)
 
 
-def _ended(runs: Runs, runs_dir: Path) -> Iterator[RunStatus]:
-    for row in runs.frame.itertuples(index=False):
-        run_id, status, error = str(row.run_id), str(row.status), str(row.error or "")
-        owner = current_owner(runs_dir / run_id)
-        if owner is not None:  # rerun=all
-            yield _running(run_id, owner)
-        elif status == Status.FINISHED:
-            yield RunStatus(run_id, status, "")
-        else:
-            yield RunStatus(run_id, status, error or _last_line(runs_dir / run_id / LOG_FILE))
-    for run_id in runs.unreadable:
-        yield RunStatus(run_id, "unreadable", "its result.json cannot be read")
-
-
-def _not_ended(runs: Runs, runs_dir: Path) -> Iterator[RunStatus]:
-    for run_id in _unfinished_ids(runs, runs_dir):
-        owner = current_owner(runs_dir / run_id)
-        if owner is None:
-            yield RunStatus(run_id, "to do", _last_line(runs_dir / run_id / LOG_FILE))
-        else:
-            yield _running(run_id, owner)
-
-
-def _running(run_id: str, owner: Owner) -> RunStatus:
-    return RunStatus(run_id, "running", _how_far(owner.progress, f"{owner.host}, process {owner.pid}"))
+def _status(run_dir: Path, *, ended: str | None = None, error: str = "") -> RunStatus:
+    """The status of a run; `ended` and `error` are what its result says, if it has one."""
+    state = run_state(run_dir, ended=ended)
+    if state == RUNNING:
+        text = _progress(run_dir)
+    elif state == Status.FINISHED:
+        text = ""
+    elif state == UNREADABLE:
+        text = f"its {RESULT_FILE} cannot be read"
+    else:
+        text = error or _last_line(run_dir / LOG_FILE)
+    return RunStatus(run_dir.name, "to do" if state in (STOPPED, NEW) else state, text)
 
 
 def _unfinished_ids(runs: Runs, runs_dir: Path) -> Sequence[str]:
@@ -87,10 +78,15 @@ def _unfinished_ids(runs: Runs, runs_dir: Path) -> Sequence[str]:
         return runs.to_do
     # Without a list of the sweep's runs, those that have a claim are all that can be known.
     ended = set(runs.frame["run_id"])
-    return [path.parent.name for path in sorted(runs_dir.glob("*/claims")) if path.parent.name not in ended]
+    return [path.parent.name for path in sorted(runs_dir.glob(f"*/{CLAIMS_DIR}")) if path.parent.name not in ended]
 
 
-def _how_far(progress: dict[str, Any], where: str) -> str:
+def _progress(run_dir: Path) -> str:
+    """How far a run is and where it is computed; nothing where it has ended meanwhile."""
+    owner = current_owner(run_dir)
+    if owner is None:
+        return ""
+    where, progress = f"{owner.host}, process {owner.pid}", owner.progress
     step, num_steps = progress.get("step"), progress.get("num_steps")
     if not step or not num_steps:
         return f"preparing ({where})"

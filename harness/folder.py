@@ -231,16 +231,3 @@ def result_stamp(planned: PlannedRun) -> tuple[int, int] | None:
             found = (folder / RESULT_FILE).stat()
             return found.st_mtime_ns, found.st_ino
     return None
-
-
-def run_state(planned: PlannedRun) -> str:
-    """`running`, or the status of a run's result, `stopped` (it has a checkpoint), `new`, `unreadable`."""
-    folder = run_dir(planned)
-    if current_owner(folder) is not None:
-        return "running"
-    if (folder / RESULT_FILE).is_file():
-        try:
-            return str(read_result(folder / RESULT_FILE).status)
-        except ResultError:
-            return "unreadable"
-    return "stopped" if (folder / CHECKPOINT_FILE).is_file() else "new"

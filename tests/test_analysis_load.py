@@ -18,6 +18,7 @@ from analysis import select
 from analysis.load import LoadError, load_curves, load_runs
 from harness.config.composing import from_dict, to_dict
 from harness.results.launches import record_launch
+from harness.results.methods import METHODS
 from harness.results.metrics import METRICS
 from harness.results.schema import RunResult, Status, write_result
 
@@ -50,14 +51,14 @@ def result(
     **settings: Any,
 ) -> dict[str, Any]:
     """A result file's content; further settings by dotted name with `__` for the dot: `trainer__batch_size=32`."""
-    is_lora = method == "lora"
+    has_rank = method in METHODS and METHODS[method].uses_rank
     projections = list(target_layers) if set(target_layers) <= set("qkvo") else [target_layers]
     config: dict[str, Any] = {
         "model": {"name": "bert", "revision": None},
         "dataset": {"name": "sst2", "best_metric": "accuracy", "text_columns": ["sentence"]},
         "method": {"name": method, "adapter_dropout": 0.0, "learning_rate": learning_rate},
-        "rank": {"rank": rank, "alpha": 16.0} if is_lora else None,
-        "target_layers": {"name": target_layers, "projections": projections, "blocks": blocks} if is_lora else None,
+        "rank": {"rank": rank, "alpha": 16.0} if has_rank else None,
+        "target_layers": {"name": target_layers, "projections": projections, "blocks": blocks} if has_rank else None,
         "trainer": {"learning_rate": learning_rate, "batch_size": 16, "num_epochs": 3.0},
         "seed": seed,
         "tracking": {"wandb": "offline"},
@@ -74,7 +75,7 @@ def result(
         "status": status,
         "error": error,
         "config": config,
-        "target_modules": ["0.query", "0.value"] if is_lora else [],
+        "target_modules": ["0.query", "0.value"] if has_rank else [],
         "metrics": metrics or {},
         "environment": environment,
     }

@@ -29,6 +29,7 @@ from analysis.tables import PaperTable, paper_tables
 from analysis.tables.published import quoted_rows
 from analysis.tables.structure import TextTable
 from analysis.tables.writers import note_in_markdown, to_csv, to_html, to_latex, to_markdown
+from harness.results.methods import METHODS, Method
 
 GOLDEN_DIR = Path(__file__).parent / "golden"
 MIB = 1024 * 1024
@@ -294,6 +295,38 @@ def test_the_summary_takes_the_smallest_adapter_that_is_as_good(tmp_path: Path) 
         "bert on sst2: LoRA is lora rank 1 qv, the smallest adapter shown to be as good on val as the best "
         "(lora rank 4 qv; within 0.0050 of val accuracy)."
     )
+
+
+def test_a_method_that_is_registered_has_rows_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another method with ranks and placements: its record is all that tables and figures need."""
+    made_up = Method("DoRA", "nowhere", trains="", weights_dir="dora", uses_rank=True, uses_placement=True)
+    monkeypatch.setitem(METHODS, "dora", made_up)
+    for method in ("lora", "dora"):
+        for placement in ("q", "qv"):
+            for rank in (1, 2, 4):
+                scores = {"val_accuracy": 0.8 + 0.01 * rank, "test_accuracy": 0.7, "num_adapter_params": 10 * rank}
+                options = {"rank": rank, "target_layers": placement, "metrics": measured(**scores)}
+                save_run(tmp_path, f"{method}-{placement}-{rank}", method=method, **options)
+    save_run(tmp_path, "full", method="full", metrics=measured())
+    frame = load_runs(tmp_path).frame
+    found = by_name(frame)
+    plane, sweep, summary = (found[name] for name in ("rank_by_target_layers", "rank_sweep", "summary"))
+    assert "scores of LoRA and DoRA at every rank" in plane.caption or "scores of DoRA and LoRA" in plane.caption
+    assert {row[0] for row in plane.text.rows} == {"bert, sst2, lora", "bert, sst2, dora"}
+    assert set(plane.methods) == {"lora", "dora"}
+    assert sweep.text.titles[0] == "method"
+    assert [row[0] for row in sweep.text.rows] == ["dora"] * 6 + ["lora"] * 6
+    assert len(summary.text.rows) and found["tradeoff"].methods.count("dora") == 6
+    figures = {figure.name: figure.draw() for figure in paper_figures(select.cells(frame), {})}
+    names = {str(bars.get_label()) for bars in figures["rank_curves"].axes[0].containers}
+    assert names == {"lora q", "lora qv", "dora q", "dora qv"}
+
+
+def test_a_run_of_a_method_with_ranks_that_has_none_is_left_out(tmp_path: Path) -> None:
+    save_run(tmp_path, "a", metrics=measured(), rank__rank=None)
+    save_run(tmp_path, "b", metrics=measured())
+    (problem,) = load_runs(tmp_path).problems
+    assert problem.endswith("its method is lora and its config has no rank.rank")
 
 
 def test_full_fine_tuning_of_the_same_recipe_is_the_reference(tmp_path: Path) -> None:

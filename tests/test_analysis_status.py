@@ -13,7 +13,9 @@ from rich.console import Console
 from analysis.__main__ import main
 from analysis.status import RunStatus, find_status, print_status
 from harness.results.claims import Claim
+from harness.results.files import CHECKPOINT_FILE
 from harness.results.schema import RunResult, Status, write_result
+from harness.results.state import run_state
 
 CONFIG = {
     "model": {"name": "m"},
@@ -78,6 +80,21 @@ def test_a_half_written_result_is_told(runs_dir: Path) -> None:
     (runs_dir / "e").mkdir()
     (runs_dir / "e/result.json").write_text("{")
     assert RunStatus("e", "unreadable", "its result.json cannot be read") in find_status(runs_dir, "s")
+
+
+def test_a_result_that_cannot_be_read_and_is_computed_again_is_running(runs_dir: Path) -> None:
+    (runs_dir / "e").mkdir()
+    (runs_dir / "e/result.json").write_text("{")
+    with Claim.acquire(runs_dir / "e"):
+        assert {status.run_id: status.state for status in find_status(runs_dir, "s")}["e"] == "running"
+
+
+def test_the_state_of_a_run_that_has_not_ended(runs_dir: Path) -> None:
+    (runs_dir / "d" / CHECKPOINT_FILE).write_bytes(b"")
+    assert [run_state(runs_dir / run_id) for run_id in "abcd"] == ["finished", "diverged", "new", "stopped"]
+    (runs_dir / "c").mkdir()
+    (runs_dir / "c/result.json").write_text("{")
+    assert run_state(runs_dir / "c") == "unreadable"
 
 
 def test_the_command(runs_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

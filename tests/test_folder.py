@@ -17,9 +17,10 @@ from harness import run as run_module
 from harness.config.composing import to_dict
 from harness.config.schema import Rerun, RunConfig
 from harness.content.identity import identify, planned
-from harness.folder import Attempt, kept_result, run_state
+from harness.folder import Attempt, kept_result
 from harness.results.claims import Claim, ClaimLostError
 from harness.results.schema import RunResult, Status, read_result, write_result
+from harness.results.state import run_state
 from harness.run import run
 from harness.tracking.tracker import Trackers
 from hydra_plugins.lora_harness import _worker as worker
@@ -209,7 +210,7 @@ def test_a_tracker_that_fails_at_the_end_does_not_change_the_result(
 
 def test_a_run_that_is_rerun_is_running(wanted: RunConfig) -> None:
     write_result(folder_of(wanted), ended(wanted, Status.FINISHED))
-    assert run_state(planned(wanted)) == "finished"
+    assert run_state(folder_of(wanted)) == "finished"
     with Claim.acquire(folder_of(wanted)):
-        assert run_state(planned(wanted)) == "running"
+        assert run_state(folder_of(wanted)) == "running"
         assert os.path.exists(folder_of(wanted) / "claims")

@@ -47,6 +47,7 @@ ROOMS = (
     "analysis",
     "analysis.metrics",
     "analysis.comparisons",
+    "analysis.methods",
     "analysis.recipes",
     "analysis.select",
     "analysis.tables",

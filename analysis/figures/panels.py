@@ -15,7 +15,8 @@ import pandas as pd
 from matplotlib import font_manager
 
 from analysis.comparisons import Cell
-from analysis.figures.style import COLOURS, LINES, LOOK_WITHOUT_RANK, MARKERS, in_turn
+from analysis.figures.style import COLOURS, LINES, LOOK_OF_FULL, LOOK_WITHOUT_RANK, MARKERS, in_turn
+from analysis.methods import is_full
 from analysis.metrics import metric
 from analysis.select import best_cells, num_status, records
 from harness.results.schema import Status
@@ -60,7 +61,7 @@ class PlottedCell:
     @property
     def is_full(self) -> bool:
         """Whether it is full fine-tuning."""
-        return bool(self.row["method"] == "full")
+        return is_full(self.row)
 
     @property
     def num_finished(self) -> int:
@@ -107,7 +108,7 @@ class Panel:
 
     def look_of(self, cell: PlottedCell) -> dict[str, Any]:
         """Colour, marker and line style of a family; full fine-tuning is black, whatever else has no rank grey."""
-        colour, marker, line = LOOK_WITHOUT_RANK.get(cell.row["method"], LOOK_WITHOUT_RANK["head_only"])
+        colour, marker, line = LOOK_OF_FULL if cell.is_full else LOOK_WITHOUT_RANK
         if cell.rank:
             number = self.numbers[cell.family]
             colour, marker, line = (in_turn(kinds, number) for kinds in (COLOURS, MARKERS, LINES))

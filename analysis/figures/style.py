@@ -20,7 +20,9 @@ COLOURS: tuple[Any, ...] = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00
 MARKERS: tuple[Any, ...] = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (3, 3)), (0, (8, 2)))
 RANK_COLOURS = matplotlib.colormaps["viridis"]
-LOOK_WITHOUT_RANK: dict[str, tuple[str, str, Any]] = {"full": ("black", "*", "-"), "head_only": ("#666666", "X", "--")}
+# Colour, marker and line of methods without a rank.
+LOOK_OF_FULL: tuple[str, str, Any] = ("black", "*", "-")
+LOOK_WITHOUT_RANK: tuple[str, str, Any] = ("#666666", "X", "--")
 
 
 def in_turn(kinds: Sequence[Any], number: int) -> Any:

@@ -6,19 +6,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from analysis.comparisons import Cell, best_beyond_noise
+from analysis.methods import is_full
 from analysis.metrics import BY_DEVICE
 from analysis.select import LARGEST, num_status
 from harness.results.schema import Status
-
-
-def is_full(row: Cell) -> bool:
-    """Whether a row is full fine-tuning."""
-    return bool(row["method"] == "full")
-
-
-def is_lora(row: Cell) -> bool:
-    """Whether a row is LoRA."""
-    return bool(row["method"] == "lora")
 
 
 def comparison_of(row: Cell) -> tuple[str, str, str]:
@@ -41,6 +32,15 @@ def by_dataset(rows: Iterable[Cell]) -> list[list[Cell]]:
     for row in rows:
         groups.setdefault((row["model"], row["dataset"]), []).append(row)
     return list(groups.values())
+
+
+def by_dataset_and_method(rows: Iterable[Cell]) -> list[list[Cell]]:
+    """The rows of each model, dataset and method: ranks and placements of different methods are no one axis."""
+    return [
+        [row for row in group if row["method"] == method]
+        for group in by_dataset(rows)
+        for method in dict.fromkeys(row["method"] for row in group)
+    ]
 
 
 def groups_of(rows: Sequence[Cell]) -> list[list[int]]:

@@ -9,10 +9,11 @@ from typing import Any
 import pandas as pd
 
 from analysis.comparisons import CONFIDENCE, MARGIN, Cell, equivalence_margin, is_equivalent, p_value, ranked_by
+from analysis.methods import is_full, method_label, uses_rank
 from analysis.metrics import FORGETTING, format_spread, is_score, metric
 from analysis.select import generation_scores, num_status, records, score
 from analysis.tables.cells import MISSING, TIMES, cell_name, recipe_mark, show_metric
-from analysis.tables.comparable import comparison_of, full_of, is_full, is_lora, ratio_to
+from analysis.tables.comparable import comparison_of, full_of, ratio_to
 from analysis.tables.notes import collapsed_notes, count_note, forgetting_notes, recipe_notes
 from analysis.tables.structure import Column, PaperTable, text_table
 from harness.results.schema import Status
@@ -39,7 +40,7 @@ class _Pair:
 
     @property
     def note(self) -> str:
-        return f"{self.where}: LoRA is {cell_name(self.lora)}{recipe_mark(self.lora)}, {self.why}."
+        return f"{self.where}: {method_label(self.lora)} is {cell_name(self.lora)}{recipe_mark(self.lora)}, {self.why}."
 
 
 def summary(best: pd.DataFrame, *, margin: float = MARGIN) -> PaperTable | None:
@@ -54,7 +55,9 @@ def summary(best: pd.DataFrame, *, margin: float = MARGIN) -> PaperTable | None:
         return None
     lines = [(pair, what, name) for pair in pairs for what, name in _quantities(pair, best)]
     texts = [_texts(pair, what, name, margin, unit=name in best) for pair, what, name in lines]
-    titles = ["", "", "full fine-tuning", "LoRA", "LoRA against full"]
+    labels = dict.fromkeys(method_label(pair.lora) for pair in pairs)
+    label = next(iter(labels)) if len(labels) == 1 else "adapter"
+    titles = ["", "", "full fine-tuning", label, f"{label} against full"]
     columns = [Column(heading, [row[index] for row in texts]) for index, heading in enumerate(titles)]
     columns = columns[1:] if len(pairs) == 1 else columns
     compared = [cell for pair in pairs for cell in (pair.full, pair.lora)]
@@ -80,7 +83,7 @@ def summary(best: pd.DataFrame, *, margin: float = MARGIN) -> PaperTable | None:
 def _pairs(rows: Sequence[Cell], margin: float) -> Iterator[_Pair]:
     references = full_of(rows)
     for comparison, full in references.items():
-        candidates = [row for row in rows if is_lora(row) and comparison_of(row) == comparison]
+        candidates = [row for row in rows if uses_rank(row) and comparison_of(row) == comparison]
         # What differs in its own settings or environment is not compared where there is something that does not.
         alike = [row for row in candidates if row["recipe"] == full["recipe"]]
         chosen = _smallest_as_good(alike, margin) or _smallest_as_good(candidates, margin)

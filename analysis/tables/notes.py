@@ -8,6 +8,7 @@ import pandas as pd
 
 from analysis.code_spans import as_code
 from analysis.comparisons import Cell
+from analysis.methods import method_label, uses_rank
 from analysis.metrics import FORGETTING, format_value
 from analysis.select import COLLAPSED_ABOVE, num_status, score
 from analysis.tables.cells import (
@@ -20,7 +21,7 @@ from analysis.tables.cells import (
     show_metric,
     show_rate,
 )
-from analysis.tables.comparable import by_dataset, comparison_of, is_full, is_lora
+from analysis.tables.comparable import by_dataset, comparison_of
 from harness.results.schema import Status
 
 NOTE_N = "n: finished runs, one per seed; only they give numbers. ±: sample standard deviation over them."
@@ -74,14 +75,14 @@ def bold_notes(rows: Sequence[Cell], names: Sequence[str], *, any_bold: bool) ->
 
 
 def reference_notes(every: Sequence[Cell], rows: Sequence[Cell]) -> Iterator[str]:
-    """Full fine-tuning and the head alone, which have no rank and no placement, in the recipes of a table's rows."""
+    """The methods without a rank, in the recipes of a table's rows, all of which have one."""
     shown = set(map(comparison_of, rows))
     for row in every:
-        if is_lora(row) or not row[num_status(Status.FINISHED)] or comparison_of(row) not in shown:
+        if uses_rank(row) or not row[num_status(Status.FINISHED)] or comparison_of(row) not in shown:
             continue
         texts = [f"{split} {show_metric(row, score(row, split))}" for split in ("val", "test")]
         yield (
-            f"For comparison, {'full fine-tuning' if is_full(row) else 'the head alone'}{recipe_mark(row)} of "
+            f"For comparison, {method_label(row)}{recipe_mark(row)} of "
             f"{row['model']} on {row['dataset']}: {', '.join(texts)} (n={row[num_status(Status.FINISHED)]})."
         )
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from analysis.comparisons import Cell
+from analysis.methods import method_label, uses_rank
 from analysis.metrics import title
 from analysis.select import num_status, records, score, score_columns
 from analysis.tables.cells import MISSING, QUOTED_MARK, edge_mark, recipe_mark, show_metric, show_status
@@ -21,7 +22,7 @@ from analysis.tables.columns import (
     run_ids_of,
     scores_by_split,
 )
-from analysis.tables.comparable import best_rows, by_dataset, is_lora
+from analysis.tables.comparable import best_rows, by_dataset_and_method
 from analysis.tables.notes import (
     NOTE_N,
     bold_notes,
@@ -35,7 +36,7 @@ from analysis.tables.published import Published, quoted_rows
 from analysis.tables.quoted import (
     QUOTED_NAMES,
     QuotedCell,
-    model_and_dataset_columns,
+    naming_columns,
     quoted,
     quoted_notes,
     rule_before_quoted,
@@ -49,9 +50,10 @@ from harness.results.schema import Status
 
 @dataclass
 class _Line:
-    """A row of the table: what names it, and by rank a text and its value."""
+    """A row of the table: what names it, its method, and by rank a text and its value."""
 
     names: tuple[str, str, str]
+    method: str = ""
     cells: dict[int, QuotedCell] = field(default_factory=dict)
     bold: set[int] = field(default_factory=set)
     run_ids: tuple[str, ...] = ()
@@ -60,11 +62,17 @@ class _Line:
 def rank_by_target_layers(best: pd.DataFrame, *, published: bool = False) -> PaperTable | None:
     """Scores of every placement (rows) at every rank (columns): the form of the LoRA paper's Table 6."""
     cells = records(best)
-    groups = [group for group in by_dataset(filter(is_lora, cells)) if _is_plane(group)]
+    groups = [group for group in by_dataset_and_method(filter(uses_rank, cells)) if _is_plane(group)]
     rows = [row for group in groups for row in group]
     if not rows:
         return None
-    measured = [line for group in groups for split in ("val", "test") for line in _lines(group, score(group[0], split))]
+    labels = dict.fromkeys(map(method_label, rows))
+    measured = [
+        line
+        for group in groups
+        for split in ("val", "test")
+        for line in _lines(group, score(group[0], split), name_method=len(labels) > 1)
+    ]
     lines = [*measured, *(_quoted_line(row) for row in quoted_rows("rank_by_target_layers") if published)]
     columns = [
         Column(heading, [line.names[index] for line in lines])
@@ -78,7 +86,7 @@ def rank_by_target_layers(best: pd.DataFrame, *, published: bool = False) -> Pap
     text = text_table(columns, num_key_columns=3, rules=frozenset(ends))
     return PaperTable(
         name="rank_by_target_layers",
-        caption="Rank by target layers: scores of LoRA at every rank and placement.",
+        caption=f"Rank by target layers: scores of {' and '.join(labels)} at every rank and placement.",
         text=text,
         numbers=scores_by_split(rows),
         notes=[
@@ -91,7 +99,7 @@ def rank_by_target_layers(best: pd.DataFrame, *, published: bool = False) -> Pap
             *quoted_notes("rank_by_target_layers", published),
         ],
         run_ids=[line.run_ids for line in measured],
-        methods=[str(rows[0]["method"])] * len(measured),
+        methods=[line.method for line in measured],
     )
 
 
@@ -99,15 +107,16 @@ def _is_plane(group: Sequence[Cell]) -> bool:
     return len({row["rank"] for row in group}) > 1 and len({row["target_layers"] for row in group}) > 1
 
 
-def _lines(group: Sequence[Cell], name: str) -> list[_Line]:
+def _lines(group: Sequence[Cell], name: str, *, name_method: bool) -> list[_Line]:
     """A line per placement; a second one where a rank is there twice, in two recipes."""
     winners = best_rows(group, name)
-    lines: dict[tuple[str, int], _Line] = {}
+    lines: dict[tuple[str | None, int], _Line] = {}
     for index, row in sorted(enumerate(group), key=lambda pair: pair[1]["recipe"] is not None):
         placement, rank, number = row["target_layers"], row["rank"], 0
         while (placement, number) in lines and rank in lines[placement, number].cells:
             number += 1
-        new = _Line((f"{row['model']}, {row['dataset']}", title(name), placement))
+        where = ", ".join([row["model"], row["dataset"], *([row["method"]] if name_method else [])])
+        new = _Line((where, title(name), placement or MISSING), row["method"])
         line = lines.setdefault((placement, number), new)
         line.cells[rank] = _score_cell(row, name)
         line.run_ids += row["run_ids"]
@@ -126,7 +135,9 @@ def _score_cell(row: Cell, name: str) -> QuotedCell:
 
 
 def _quoted_line(row: Published) -> _Line:
-    return _Line((f"{row.model}, {row.dataset} ({QUOTED_MARK} quoted)", row.metric, row.target_layers), row.by_rank)
+    return _Line(
+        (f"{row.model}, {row.dataset} ({QUOTED_MARK} quoted)", row.metric, row.target_layers), cells=row.by_rank
+    )
 
 
 def _rank_column(rank: int, lines: Sequence[_Line]) -> Column:
@@ -146,17 +157,17 @@ def target_layers_at_budget(best: pd.DataFrame, *, published: bool = False) -> P
     """Every placement at one parameter budget, with exact counts: the form of the LoRA paper's Table 5."""
     cells = records(best)
     candidates = [
-        row for row in filter(is_lora, cells) if row["recipe"] is None and row.get("num_adapter_params", 0) > 0
+        row for row in filter(uses_rank, cells) if row["recipe"] is None and row.get("num_adapter_params", 0) > 0
     ]
-    rows = [row for group in by_dataset(candidates) if _is_one_budget(group) for row in group]
+    rows = [row for group in by_dataset_and_method(candidates) if _is_one_budget(group) for row in group]
     if not rows:
         return None
     below = quoted_rows("target_layers_at_budget") if published else []
     budget = Counter(row["num_adapter_params"] for row in rows).most_common(1)[0][0]
     names = [name for name in score_columns(best) if name in best]
     key_columns = [
-        *model_and_dataset_columns(rows, below),
-        Column("target layers", [row["target_layers"] for row in rows]),
+        *naming_columns(rows, below),
+        Column("target layers", [row["target_layers"] or MISSING for row in rows]),
         Column("rank", [str(row["rank"]) for row in rows], rank_values(rows)),
         *learning_rate_columns(rows),
     ]

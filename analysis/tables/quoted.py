@@ -36,17 +36,20 @@ def _extended(column: Column, cells: Sequence[QuotedCell]) -> Column:
     return Column(column.title, [*column.texts, *(text for text, _ in cells)], values, column.bold)
 
 
-def model_and_dataset_columns(rows: Sequence[Cell], quoted_below: Sequence[Published]) -> list[Column]:
-    """Columns that name model and dataset, where rows differ in them or quoted ones follow; to be extended by those."""
-    named = {(row["model"], row["dataset"]) for row in rows}
-    if len(named) == 1 and not quoted_below:
-        return []
-    return [Column(name, [row[name] for row in rows]) for name in ("model", "dataset")]
+def naming_columns(rows: Sequence[Cell], quoted_below: Sequence[Published]) -> list[Column]:
+    """Columns for model and dataset, where rows differ in them or quoted ones follow, and for the method likewise."""
+    names = []
+    if quoted_below or len({(row["model"], row["dataset"]) for row in rows}) > 1:
+        names += ["model", "dataset"]
+    if len({row["method"] for row in rows}) > 1:
+        names.append("method")
+    return [Column(name, [row[name] for row in rows]) for name in names]
 
 
 QUOTED_NAMES: dict[str, Callable[[Published], QuotedCell]] = {
     "model": quoted(lambda row: f"{row.model} ({QUOTED_MARK} quoted)"),
     "dataset": quoted(lambda row: row.dataset),
+    "method": quoted(lambda row: row.method),
     "target layers": quoted(lambda row: row.target_layers),
 }
 

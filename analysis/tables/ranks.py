@@ -8,6 +8,7 @@ from itertools import pairwise
 import pandas as pd
 
 from analysis.comparisons import Cell, best_beyond_noise
+from analysis.methods import uses_rank
 from analysis.metrics import title
 from analysis.select import generation_scores, records, score_columns
 from analysis.tables.cells import MISSING, QUOTED_MARK, recipe_mark
@@ -21,13 +22,12 @@ from analysis.tables.columns import (
     run_ids_of,
     with_spread,
 )
-from analysis.tables.comparable import is_lora
 from analysis.tables.notes import NOTE_N, bold_notes, collapsed_notes, edge_notes, recipe_notes, reference_notes
 from analysis.tables.published import Published, quoted_rows
 from analysis.tables.quoted import (
     QUOTED_NAMES,
     QuotedCell,
-    model_and_dataset_columns,
+    naming_columns,
     quoted,
     quoted_notes,
     rule_before_quoted,
@@ -39,7 +39,7 @@ from analysis.tables.structure import Column, PaperTable, text_table
 def rank_sweep(best: pd.DataFrame, *, published: bool = False) -> PaperTable | None:
     """Every rank of a placement with its parameters, nll and scores: the form of the LoRA paper's Table 18."""
     cells = records(best)
-    candidates = sorted(filter(is_lora, cells), key=lambda row: (*_placement_key(row), row["rank"]))
+    candidates = sorted(filter(uses_rank, cells), key=lambda row: (*_placement_key(row), row["rank"]))
     rows = [
         row
         for start, end in _stretches(candidates)
@@ -52,8 +52,8 @@ def rank_sweep(best: pd.DataFrame, *, published: bool = False) -> PaperTable | N
     wanted = dict.fromkeys(("val_nll", "test_nll", *score_columns(best), *generation_scores(best)))
     names = [name for name in wanted if name in best]
     key_columns = [
-        *model_and_dataset_columns(rows, below),
-        Column("target layers", [row["target_layers"] + recipe_mark(row) for row in rows]),
+        *naming_columns(rows, below),
+        Column("target layers", [(row["target_layers"] or MISSING) + recipe_mark(row) for row in rows]),
         Column("rank", [str(row["rank"]) for row in rows], rank_values(rows)),
         *learning_rate_columns(rows),
     ]
@@ -111,8 +111,8 @@ def _ends_of_placements(rows: Sequence[Cell]) -> frozenset[int]:
     return frozenset(end - 1 for _, end in _stretches(rows)[:-1])
 
 
-def _placement_key(row: Cell) -> tuple[str, str, str, int]:
-    return row["model"], row["dataset"], row["target_layers"], row["recipe"] or 0
+def _placement_key(row: Cell) -> tuple[str, str, str, str, int]:
+    return row["model"], row["dataset"], row["method"], row["target_layers"] or "", row["recipe"] or 0
 
 
 def _stretches(rows: Sequence[Cell]) -> list[tuple[int, int]]:

@@ -16,8 +16,8 @@ from typing import Any
 
 from harness.config.schema import DatasetConfig, ModelConfig, RunConfig, default_of
 from harness.content.digests import find_content, is_pinned, pinned_names
-from harness.placement.select import canonical_blocks, canonical_projections
-from harness.results.effects import DATA_SOURCE, MODEL_SOURCE, is_setting_without_effect
+from harness.placement.select import canonical_projections
+from harness.results.effects import DATA_SOURCE, MODEL_SOURCE, canonical_blocks, is_setting_without_effect
 
 
 @dataclass(frozen=True)

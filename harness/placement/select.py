@@ -127,18 +127,6 @@ def block_problems(blocks: Any) -> list[str]:
     return [] if fine else [f"target_layers.blocks={blocks!r}: {allowed}"]
 
 
-def canonical_blocks(blocks: Any) -> Any:
-    """One spelling for block lists that always select the same blocks.
-
-    >>> canonical_blocks([1, 0]), canonical_blocks([5, 2]), canonical_blocks("first_2")
-    ('first_2', [2, 5], 'first_2')
-    """
-    if isinstance(blocks, str):
-        return blocks
-    ordered = sorted(blocks)
-    return f"first_{len(ordered)}" if ordered == list(range(len(ordered))) else ordered
-
-
 def canonical_projections(projections: Sequence[str]) -> list[str]:
     """Roles in a fixed order: modules get their adapters in the model's own order, whatever the order here."""
     known = (*ROLES, *GROUPS, UNEMBEDDING)

@@ -1,6 +1,8 @@
-"""Which settings and facts of a run cannot change its numbers. The only such lists."""
+"""Which settings, facts and spellings of a run cannot change its numbers. The only such lists."""
 
 from __future__ import annotations
+
+from typing import Any
 
 # Where a model or a dataset comes from. Once its content is known, it decides nothing.
 MODEL_SOURCE = ("asset", "hub_id", "revision", "tiny", "path", "run", "scratch")
@@ -69,3 +71,15 @@ def is_fact_without_effect(name: str) -> bool:
 
 def _is_listed(name: str, listed: set[str]) -> bool:
     return any(name == entry or name.startswith(f"{entry}.") for entry in listed)
+
+
+def canonical_blocks(blocks: Any) -> Any:
+    """One spelling for block lists that always select the same blocks.
+
+    >>> canonical_blocks([1, 0]), canonical_blocks([5, 2]), canonical_blocks("first_2")
+    ('first_2', [2, 5], 'first_2')
+    """
+    if isinstance(blocks, str):
+        return blocks
+    ordered = sorted(blocks)
+    return f"first_{len(ordered)}" if ordered == list(range(len(ordered))) else ordered

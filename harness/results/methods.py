@@ -14,6 +14,7 @@ class Method:
     """What has to be known of a method without running it.
 
     Attributes:
+        label: what it is called in a sentence.
         module: the module that adapts a model and saves what was trained; see `harness.methods.registry`.
         trains: what is trained, for documentation.
         weights_dir: the folder in a run's folder that holds what was trained.
@@ -24,6 +25,7 @@ class Method:
         needs_head: whether it trains the task head alone, and so nothing where a task has none.
     """
 
+    label: str
     module: str
     trains: str
     weights_dir: str
@@ -35,12 +37,17 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "lora": Method(
+        "LoRA",
         "harness.methods.lora_method",
         trains="adapter and head",
         weights_dir="adapter",
         uses_rank=True,
         uses_placement=True,
     ),
-    "full": Method("harness.methods.full_method", trains="everything", weights_dir="model", trains_base=True),
-    "head_only": Method("harness.methods.head_only_method", trains="head", weights_dir="head", needs_head=True),
+    "full": Method(
+        "full fine-tuning", "harness.methods.full_method", trains="everything", weights_dir="model", trains_base=True
+    ),
+    "head_only": Method(
+        "the head alone", "harness.methods.head_only_method", trains="head", weights_dir="head", needs_head=True
+    ),
 }

@@ -38,10 +38,11 @@ from harness.config.validation import ConfigError
 from harness.content.assets import AssetError
 from harness.content.errors import DataError, ModelError
 from harness.content.identity import PlannedRun
-from harness.folder import require_writable, run_dir, run_state
+from harness.folder import require_writable, run_dir
 from harness.results.files import RESULT_FILE
 from harness.results.launches import command_line, record_launch
 from harness.results.schema import Status, read_result
+from harness.results.state import run_state
 from hydra_plugins.lora_harness._composing import compose_run
 from hydra_plugins.lora_harness._grids import GridError, Overrides, expand
 
@@ -213,7 +214,7 @@ def show_plan(runs: Sequence[SweepRun], plans: Mapping[str, Plan]) -> None:
     table.add_column("overrides")
     counts: Counter[str] = Counter()
     for run in runs:
-        state = run_state(run.planned)
+        state = run_state(run_dir(run.planned))
         counts[state] += 1
         note = _code_differs(run.planned) if state == Status.FINISHED else ""
         # As Text: rich would take [x] in a file's name for markup.
