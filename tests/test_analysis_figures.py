@@ -207,6 +207,30 @@ def test_learning_rates_show_val_and_mark_the_chosen_one(tmp_path: Path) -> None
     assert [points[0].tolist()] in rings
 
 
+def test_the_name_of_a_line_that_ends_early_lies_at_its_end(tmp_path: Path) -> None:
+    """Full fine-tuning has lower rates than LoRA: a leader from there to the right edge would look like data."""
+    save_grid(tmp_path)
+    metrics = measured(0.9, 40, 0)
+    save_run(tmp_path, "full-low", cell_id="full-low", method="full", learning_rate=1e-5, metrics=metrics)
+    axes = draw(paper_figures(cells(load_runs(tmp_path).frame), {}), "learning_rates").axes[0]
+    labels = {text.get_text(): text for text in axes.texts}
+    assert labels["lora r8 qv"].anncoords == "axes fraction"
+    save_run(tmp_path, "full-lower", cell_id="full-lower", method="full", learning_rate=1e-6, metrics=metrics)
+    (tmp_path / "full-s0/result.json").unlink()
+    (tmp_path / "full-s1/result.json").unlink()
+    (tmp_path / "full-s2/result.json").unlink()
+    axes = draw(paper_figures(cells(load_runs(tmp_path).frame), {}), "learning_rates").axes[0]
+    (full,) = (text for text in axes.texts if text.get_text() == "full")
+    assert full.anncoords == "offset points"
+    assert max(map(abs, full.get_position())) < 40
+
+
+def test_full_fine_tuning_has_its_name_also_where_it_is_beaten(tmp_path: Path) -> None:
+    table = grid_cells(tmp_path, ranks=(16,), placements=("qv",))
+    front = draw(paper_figures(table, {}), "score_by_memory").axes[0]
+    assert {text.get_text() for text in front.texts} == {"lora r16 qv", "full"}
+
+
 def test_curves_are_means_of_whole_runs(tmp_path: Path) -> None:
     table = grid_cells(tmp_path)
     curves = curves_of(table)

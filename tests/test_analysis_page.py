@@ -230,6 +230,13 @@ def test_data_of_the_figures(frame: pd.DataFrame) -> None:
     assert failed["lines"] == ["learning rate 0.001", "runs: 1 failed"]
 
 
+def test_cells_of_two_recipes_are_not_joined(tmp_path: Path) -> None:
+    for rank in (1, 4, 16):
+        save(tmp_path, "lora", 0, 0.001, rank=rank, placement="qv")
+    save(tmp_path, "lora", 0, 0.001, rank=2, placement="qv", note="another recipe")
+    assert data_of(make(load_runs(tmp_path).frame, tables=[]))["series"] == ["lora, qv", "lora, qv [1]"]
+
+
 def test_data_of_a_run(frame: pd.DataFrame) -> None:
     data = data_of(make(frame))
     run = data["runs"]["lora-4-qv-0.01-s1"]

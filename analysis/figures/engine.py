@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import SubFigure
 
 from analysis.figures.footnote import Footnote
-from analysis.figures.labels import place_point_labels, spread_end_labels
+from analysis.figures.labels import place_labels
 from analysis.figures.panels import Panel
 from analysis.figures.style import COLUMN_INCHES, DPI, INK, PAGE_INCHES, SMALL, our_settings
 from harness.results.files import write_atomically
@@ -87,8 +87,7 @@ def _draw(kind: FigureKind, panels: Sequence[Panel]) -> matplotlib.figure.Figure
         figure.set_layout_engine("none")
         renderer: RendererAgg = canvas.get_renderer()  # type: ignore[no-untyped-call]
         for axes in figure.axes:
-            spread_end_labels(axes, renderer)
-            place_point_labels(axes, renderer)
+            place_labels(axes, renderer)
     return figure
 
 

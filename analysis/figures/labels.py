@@ -19,13 +19,13 @@ _END, _POINT = "label at the right edge", "label beside a point"
 
 
 def label_end(axes: Axes, text: str, point: tuple[float, float], colour: str, coordinates: Any = "data") -> None:
-    """Names a line to the right of the axes; `spread_end_labels` finds the height."""
+    """Names a line to the right of the axes, or at its end where that is far from there; see `place_labels`."""
     arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "linestyle": ":", "shrinkA": 1, "shrinkB": 2}
     axes.annotate(text, point, (1.04, 0.5), coordinates, "axes fraction", arrow, False, gid=_END, **TEXT)
 
 
 def label_point(axes: Axes, text: str, x: float, y: float) -> None:
-    """Names a point; `place_point_labels` finds the side on which there is room."""
+    """Names a point, on the side on which there is room; see `place_labels`."""
     arrow = {"arrowstyle": "-", "color": GREY, "linewidth": 0.4, "shrinkA": 0, "shrinkB": 2}
     label = axes.annotate(
         text, (x, y), (0, 0), "data", "offset points", arrow, ha="center", gid=_POINT, bbox=_NO_BOX, **TEXT
@@ -46,7 +46,29 @@ def _target(axes: Axes, label: Annotation) -> tuple[float, float]:
     return float(across), float(up)
 
 
-def spread_end_labels(axes: Axes, renderer: RendererAgg) -> None:
+def place_labels(axes: Axes, renderer: RendererAgg) -> None:
+    """Places all labels, once it is known where everything else is."""
+    _keep_near_ends(axes, renderer)
+    _spread_end_labels(axes, renderer)
+    _place_point_labels(axes, renderer)
+
+
+def _keep_near_ends(axes: Axes, renderer: RendererAgg) -> None:
+    """Makes point labels of those whose lines end far from the right edge: a leader across looks like data."""
+    frame = axes.get_window_extent(renderer)
+    for label in _labels(axes, _END):
+        if _target(axes, label)[0] < frame.x1 - _FAR * frame.width:
+            label.set_gid(_POINT)
+            label.set_horizontalalignment("center")
+            label.set_anncoords("offset points")
+            label.set_bbox(_NO_BOX)
+
+
+# Of the width of the axes.
+_FAR = 0.25
+
+
+def _spread_end_labels(axes: Axes, renderer: RendererAgg) -> None:
     """Moves the labels at the right edge as little as possible so that none covers another."""
     labels = sorted(_labels(axes, _END), key=lambda label: _target(axes, label)[1])
     if not labels:
@@ -66,7 +88,7 @@ def spread_end_labels(axes: Axes, renderer: RendererAgg) -> None:
         label.set_position((1.04, (fitting - frame.y0) / frame.height))
 
 
-def place_point_labels(axes: Axes, renderer: RendererAgg) -> None:
+def _place_point_labels(axes: Axes, renderer: RendererAgg) -> None:
     """Puts each label where it covers least of the lines, the points and the other labels, and near its point."""
     ink, frame = _ink(axes), axes.get_window_extent(renderer)
     pixels = axes.figure.dpi / 72
@@ -85,7 +107,7 @@ def place_point_labels(axes: Axes, renderer: RendererAgg) -> None:
             choices.append((float(cost), len(choices), offset, box))
         _, _, best, box = min(choices, key=lambda choice: choice[:2])
         label.set_position(best)
-        placed.append(box)
+        placed.append(box.padded(2 * pixels, 0))  # or two names side by side would read as one
 
 
 _SIDES = ((0, 1), (1, 0), (0, -1), (-1, 0), (0.7, 0.7), (0.7, -0.7), (-0.7, 0.7), (-0.7, -0.7))

@@ -90,10 +90,11 @@ def _draw_front(subfigure: SubFigure, panel: Panel, footnote: Footnote, *, cost:
     axes.margins(0.12)
     near = [cell for cell in cells if not is_outlier(cell, cells, panel.test)]
     axes.set_ylim(*limits(near, panel.test, footnote))
-    for index, (x, y) in zip(front, at, strict=True):
+    # What everything is compared with has its name also where it is beaten.
+    for index in [*front, *(index for index, cell in enumerate(cells) if cell.is_full and index not in front)]:
         low, high = axes.get_ylim()
-        away = " ↓" if y < low else " ↑" if y > high else ""
-        label_point(axes, cells[index].label + away, x, min(max(y, low), high))
+        away = " ↓" if scores[index] < low else " ↑" if scores[index] > high else ""
+        label_point(axes, cells[index].label + away, costs[index], min(max(scores[index], low), high))
     footnote.account_for(panel.best, cells, panel.test)
     footnote.remarks += [outlier_text(cell, panel.test, footnote) for cell in cells if cell not in near]
     footnote.remarks.append("line: what nothing beats in both; hollow: beaten")

@@ -87,8 +87,10 @@ def _task(cell: pd.Series[Any]) -> dict[str, Any]:
 
 
 def _series(cell: Cell) -> str:
-    """What shares a colour: a method with a placement."""
-    return ", ".join(str(part) for part in (cell["method"], cell["target_layers"]) if part is not None)
+    """What shares a colour and may be joined by a line: a method with a placement, in one recipe."""
+    return ", ".join(str(part) for part in (cell["method"], cell["target_layers"]) if part is not None) + (
+        recipe_mark(cell)
+    )
 
 
 def _cell(cell: Cell, generated: Sequence[str]) -> dict[str, Any]:
