@@ -57,19 +57,19 @@ def with_names(frame: pd.DataFrame) -> pd.DataFrame:
 def name_notes(frame: pd.DataFrame) -> Iterator[str]:
     """What stands behind the names that are not those of the configs, in words."""
     named = with_names(frame)
-    told: dict[str, None] = {}
+    origins: dict[str, None] = {}
     for group, settings in (("model", MODEL_SOURCE), ("dataset", DATA_SOURCE)):
         sources = zip(*(_settings(frame, f"config.{group}.{setting}") for setting in settings), strict=True)
         for label, name, source in zip(named[group], frame[f"config.{group}.name"], sources, strict=True):
             if label != name:
                 known = [f"{key}={value}" for key, value in zip(settings, source, strict=True) if value is not None]
-                told[f"{as_code(label)} is {as_code(' '.join([f'{group}={name}', *known]))}"] = None
+                origins[f"{as_code(label)} is {as_code(' '.join([f'{group}={name}', *known]))}"] = None
     for label, name in zip(named["target_layers"], _column(frame, "config.target_layers.name"), strict=True):
         if label is not None and label.partition(" (")[0] != name:
-            told[f"{as_code(label)} is {as_code(f'target_layers={name}')}"] = None
-    if told:
-        listed = [*told][:_NUM_LISTED]
-        more = f"; and {len(told) - _NUM_LISTED} more" if len(told) > _NUM_LISTED else ""
+            origins[f"{as_code(label)} is {as_code(f'target_layers={name}')}"] = None
+    if origins:
+        listed = [*origins][:_NUM_LISTED]
+        more = f"; and {len(origins) - _NUM_LISTED} more" if len(origins) > _NUM_LISTED else ""
         yield (
             "Named by what ran and not by its config, in which one name stands for several things or for another: "
             f"{'; '.join(listed)}{more}."
@@ -80,7 +80,7 @@ _NUM_LISTED = 20
 
 
 def is_source(setting: str) -> bool:
-    """Whether a setting says where a model or its data come from, which the names of `with_names` tell apart."""
+    """Whether a setting says where a model or its data come from, which the names of `with_names` distinguish."""
     return setting in _SOURCES or setting.startswith(_SOURCE_GROUPS)
 
 
@@ -144,7 +144,7 @@ def _tokens(
 def _joined(keys: Sequence[_Token], tokens: Sequence[Sequence[_Token]]) -> list[int]:
     """A number for each run, the same for runs of one name that share a token, through others too.
 
-    A run without any token, one that failed before it had read anything, goes with those of its own settings, if they
+    A run without any token, one that failed before it had read anything, goes with those of the same settings, if they
     are all the same.
     """
     parents: dict[_Token, _Token] = {}
@@ -179,7 +179,7 @@ def _is_preset(source: dict[str, Any]) -> bool:
 
 
 def _hint(source: dict[str, Any]) -> str:
-    """What tells a person which of several it is: a folder, a file, or a revision."""
+    """What says to a person which of several it is: a folder, a file, or a revision."""
     for setting in ("path", "train_file"):
         if source.get(setting) is not None:
             return _last_part(str(source[setting]))

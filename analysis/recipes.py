@@ -87,13 +87,13 @@ _SCOPES = {
     "config.model.": "model",
     "config.dataset.": "dataset",
     "config.method.": "config.method.name",
-    "config.trainer.": "dataset",  # tasks have recipes of their own
+    "config.trainer.": "dataset",  # each task has its own recipe
     "config.rank": "config.method.name",
     _ALSO: "dataset",
     "environment.positive_label": "dataset",
     "environment.generation_signatures.": "dataset",
 }
-# What `analysis.names` tells apart by name: other values are another model, dataset or placement, and no other recipe.
+# What `analysis.names` distinguishes by name: another value is another model, dataset or placement, and no other recipe.
 _PART_OF_A_NAME = ("config.target_layers", FINGERPRINT, CONTENT)
 
 
@@ -146,7 +146,7 @@ def recipe_differences(frame: pd.DataFrame) -> dict[str, tuple[str, ...]]:
 
 
 def _evaluated_also(frame: pd.DataFrame) -> list[tuple[str, ...]]:
-    """For each run, the names of the further sets that it is scored on, that on which forgetting is measured first."""
+    """For each run, the names of its additional evaluation datasets, that on which forgetting is measured first."""
     settings: defaultdict[str, list[str]] = defaultdict(list)
     for setting in frame.columns:
         if setting.startswith(f"{_ALSO}."):

@@ -2,7 +2,7 @@
 
     reports_dir/<sweep>/report.html  report.md  runs.csv  tables/<name>.{md,tex,csv,html}  figures/<name>.{pdf,png}
 
-Writing it again from the same runs gives the same bytes.
+The same runs give the same bytes.
 """
 
 from __future__ import annotations
@@ -77,20 +77,18 @@ def write_report(
     _remove_others(report_dir / "figures", pictures)
     _write(report_dir / "runs.csv", writers.to_csv(_without_empty_metrics(runs.frame)))
     _write(report_dir / "report.md", _markdown(name, summary, paper_tables, drawn, runs.frame))
-    _write(
-        report_dir / "report.html",
-        page(
-            title=name,
-            summary=summary,
-            tables=[PageTable(one.name, one.caption, writers.to_html(one), one.notes) for one in paper_tables],
-            cells=cells,
-            frame=frame,
-            curves=curves,
-            environment=list(_environment(runs.frame)),
-            failures=notes.failures(runs.frame),
-            figures=[(one.name, one.title, (report_dir / "figures" / f"{one.name}.png").read_bytes()) for one in drawn],
-        ),
+    html = page(
+        title=name,
+        summary=summary,
+        tables=[PageTable(one.name, one.caption, writers.to_html(one), one.notes) for one in paper_tables],
+        cells=cells,
+        frame=frame,
+        curves=curves,
+        environment=list(_environment(runs.frame)),
+        failures=notes.failures(runs.frame),
+        figures=[(one.name, one.title, (report_dir / "figures" / f"{one.name}.png").read_bytes()) for one in drawn],
     )
+    _write(report_dir / "report.html", html)
     _print(name, summary, paper_tables[0], report_dir, console)
     return report_dir
 
@@ -231,7 +229,7 @@ def _environment(frame: pd.DataFrame) -> Iterator[str]:
     """Every fact about the environment, and for how many runs it held where they differ."""
     facts = frame[[column for column in frame.columns if column.startswith("environment.")]]
     facts = facts.drop(columns=[f"environment.{name}" for name in _MOMENTS], errors="ignore")
-    # Scores on further sets, which say nothing about where a run ran.
+    # Scores on additional evaluation datasets, which say nothing about where a run ran.
     facts = facts[[column for column in facts.columns if not column.startswith("environment.evaluated_also.")]]
     recorded = facts.dropna(how="all")
     if len(recorded) < len(facts):

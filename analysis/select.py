@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,9 @@ from analysis.names import with_names
 from analysis.recipes import conditions_and_recipes, recipe_differences
 from harness.results.metrics import METRICS
 from harness.results.schema import Status
+
+FloatArray = np.ndarray[Any, np.dtype[np.float64]]
+IntArray = np.ndarray[Any, np.dtype[np.int64]]
 
 COLLAPSED_ABOVE = 0.999
 # What lies above is no measurement, and its square no number.
@@ -80,6 +83,41 @@ def cells(frame: pd.DataFrame) -> pd.DataFrame:
     None or NaN.
     """
     frame = with_names(frame.reset_index(drop=True))
+    values = _measured(frame)
+    finished = (frame["status"] == Status.FINISHED.value).to_numpy()
+    shares = frame[["val_majority_share", "test_majority_share"]]
+    collapsed = (shares > COLLAPSED_ABOVE).any(axis="columns").to_numpy() & finished
+    differences = recipe_differences(frame)
+    conditions, recipes = conditions_and_recipes(frame)
+    statuses, seeds = frame["status"].to_numpy(), frame["config.seed"].tolist()
+    rows: list[dict[str, Any]] = []
+    for cell_id, index in frame.groupby("cell_id", sort=False).indices.items():
+        runs = np.asarray(index)
+        used = runs[finished[runs]]
+        rows.append(
+            {
+                **_name(frame.iloc[runs[0]]),
+                "condition_id": conditions[str(cell_id)],
+                "recipe_id": recipes[str(cell_id)],
+                "run_ids": tuple(frame["run_id"].iloc[runs]),
+                **{num_status(status): int((statuses[runs] == status.value).sum()) for status in Status},
+                "num_collapsed": int(collapsed[runs].sum()),
+                "differs": differences.get(str(cell_id)),
+                **_summaries({name: _by_seed(column, used, seeds) for name, column in values.items()}),
+            }
+        )
+    departures = dict.fromkeys(row["differs"] for row in rows if row["differs"] is not None)
+    marks = {differs: number for number, differs in enumerate(departures, start=1)}
+    for row in rows:
+        row["recipe"] = marks.get(row["differs"])
+    # What names a cell stays an object: a rank 8 stays 8 beside a missing one, which stays None.
+    table = pd.DataFrame(rows, dtype=object)
+    numbers = [column for column in table.columns if column not in CELL_COLUMNS]
+    return table.astype({column: pd.to_numeric(table[column]).dtype for column in numbers})
+
+
+def _measured(frame: pd.DataFrame) -> dict[str, FloatArray]:
+    """The values of every metric that any run has, those that are computed from others among them."""
     best_metrics = frame["config.dataset.best_metric"].unique()
     always = {*ALWAYS, *(f"{split}_{name}" for name in best_metrics for split in ("val", "test"))}
     names = [name for name in METRICS if name in always or frame[name].notna().any()]
@@ -90,39 +128,21 @@ def cells(frame: pd.DataFrame) -> pd.DataFrame:
     learned = frame["test_nll_before"] - frame["test_nll"]
     if learned.notna().any():
         values[LEARNED] = learned.to_numpy(dtype=float)
-    finished = (frame["status"] == Status.FINISHED.value).to_numpy()
-    collapsed = (frame[["val_majority_share", "test_majority_share"]] > COLLAPSED_ABOVE).any(axis="columns").to_numpy()
-    differences = recipe_differences(frame)
-    conditions, recipes = conditions_and_recipes(frame)
-    statuses = frame["status"].to_numpy()
-    seeds = frame["config.seed"].tolist()
-    rows = []
-    for cell_id, index in frame.groupby("cell_id", sort=False).indices.items():
-        row = _name(frame.iloc[index[0]])
-        row |= {"condition_id": conditions[str(cell_id)], "recipe_id": recipes[str(cell_id)]}
-        row |= {"run_ids": tuple(frame["run_id"].iloc[index])}
-        row |= {num_status(status): int((statuses[index] == status.value).sum()) for status in Status}
-        row |= {
-            "num_collapsed": int((finished & collapsed)[index].sum()),
-            "differs": differences.get(str(cell_id)),
-        }
-        used = np.asarray(index)[finished[index]]
-        row["by_seed"] = {}
-        for name, column in values.items():
-            measured = zip(used.tolist(), column[used].tolist(), strict=True)
-            of_seed = {seeds[run]: value for run, value in measured if not math.isnan(value)}
-            row |= _summary(name, list(of_seed.values()))
-            if is_score(name):
-                row["by_seed"][name] = of_seed
-        rows.append(row)
-    departures = dict.fromkeys(row["differs"] for row in rows if row["differs"] is not None)
-    marks = {differs: number for number, differs in enumerate(departures, start=1)}
-    for row in rows:
-        row["recipe"] = marks.get(row["differs"])
-    # What names a cell stays an object: a rank 8 stays 8 beside a missing one, which stays None.
-    table = pd.DataFrame(rows, dtype=object)
-    numbers = [column for column in table.columns if column not in CELL_COLUMNS]
-    return table.astype({column: pd.to_numeric(table[column]).dtype for column in numbers})
+    return values
+
+
+def _by_seed(column: FloatArray, runs: IntArray, seeds: Sequence[int]) -> dict[int, float]:
+    """A metric of those runs that have it, by their seeds."""
+    measured = zip(runs.tolist(), column[runs].tolist(), strict=True)
+    return {seeds[run]: value for run, value in measured if not math.isnan(value)}
+
+
+def _summaries(by_seed: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:
+    """The summaries of all metrics of a cell, and in `by_seed` the values of its scores."""
+    row: dict[str, Any] = {"by_seed": {name: values for name, values in by_seed.items() if is_score(name)}}
+    for name, values in by_seed.items():
+        row |= _summary(name, list(values.values()))
+    return row
 
 
 def records(table: pd.DataFrame) -> list[Cell]:
@@ -147,7 +167,7 @@ def score_columns(table: pd.DataFrame) -> list[str]:
     return [f"{split}_{name}" for name in best_metrics for split in ("val", "test")]
 
 
-def further_scores(frame: pd.DataFrame) -> list[str]:
+def additional_scores(frame: pd.DataFrame) -> list[str]:
     """On test, what the datasets of language models name beside the metric they are judged by, where any run has it."""
     settings = [f"config.dataset.{name}" for name in ("task", "metrics", "best_metric")]
     if not set(settings) <= set(frame.columns):

@@ -76,7 +76,7 @@ def dataset_settings(**changes: Any) -> dict[str, Any]:
 
 
 def save_lm_run(runs_dir: Path, run_id: str, *, also: dict[str, Any] | None = None, **options: Any) -> None:
-    """A run that is scored on further sets too, those of `also`, of which each says its config."""
+    """A run with additional evaluation datasets: those of `also`, each with its config."""
     save_run(runs_dir, run_id, **dataset_settings() | options)
     path = runs_dir / run_id / "result.json"
     content = json.loads(path.read_text())

@@ -50,7 +50,7 @@ def result(
     environment: dict[str, Any] = ENVIRONMENT,
     **settings: Any,
 ) -> dict[str, Any]:
-    """A result file's content; further settings by dotted name with `__` for the dot: `trainer__batch_size=32`."""
+    """A result file's content; other settings by dotted name with `__` for the dot: `trainer__batch_size=32`."""
     has_rank = method in METHODS and METHODS[method].uses_rank
     projections = list(target_layers) if set(target_layers) <= set("qkvo") else [target_layers]
     config: dict[str, Any] = {

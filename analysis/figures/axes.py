@@ -108,7 +108,7 @@ def outlier_text(cell: PlottedCell, name: str, footnote: Footnote) -> str:
 def limits(
     cells: Sequence[PlottedCell], name: str, footnote: Footnote, also: Sequence[float] = ()
 ) -> tuple[float, float]:
-    """From the lowest to the highest mean and further values, with room for the noise and around them."""
+    """From the lowest to the highest mean, and `also`, with room for the noise and around them."""
     # The interval of two seeds is thirteen times their deviation and would press all means onto one line.
     reach = [min(cell.interval(name), 2 * cell.deviation(name)) for cell in cells]
     ends = [

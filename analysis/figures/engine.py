@@ -1,4 +1,4 @@
-"""How a figure comes to be: from its kind and the panels to a drawing with a footnote, and to PDF and PNG."""
+"""From a kind of figure and its panels to a drawing with a footnote, and to PDF and PNG."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ class Footnote:
     """The footnote of one figure, which its panels add to.
 
     Attributes:
-        where: stands before the names of cells, to tell panels apart.
+        where: stands before the names of cells, to distinguish panels.
         seeds: numbers of seeds behind the means shown.
         absent: by reason, what is not shown.
         remarks: sentences on how to read the figure.

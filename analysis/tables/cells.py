@@ -27,7 +27,7 @@ def show_metric(cell: Cell, name: str) -> str:
         low, high = format_value(name, cell[f"{name}_min"]), format_value(name, cell[f"{name}_max"])
         text += f" ({low}{EN_DASH}{high})" if low != high else ""
     elif num_values > 1 and (cell[f"{name}_sd"] > 0 or is_score(name)):
-        # A cost that is the same for every seed is exact, and a "± 0" adds nothing; of a score it tells something.
+        # A cost that is the same for every seed is exact, and a "± 0" adds nothing; of a score it says something.
         text += f" ± {format_spread(name, cell[f'{name}_sd'])}"
     if num_values != cell[num_status(Status.FINISHED)]:
         text += f" (n={num_values})"

@@ -10,7 +10,7 @@ from analysis.code_spans import as_code
 from analysis.comparisons import Cell
 from analysis.metrics import FORGETTING, GENERATION_SCORES, TRAINABLE_SHARE, format_value, metric
 from analysis.names import name_notes
-from analysis.select import further_scores, num_status, records, score_columns
+from analysis.select import additional_scores, num_status, records, score_columns
 from analysis.tables.cells import EN_DASH, MISSING, TIMES, same_everywhere, show_rate, show_status
 from analysis.tables.columns import (
     CELL_NAMES,
@@ -91,7 +91,7 @@ def tradeoff(best: pd.DataFrame, frame: pd.DataFrame, *, scores: str = "best") -
 
 def _score_names(best: pd.DataFrame, frame: pd.DataFrame) -> list[str]:
     """By what each dataset is judged, on both splits, then on test alone what else it names, then forgetting."""
-    names = [*score_columns(best), *further_scores(frame)]
+    names = [*score_columns(best), *additional_scores(frame)]
     if FORGETTING in best and best[f"{FORGETTING}_n"].any():
         names.append(FORGETTING)
     return [name for name in dict.fromkeys(names) if name in best]
@@ -176,7 +176,7 @@ def costs(best: pd.DataFrame) -> PaperTable | None:
     rows = records(best)
     names = [name for name in _COSTS if name in best and best[f"{name}_n"].any()]
     if "num_head_params" in names and not best["num_head_params"].fillna(0).any():
-        names.remove("num_head_params")  # language models have no head of their own
+        names.remove("num_head_params")  # a language model has no task head
     if not names:
         return None
     keys = key_columns(rows)

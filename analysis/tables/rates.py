@@ -73,7 +73,7 @@ def _ratios_to_full(rows: Sequence[Cell]) -> list[float | None]:
 
 
 def _numbers(rows: Sequence[Cell], shown: Sequence[Cell], ratios: Sequence[float | None]) -> pd.DataFrame:
-    """The scores at all rates, and which rates were chosen: for whoever fits a line through the best ones."""
+    """The scores at all rates, and which rates were chosen, so that a line can be fitted through the best ones."""
     numbers = scores_by_split([{**cell, "edge": None, "bounded": None} for cell in shown])
     chosen = {
         row["cell_id"]: (row["edge"], row["bounded"], ratio)
