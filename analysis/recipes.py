@@ -93,7 +93,7 @@ _SCOPES = {
     "environment.positive_label": "dataset",
     "environment.generation_signatures.": "dataset",
 }
-# What `analysis.names` distinguishes by name: another value is another model, dataset or placement, and no other recipe.
+# Another value of these is another model, dataset or placement for `analysis.names`, and no other recipe.
 _PART_OF_A_NAME = ("config.target_layers", FINGERPRINT, CONTENT)
 
 
