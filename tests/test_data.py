@@ -1048,7 +1048,7 @@ def test_texts_that_are_cut_are_counted_in_each_split(tmp_path: Path, kind: Any,
     notes = load_data(config, kind(byte_tokenizer())).notes
     assert [note for note in notes if "longer" in note] == [
         f"dataset=local, {name}: {count} of {total} texts are longer than dataset.max_length={config.max_length} "
-        "tokens and are cut there."
+        "tokens and are truncated."
         for name, count, total in (("train", 2, 4), ("test", 1, 2))
     ]
 

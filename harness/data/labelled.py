@@ -52,7 +52,7 @@ _FORMAT = 3
 # What a folder of tokenised rows says of them; written last.
 _DESCRIPTION = "described.json"
 
-# Columns of tokenised rows that no batch holds: what stands for a row's text, and whether it was cut.
+# Columns of tokenised rows that no batch holds: what stands for a row's text, and whether it was truncated.
 _TEXT_DIGEST, _IS_CUT = "text_digest", "is_cut"
 
 
@@ -113,7 +113,7 @@ class Split:
 class TextData:
     """A dataset ready for training. `label_names` is empty for regression.
 
-    `notes` says what was skipped, left out, cut or looks wrong, one sentence each.
+    `notes` says what was skipped, left out, truncated or looks wrong, one sentence each.
     """
 
     train: Split
@@ -202,11 +202,11 @@ def _fitting(rows: dict[str, datasets.Dataset], config: DatasetConfig) -> tuple[
 
 
 def _split_notes(splits: dict[str, datasets.Dataset], config: DatasetConfig) -> list[str]:
-    """Which texts are cut, and which stand in two splits."""
+    """Which texts are truncated, and which are in two splits."""
     cut = {name: int(_column(rows, _IS_CUT).sum()) for name, rows in splits.items()}
     notes = [
         f"dataset={config.name}, {name}: {cut[name]} of {len(rows)} texts are longer than "
-        f"dataset.max_length={config.max_length} tokens and are cut there."
+        f"dataset.max_length={config.max_length} tokens and are truncated."
         for name, rows in splits.items()
         if cut[name]
     ]
@@ -236,7 +236,7 @@ def _split(rows: dict[str, datasets.Dataset], config: DatasetConfig) -> dict[str
 
 
 def tokenizer_text(tokenizer: Any) -> str:
-    """A text that changes whenever the tokenizer would cut a text differently."""
+    """A text that changes whenever the tokenizer would truncate a text differently."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         described = json.loads(backend.to_str())
@@ -247,7 +247,7 @@ def tokenizer_text(tokenizer: Any) -> str:
 
 
 def _tokenising_settings(config: DatasetConfig, tokenizer: Tokenizer) -> str:
-    # The inputs too: BERT and DistilBERT cut texts alike, and only one of them takes token types.
+    # The inputs too: BERT and DistilBERT split texts alike, and only one of them takes token types.
     inputs = tokenizer.model_input_names
     chosen = [config.task, config.text_columns, config.label_column, config.max_length, config.bad_rows]
     return json.dumps([_FORMAT, *chosen, inputs])
@@ -324,7 +324,7 @@ def _text_digest(texts: Sequence[str]) -> int:
 def _are_cut(encoded: Any, texts: list[list[str]], config: DatasetConfig, tokenizer: Tokenizer) -> list[bool]:
     if getattr(encoded, "encodings", None):
         return [bool(encoding.overflowing) for encoding in encoded.encodings]
-    # A tokenizer without the fast backend does not say what it cut.
+    # A tokenizer without the fast backend does not say what it truncated.
     full = [at for at, ids in enumerate(encoded["input_ids"]) if len(ids) == config.max_length]
     whole = tokenizer(*([column[at] for at in full] for column in texts))["input_ids"] if full else []
     cut = {at for at, ids in zip(full, whole, strict=True) if len(ids) > config.max_length}

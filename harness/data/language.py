@@ -51,7 +51,7 @@ _FORMAT = 4
 
 @dataclass(frozen=True)
 class LanguageData:
-    """A dataset ready for a language model. `notes` says what was left out or cut, one sentence each."""
+    """A dataset ready for a language model. `notes` says what was left out or truncated, one sentence each."""
 
     train: TokenSplit
     val: TokenSplit

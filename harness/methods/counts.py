@@ -53,6 +53,8 @@ def count_parameters(
     for name, parameter in model.named_parameters():
         total += parameter.numel()
         trainable += parameter.numel() if parameter.requires_grad else 0
-        adapter += parameter.numel() if is_adapter(name) else 0
-        head += parameter.numel() if is_head(name, head_modules) else 0
+        if is_head(name, head_modules):
+            head += parameter.numel()
+        elif is_adapter(name):
+            adapter += parameter.numel()
     return ParameterCounts(adapter, head, trainable, total)

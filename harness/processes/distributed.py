@@ -160,8 +160,8 @@ def is_sharded(model: nn.Module) -> bool:
 def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """Shards the weights over all processes, in place: each block by itself, then what is left.
 
-    One of these at a time goes to the device and is cut there, so no device ever holds more of the model than its part,
-    one block, and at the end what is in no block (the embeddings).
+    One of these at a time goes to the device and is sharded there, so no device ever holds more of the model than its
+    part, one block, and at the end what is in no block (the embeddings).
     """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     path = ARCHITECTURES[model.config.model_type].block_pattern
