@@ -25,8 +25,9 @@ class Prompt:
     """What a text is generated from, and what people wrote in its place.
 
     `token_ids` are the tokens before the target, as in training but never truncated; `references` all targets that the
-    split has for them, also those of rows that are too long; `stop` is what a chat template writes after an answer; `lead` are the spaces that ended the prompt and are
-    tokenised with the target, so that a generated text begins with them and no reference does.
+    split has for them, also those of rows that are too long; `stop` is what a chat template writes after an answer;
+    `lead` are the spaces that ended the prompt and are tokenised with the target, so that a generated text begins with
+    them and no reference does.
     """
 
     text: str
