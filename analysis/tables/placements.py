@@ -98,8 +98,8 @@ def rank_by_target_layers(best: pd.DataFrame, *, published: bool = False) -> Pap
             *recipe_notes(rows),
             *quoted_notes("rank_by_target_layers", published),
         ],
-        run_ids=[line.run_ids for line in measured],
-        methods=[line.method for line in measured],
+        run_ids=[line.run_ids for line in lines],
+        methods=[line.method for line in lines],
     )
 
 
@@ -208,8 +208,8 @@ def target_layers_at_budget(best: pd.DataFrame, *, published: bool = False) -> P
             *edge_notes(rows),
             *quoted_notes("target_layers_at_budget", published),
         ],
-        run_ids=run_ids_of(rows),
-        methods=methods_of(rows),
+        run_ids=[*run_ids_of(rows), *[()] * len(below)],
+        methods=[*methods_of(rows), *[""] * len(below)],
     )
 
 

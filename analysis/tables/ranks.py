@@ -84,8 +84,8 @@ def rank_sweep(best: pd.DataFrame, *, published: bool = False) -> PaperTable | N
             *recipe_notes(rows),
             *quoted_notes("rank_sweep", published),
         ],
-        run_ids=run_ids_of(rows),
-        methods=methods_of(rows),
+        run_ids=[*run_ids_of(rows), *[()] * len(below)],
+        methods=[*methods_of(rows), *[""] * len(below)],
     )
 
 

@@ -52,8 +52,8 @@ class PaperTable:
         text: what people read.
         numbers: what the CSV holds: unrounded, in the stored units.
         notes: sentences underneath; text in backticks is set as code.
-        run_ids: for each row, the runs behind it; quoted rows at the end have none.
-        methods: for each row, its method; quoted rows at the end have none.
+        run_ids: for each row, the runs behind it; none behind a quoted one.
+        methods: for each row, its method; empty for a quoted one.
     """
 
     name: str

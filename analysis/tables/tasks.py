@@ -66,8 +66,11 @@ def tasks_by_methods(best: pd.DataFrame, *, published: bool = False) -> PaperTab
             *recipe_notes(cells),
             *quoted_notes("tasks_by_methods", published),
         ],
-        run_ids=[tuple(run_id for row in line.values() for run_id in row["run_ids"]) for line in lines],
-        methods=methods_of(first),
+        run_ids=[
+            *(tuple(run_id for row in line.values() for run_id in row["run_ids"]) for line in lines),
+            *[()] * len(below),
+        ],
+        methods=[*methods_of(first), *[""] * len(below)],
     )
 
 

@@ -194,9 +194,9 @@ _NUMBER_CLASS = ' class="number"'
 
 def _html_row(table: PaperTable, row: int) -> str:
     attributes = ""
-    if row < len(table.run_ids) and table.run_ids[row]:
+    if table.run_ids and table.run_ids[row]:
         attributes += f' data-run-ids="{html.escape(" ".join(table.run_ids[row]))}"'
-    if row < len(table.methods) and table.methods[row]:
+    if table.methods and table.methods[row]:
         attributes += f' data-method="{html.escape(table.methods[row])}"'
     cells = []
     for column, text in enumerate(table.text.rows[row]):
