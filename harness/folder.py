@@ -176,6 +176,8 @@ class Attempt:
         is_resumed = (attempt.dir / CHECKPOINT_FILE).exists()
         for name in (SAVING_DIR, *(() if is_resumed else OUTPUT_DIRS)):
             _remove(attempt.dir / name)
+        for path in attempt.dir.glob(".*.partial"):  # of a process that was killed while it wrote
+            _remove(path)
         return attempt
 
     def record(self, result: RunResult) -> bool:

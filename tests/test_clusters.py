@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig
-from test_launcher import base, exact, results, sweep  # noqa: F401 (base is a fixture)
+from test_launcher import SweepHere, base, exact, results, sweep, sweep_here  # noqa: F401 (two of them fixtures)
 
 from harness.config.composing import register
 from harness.config.validation import ConfigError
@@ -102,13 +102,14 @@ def engine(name: str) -> Any:
 )
 def test_a_sweep_under_another_engine_gives_the_same_and_skips_what_is_finished(
     base: list[str],  # noqa: F811
+    sweep_here: SweepHere,  # noqa: F811
     tmp_path: Path,
     launcher: str,
     more: list[str],
 ) -> None:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     arguments = [*base, "rank=r2,r4", "target_layers=qv", "num_threads=1"]
-    code, output = sweep(tmp_path / "own", *arguments)
+    code, output = sweep_here(tmp_path / "own", *arguments)
     assert code == 0, output
     code, output = sweep(tmp_path / "other", *arguments, f"hydra/launcher={launcher}", *more)
     assert code == 0, output

@@ -196,6 +196,18 @@ def test_what_a_kill_right_after_the_result_leaves_is_removed(wanted: RunConfig)
     assert not (folder_of(wanted) / "claims").exists()
 
 
+def test_what_a_kill_in_the_middle_of_a_file_leaves_is_removed_by_the_next_attempt(wanted: RunConfig) -> None:
+    folder = folder_of(wanted)
+    partials = (".result.json.0123abcd.partial", ".checkpoint.safetensors.partial")
+    for rerun, attempt_dir in ((Rerun.failed, folder), (Rerun.all, folder / ".rerun")):
+        attempt_dir.mkdir(parents=True)
+        for name in partials:
+            (attempt_dir / name).write_bytes(b"half of it")
+        assert run(replace(wanted, rerun=rerun)).status is Status.FINISHED
+        assert not list(folder.rglob("*.partial"))
+        assert not (folder / ".rerun").exists()
+
+
 def test_a_tracker_that_fails_at_the_end_does_not_change_the_result(
     wanted: RunConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

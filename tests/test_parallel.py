@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from harness.__main__ import main
 from harness.config.schema import ModelConfig, TinyModel, TrainerConfig
 from harness.data.batches import Batch, TrainingBatches
 from harness.models.loading import load_model
@@ -102,19 +104,66 @@ def arguments(sums: Path, runs_dir: Path, *more: str) -> list[str]:
     ]
 
 
-def run(arguments: list[str], cache: Path, *, num_processes: int = 1) -> None:
-    launch = []
-    if num_processes > 1:
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
-    process = subprocess.run(
-        [sys.executable, *launch, "-m", "harness", *arguments],
+LORA = ("rank=r4", "target_layers=all")
+FULL = ("method=full", "trainer.learning_rate=2e-3", "trainer.micro_batch_size=1")
+DROPOUT = (*LORA, "method.adapter_dropout=0.5", "trainer.checkpoint_every=0")
+
+# What `torchrun` starts instead of `-m harness`: the same for one command line after the other, with something
+# happening to one process of the two.
+UNDER_TORCHRUN = """
+import json, os, signal, sys
+from contextlib import nullcontext
+from unittest.mock import patch
+import torch
+from harness.results.claims import Claim, RunClaimedError
+from harness.tasks.language import LanguageObjective
+from harness.training.callbacks import RunCallbacks
+from harness.__main__ import main
+
+calls, summed_loss, stepped = [], LanguageObjective.summed_loss, RunCallbacks.stepped
+
+def failing(self, model, batch):
+    calls.append(1)
+    if len(calls) == 5:
+        raise torch.OutOfMemoryError("this device alone is full")
+    return summed_loss(self, model, batch)
+
+def taken(*_):
+    raise RunClaimedError("it is being computed by process 7 on other.")
+
+def stopping(self, step, values):
+    stepped(self, step, values)
+    if step == 4 and not self.resumed_at_step:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+rank = int(os.environ["RANK"])
+happening = {
+    ("out_of_memory", 1): lambda: patch.object(LanguageObjective, "summed_loss", failing),
+    ("claimed", 0): lambda: patch.object(Claim, "acquire", taken),
+    ("stopped", 0): lambda: patch.object(RunCallbacks, "stepped", stopping),
+}
+for what, arguments in json.loads(sys.argv[1]):
+    sys.argv[1:] = arguments
+    with happening.get((what, rank), nullcontext)():
+        code = main()
+    print(f"{what} in process {rank}: exit code {code}", flush=True)
+sys.exit(code)
+"""
+
+
+def run_in_two_processes(commands: list[tuple[str, list[str]]], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs command lines one after the other in the same two processes; each has a name for what happens to it."""
+    script = folder / "under_torchrun.py"
+    script.write_text(UNDER_TORCHRUN)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    return subprocess.run(
+        [sys.executable, *launch, json.dumps(commands)],
         cwd=ROOT,
-        env={**os.environ, "LORA_HARNESS_CACHE": str(cache)},
+        env={**os.environ, "LORA_HARNESS_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert process.returncode == 0, process.stderr[-3000:]
 
 
 def losses(folder: Path) -> list[float]:
@@ -122,21 +171,53 @@ def losses(folder: Path) -> list[float]:
     return [row["train_nll"] for row in rows if "train_nll" in row]
 
 
+def only_run(runs_dir: Path) -> Path:
+    (path,) = runs_dir.glob("*/result.json")
+    return path.parent
+
+
+@pytest.fixture(scope="module")
+def together(sums: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A folder of folders of runs, which two processes have computed, and how they ended.
+
+    All in the same two processes, which import PyTorch once; the run that fails is the last, for it ends them.
+    """
+    folder = tmp_path_factory.mktemp("together")
+    commands = [
+        ("lora-data_parallel", arguments(sums, folder / "lora-data_parallel", *LORA)),
+        ("lora-sharded", arguments(sums, folder / "lora-sharded", *LORA, "shard_model=true")),
+        ("full-sharded", arguments(sums, folder / "full-sharded", *FULL, "shard_model=true")),
+        ("whole", arguments(sums, folder / "whole", *DROPOUT)),
+        ("stopped", arguments(sums, folder / "parts", *DROPOUT)),
+        ("resumed", arguments(sums, folder / "parts", *DROPOUT)),
+        ("out_of_memory", arguments(sums, folder / "failing", *LORA)),
+    ]
+    return folder, run_in_two_processes(commands, folder)
+
+
+@pytest.fixture(scope="module")
+def alone(sums: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By method, the folder of the run that this process has computed."""
+    folder = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORA_HARNESS_CACHE", str(folder / "cache"))
+        patch.setenv("HYDRA_FULL_ERROR", "0")
+        for method, overrides in (("lora", LORA), ("full", FULL)):
+            patch.setattr(sys, "argv", ["harness", *arguments(sums, folder / method, *overrides)])
+            GlobalHydra.instance().clear()
+            assert main() == 0
+    return {method: only_run(folder / method) for method in ("lora", "full")}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("method", "sharded"),
-    [
-        (("rank=r4", "target_layers=all"), False),
-        (("rank=r4", "target_layers=all"), True),
-        (("method=full", "trainer.learning_rate=2e-3", "trainer.micro_batch_size=1"), True),
-    ],
-    ids=["lora-data_parallel", "lora-sharded", "full-sharded"],
-)
-def test_two_processes_are_one(sums: Path, tmp_path: Path, method: tuple[str, ...], sharded: bool) -> None:
-    cache = tmp_path / "cache"
-    run(arguments(sums, tmp_path / "one", *method), cache)
-    run(arguments(sums, tmp_path / "two", *method, f"shard_model={sharded}".lower()), cache, num_processes=2)
-    (one,), (two,) = ((path.parent for path in (tmp_path / name).glob("*/result.json")) for name in ("one", "two"))
+@pytest.mark.parametrize("kind", ["lora-data_parallel", "lora-sharded", "full-sharded"])
+def test_two_processes_are_one(
+    together: tuple[Path, subprocess.CompletedProcess[str]], alone: dict[str, Path], kind: str
+) -> None:
+    folder, ended = together
+    for process in (0, 1):
+        assert f"{kind} in process {process}: exit code 0\n" in ended.stdout, ended.stderr[-3000:]
+    one, two = alone[kind.partition("-")[0]], only_run(folder / kind)
     assert one.name == two.name  # sharding is no part of a run's identity
     assert losses(two) == pytest.approx(losses(one), rel=1e-6, abs=1e-6)
 
@@ -160,95 +241,36 @@ def test_two_processes_are_one(sums: Path, tmp_path: Path, method: tuple[str, ..
 
 # ---------------------------------------------------------------- failing and resuming together
 
-# What `torchrun` starts instead of `-m harness`: the same, with something happening to one process of the two.
-UNDER_TORCHRUN = """
-import os, signal, sys
-import torch
-from harness.results.claims import Claim, RunClaimedError
-from harness.tasks.language import LanguageObjective
-from harness.__main__ import main
-
-what, rank = sys.argv.pop(1), int(os.environ["RANK"])
-if what == "out_of_memory" and rank == 1:
-    plain, calls = LanguageObjective.summed_loss, []
-
-    def failing(self, model, batch):
-        calls.append(1)
-        if len(calls) == 5:
-            raise torch.OutOfMemoryError("this device alone is full")
-        return plain(self, model, batch)
-
-    LanguageObjective.summed_loss = failing
-if what == "claimed" and rank == 0:
-    def taken(*_):
-        raise RunClaimedError("it is being computed by process 7 on other.")
-
-    Claim.acquire = taken
-if what == "stopped" and rank == 0:
-    from harness.training.callbacks import RunCallbacks
-
-    stepped = RunCallbacks.stepped
-
-    def stopping(self, step, values):
-        stepped(self, step, values)
-        if step == 4 and str(self._config.runs_dir).endswith("parts") and not self.resumed_at_step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    RunCallbacks.stepped = stopping
-runs_dirs = sys.argv.pop(1).split(",")
-common = sys.argv[1:]
-for runs_dir in runs_dirs:
-    sys.argv[1:] = [*common, f"runs_dir={runs_dir}"]
-    code = main()
-    print("exit code", code, flush=True)
-sys.exit(code)
-"""
-
-
-def run_with(
-    what: str, arguments: list[str], folder: Path, *, runs_dirs: tuple[str, ...] = ("runs",)
-) -> subprocess.CompletedProcess[str]:
-    """Runs once for each folder of runs, one after the other in the same two processes."""
-    script = folder / "under_torchrun.py"
-    script.write_text(UNDER_TORCHRUN)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), what]
-    launch.append(",".join(str(folder / name) for name in runs_dirs))
-    return subprocess.run(
-        [sys.executable, *launch, *arguments],
-        cwd=ROOT,
-        env={**os.environ, "LORA_HARNESS_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-
 
 @pytest.mark.slow
-def test_an_error_in_one_process_is_the_result_of_the_run(sums: Path, tmp_path: Path) -> None:
-    ended = run_with("out_of_memory", arguments(sums, tmp_path, "rank=r4", "target_layers=all"), tmp_path)
+def test_an_error_in_one_process_is_the_result_of_the_run(
+    together: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, ended = together
     assert ended.returncode != 0
-    (path,) = (tmp_path / "runs").glob("*/result.json")
-    result = json.loads(path.read_text())
+    result = json.loads((only_run(folder / "failing") / "result.json").read_text())
     assert result["status"] == "out_of_memory"
     assert result["error"] == "process 1: OutOfMemoryError: this device alone is full"
 
 
 @pytest.mark.slow
 def test_a_run_that_is_claimed_ends_all_processes(sums: Path, tmp_path: Path) -> None:
-    ended = run_with("claimed", arguments(sums, tmp_path, "rank=r4", "target_layers=all"), tmp_path)
+    ended = run_in_two_processes([("claimed", arguments(sums, tmp_path / "runs", *LORA))], tmp_path)
     assert ended.returncode != 0
     assert "it is being computed by process 7 on other." in ended.stderr
     assert not list((tmp_path / "runs").glob("*/result.json"))
 
 
 @pytest.mark.slow
-def test_each_process_resumes_with_its_own_random_state(sums: Path, tmp_path: Path) -> None:
+def test_each_process_resumes_with_its_own_random_state(
+    together: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
     """Dropout draws in both processes; the losses after the stop are those of a run that was never stopped."""
-    dropout = ("rank=r4", "target_layers=all", "method.adapter_dropout=0.5", "trainer.checkpoint_every=0")
-    ended = run_with("stopped", arguments(sums, tmp_path, *dropout), tmp_path, runs_dirs=("whole", "parts", "parts"))
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    assert ended.stdout.count("exit code 75") == 2
-    (one,), (two,) = ((path.parent for path in (tmp_path / name).glob("*/result.json")) for name in ("whole", "parts"))
+    folder, ended = together
+    for process in (0, 1):
+        assert f"stopped in process {process}: exit code 75\n" in ended.stdout
+        assert f"resumed in process {process}: exit code 0\n" in ended.stdout
+    one, two = only_run(folder / "whole"), only_run(folder / "parts")
     assert len(losses(two)) == 12
     assert losses(two) == losses(one)
 

@@ -12,17 +12,23 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra import initialize_config_dir
+from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.types import HydraContext, RunMode
+from omegaconf import OmegaConf
 from transformers import GPT2Config, LlamaConfig, RobertaConfig
 
 from harness.__main__ import main
-from harness.config.composing import to_dict
+from harness.config.composing import register, to_dict
 from harness.measure.environment import environment
 from harness.models import configs
 from harness.models.configs import load_model_config
 from harness.results.launches import read_launches
 from harness.results.schema import RunResult, Status, write_result
+from hydra_plugins.lora_harness import _composing
 from hydra_plugins.lora_harness import sweeper as sweeper_module
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -263,6 +269,52 @@ def test_equal_runs_are_merged_with_a_word(sweep: Any, caplog: pytest.LogCapture
     caplog.set_level("INFO")
     assert len(sweeper_module._merge_equal(seen["runs"] * 2)) == 1
     assert "1 of 2 runs are named more than once and are run once" in caplog.text
+
+
+def test_runs_that_choose_the_same_files_are_composed_from_them_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is composed is what Hydra composes of all overrides at once: the config, or the error."""
+    register()
+    GlobalHydra.instance().clear()
+    loads: list[list[str]] = []
+    load = _composing._load
+
+    def watched(context: Any, master: Any, overrides: list[str]) -> Any:
+        loads.append(overrides)
+        return load(context, master, overrides)
+
+    monkeypatch.setattr(_composing, "_load", watched)
+    choices = ["model=tiny_bert", "rank=r2", "target_layers=qv"]
+    also = ["model=tiny_llama", "dataset=friends", "rank=r2", "target_layers=qv", "evaluate_also=grimm_tales"]
+    paper = ["reproduce=lora_paper/roberta_base_mrpc"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        master = loader.load_configuration("config", overrides=[], run_mode=RunMode.MULTIRUN)
+        context = HydraContext(config_loader=loader, callbacks=Callbacks())
+
+        def outcome(compose: Any, overrides: list[str]) -> Any:
+            try:
+                return OmegaConf.to_container(compose(context, master, overrides), resolve=False)
+            except HydraException as error:
+                return type(error), str(error)
+
+        for overrides, num_loads in (
+            ([*choices, "seed=1"], 1),
+            ([*choices, "seed=2", "trainer.learning_rate=1e-4", "rank.alpha=4"], 0),
+            (["trainer.batch_size=2", "model=tiny_bert", "rank=r4", "target_layers=qv", "rank.rank=3"], 1),
+            ([*choices, "++trainer.max_steps=3", "dataset={label_column:x}", "target_layers.blocks=[0]"], 0),
+            ([*choices, "+stray.key=1"], 0),
+            ([*choices, "trainer.stray=1"], 0),
+            ([*choices, "trainer.max_steps=x"], 0),
+            ([*choices, "seed=1,2"], 1),  # not for one run: Hydra says so
+            ([*choices, "rank=nope"], 1),
+            ([*choices, "hydra.launcher.workers=2"], 1),
+            ([*also, "evaluate_also.grimm_tales.max_length=8"], 1),
+            ([*paper, "method=full", "~rank", "~target_layers", "trainer.learning_rate=2e-5"], 1),
+            ([*paper, "~trainer.learning_rate"], 1),
+        ):
+            loads.clear()
+            assert outcome(_composing._compose, overrides) == outcome(load, overrides)
+            assert len(loads) == num_loads, overrides
 
 
 def test_the_command_line_on_top_of_a_sweep_file(sweep: Any) -> None:

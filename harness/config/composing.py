@@ -5,6 +5,7 @@ A config is validated here, once, where it enters; past this module no DictConfi
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from dataclasses import asdict, fields, is_dataclass
@@ -58,9 +59,14 @@ def _without_interpolation(value: Any) -> Any:
     return value
 
 
+@functools.cache  # half of what a config costs; merging copies it
+def _schema() -> DictConfig:
+    return OmegaConf.structured(RunConfig)
+
+
 def _validated(values: dict[str, Any]) -> RunConfig:
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), values)
+        merged = OmegaConf.merge(_schema(), values)
         config = cast(RunConfig, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise ConfigError([explain_omegaconf(error)]) from error
