@@ -284,7 +284,9 @@ def test_chaos(base: list[str], sweep_here: SweepHere, tmp_path: Path) -> None:
             launcher = launch(runs_dir, *arguments)
             while launcher.poll() is None:
                 if hit.total() < kills:
-                    hit.update(_hit(draw, launcher, runs_dir, patience=seconds))
+                    for what in _hit(draw, launcher, runs_dir, patience=seconds):
+                        hit[what] += 1
+                        print(f"{time.monotonic() - began:6.0f} s, round {rounds}: {what}", flush=True)
                 else:
                     launcher.wait(300)
                 for path in runs_dir.glob("*/result.json"):

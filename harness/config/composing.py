@@ -61,7 +61,7 @@ def _without_interpolation(value: Any) -> Any:
 
 @functools.cache  # half of what a config costs; merging copies it
 def _schema() -> DictConfig:
-    return OmegaConf.structured(RunConfig)
+    return cast(DictConfig, OmegaConf.structured(RunConfig))
 
 
 def _validated(values: dict[str, Any]) -> RunConfig:
