@@ -9,14 +9,16 @@ from pathlib import Path
 
 from analysis.load import LoadError, load_runs
 from analysis.status import print_status
+from harness.extensions import ExtensionError, load_extensions
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, program: str = "python -m analysis") -> int:
     """Runs one command and returns its exit code: 0, or 2 when there is nothing to report on or nowhere to write."""
-    options = _parser().parse_args(arguments)
+    options = _parser(program).parse_args(arguments)
     try:
+        load_extensions()
         options.command(options)
-    except LoadError as error:
+    except (LoadError, ExtensionError) as error:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:
@@ -25,8 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m analysis", description="Tables and pages from finished runs.")
+def _parser(program: str = "python -m analysis") -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=program, description="Tables and pages from finished runs.")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     report = commands.add_parser("report", help="tables, figures and a page of a sweep")

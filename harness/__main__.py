@@ -21,24 +21,32 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from harness.config.composing import from_composed, register
-from harness.config.overrides import CONF_DIR, came_from_composing, explain_refusal, literal_texts
+from harness.config.folders import CONF_DIR, find_own, use_own
+from harness.config.overrides import came_from_composing, explain_refusal, literal_texts
 from harness.config.schema import RunConfig
 from harness.config.validation import ConfigError
 from harness.content.identity import Identity, identify
+from harness.extensions import ExtensionError, load_extensions
 from harness.folder import require_writable
 from harness.results.launches import command_line, record_launch
 from harness.results.schema import Status
+
+logger = logging.getLogger("harness")
 
 
 def main() -> int:
     """Runs what the command line says and returns the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("harness").setLevel(logging.INFO)
-    if not CONF_DIR.is_dir():
-        _print_problem(
-            ConfigError([f"{CONF_DIR}: no such folder; the command line needs the checkout, not the package."])
-        )
+    logger.setLevel(logging.INFO)
+    try:
+        load_extensions()
+        own = find_own(sys.argv[1:])
+    except (ExtensionError, ConfigError) as error:
+        _print_problem(error)
         return 2
+    use_own(own)
+    for line in own.describe():
+        logger.info(line)
     register()
     # A run hears the signal itself, in every phase; this is for the seconds before it begins.
     heard_before = signal.signal(signal.SIGTERM, _stop_before_a_run)
@@ -90,6 +98,11 @@ def main() -> int:
     except KeyboardInterrupt:
         print("interrupted; finished runs are kept, the same command does the rest", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # what reads the output has seen enough, as in `--help | head`
+        if started:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
+        return 1
     except Exception as error:  # Hydra lets whatever an override makes it do come through
         if not isinstance(error, HydraException) and (started or not came_from_composing(error)):
             raise

@@ -12,7 +12,6 @@ import shlex
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
-from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -21,9 +20,8 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.config.composing import explain_omegaconf
+from harness.config.folders import options_of
 from harness.config.schema import RunConfig
-
-CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 
 # What the grammar reads as one plain word; anything else is quoted.
 _PLAIN = re.compile(r"[A-Za-z0-9_/][A-Za-z0-9_./:+-]*")
@@ -144,10 +142,9 @@ def explain_refusal(error: Exception, overrides: Sequence[str], *, compose: Call
         parts = error.missing_cfg_file.split("/")
         group = "/".join(parts[:2] if parts[0] == "hydra" else parts[:1])
         # Hydra lists the folder alone and not what is below it.
-        files = (CONF_DIR / group).rglob("*.yaml")
-        options = sorted(path.relative_to(CONF_DIR / group).with_suffix("").as_posix() for path in files)
+        options = options_of(group) or error.options
         option = error.missing_cfg_file.removeprefix(f"{group}/")
-        return f"{group}={option}: no such option. There are: {', '.join(options or error.options)}."
+        return f"{group}={option}: no such option. There are: {', '.join(options)}."
     if isinstance(error, OverrideParseException):
         return _explain_unreadable(error)
     override = _first_refused(overrides, compose)

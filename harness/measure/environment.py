@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from harness.extensions import load_extensions
 from harness.processes.cores import available_cores
 
 RECORDED_PACKAGES = (
@@ -37,8 +38,9 @@ def environment(
     """Where a run runs, JSON-serialisable. What cannot be found out is an absent key.
 
     Keys: python, platform, hostname, cpu_model, num_cores (that this process may use), num_threads (of torch, unless
-    given), device_type, device_name; on CUDA cuda_version, cudnn_version, nvidia_driver; versions (package -> version);
-    git_commit and git_dirty (a tracked file differs from the commit), if this file belongs to a git checkout.
+    given), device_type, device_name; on CUDA cuda_version, cudnn_version, nvidia_driver; versions (package -> version,
+    extensions among them); git_commit and git_dirty (a tracked file differs from the commit), if this file belongs to a
+    git checkout.
     """
     device_type = torch.device(device).type
     cpu_model = _cpu_model()
@@ -59,7 +61,7 @@ def environment(
             "cudnn_version": torch.backends.cudnn.version(),
             "nvidia_driver": _nvidia_driver(),
         }
-    facts["versions"] = _package_versions(RECORDED_PACKAGES)
+    facts["versions"] = _package_versions(RECORDED_PACKAGES) | load_extensions()
     facts |= _checkout_state(Path(__file__).resolve())
     return {key: value for key, value in facts.items() if value is not None}
 

@@ -46,10 +46,12 @@ def compute(values: dict[str, Any], identity: Identity) -> Outcome:
     """
     from harness.config.composing import from_dict
     from harness.content.identity import PlannedRun
+    from harness.extensions import load_extensions
     from harness.processes.stopping import PreemptedError
     from harness.results.claims import ClaimLostError, RunClaimedError
     from harness.run import USER_ERRORS, run
 
+    load_extensions()
     config = from_dict(values)
     planned = PlannedRun(config, identity)
     try:
