@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from harness.config.composing import from_composed, register
-from harness.config.folders import CONF_DIR, find_own, use_own
+from harness.config.folders import CONF_DIR, OwnFolders, find_own, use_own
 from harness.config.overrides import came_from_composing, explain_refusal, literal_texts
 from harness.config.schema import RunConfig
 from harness.config.validation import ConfigError
@@ -111,6 +111,7 @@ def main() -> int:
         return 2
     finally:
         sys.argv = typed
+        use_own(OwnFolders())
         signal.signal(signal.SIGTERM, heard_before)
     return max(exit_codes, default=0)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -112,7 +113,7 @@ def _as_typed_to_harness(command: str, arguments: Sequence[str]) -> list[str]:
     words = iter(arguments)
     for word in words:
         if word.startswith("-"):
-            flags += [word, *(next(words, "") for _ in range(word in _VALUED))]
+            flags += [word, *itertools.islice(words, word in _VALUED)]
         else:
             settings.append(word)
     if command == "sweep" and settings and "=" not in settings[0]:

@@ -54,7 +54,7 @@ class OwnFolders:
             named = ", ".join(list(options)[:_MOST_NAMED]) or "none"
             more = f" and {len(options) - _MOST_NAMED} more" if len(options) > _MOST_NAMED else ""
             yield f"own configs in {' and '.join(folders)}: {named}{more}"
-        for name in options.keys() & ours.keys():
+        for name in sorted(options.keys() & ours.keys()):
             yield f"own configs: {options[name]} replaces the {name} that comes with lora-harness"
 
 
@@ -76,7 +76,9 @@ def own_folders() -> OwnFolders:
 def options_of(group: str) -> list[str]:
     """The names that an option of a group may have, own ones among them, sorted."""
     start = f"{group}/"
-    return sorted(name.removeprefix(start) for name in _shipped_options() | _own.options() if name.startswith(start))
+    names = (name.removeprefix(start) for name in _shipped_options() | _own.options() if name.startswith(start))
+    # sweeps/wandb/ is for W&B's own command.
+    return sorted(name for name in names if group != "sweeps" or not name.startswith("wandb/"))
 
 
 def config_dir(arguments: Sequence[str]) -> Path | None:
@@ -138,8 +140,7 @@ def _groups() -> list[str]:
 
 
 def _shipped_options() -> dict[str, Path]:
-    # sweeps/wandb/ is for W&B's own command.
-    return _files(CONF_DIR) | {f"sweeps/{path.stem}": path for path in SWEEPS_DIR.glob("*.yaml")}
+    return _files(CONF_DIR) | {f"sweeps/{name}": path for name, path in _files(SWEEPS_DIR).items()}
 
 
 def _files(folder: Path) -> dict[str, Path]:
