@@ -140,7 +140,12 @@ def test_a_new_project_runs_and_is_reported(bin_dir: Path, tmp_path: Path) -> No
     )
 
     arguments = "model=tiny_bert trainer=debug device=cpu tracking=off rank=r2"
-    made = run(Path("/usr/bin/make"), f"ARGS={arguments}", f"LORA_HARNESS={bin_dir / 'lora-harness'}", folder=project)
+    made = run(
+        Path(shutil.which("make") or "make"),
+        f"ARGS={arguments}",
+        f"LORA_HARNESS={bin_dir / 'lora-harness'}",
+        folder=project,
+    )
     assert f"own configs in {project}/conf and {project}/sweeps: dataset/reviews, sweeps/ranks" in made.stderr
     results = [json.loads(path.read_text()) for path in project.glob("runs/*/result.json")]
     assert [(result["status"], result["sweep"], result["config"]["dataset"]["name"]) for result in results] == [
@@ -168,6 +173,8 @@ def test_bash_completes_commands_and_options(bin_dir: Path, tmp_path: Path) -> N
         offer 'lora-harness run rank=r10'
         offer 'lora-harness sweep ow'
     """
-    printed = run(Path("/bin/bash"), "--norc", "-c", f"PATH={bin_dir}:$PATH\n{script}", folder=tmp_path).stdout
+    printed = run(
+        Path(shutil.which("bash") or "bash"), "--norc", "-c", f"PATH={bin_dir}:$PATH\n{script}", folder=tmp_path
+    ).stdout
     assert printed.splitlines()[1:] == ["<status >", "<r1024>", "<own >"]
     assert "-F _lora_harness lora-harness" in printed

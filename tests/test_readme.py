@@ -17,6 +17,7 @@ from test_sweeps import newsgpt, shapes_without_a_hub, sweep  # noqa: F401 (two 
 
 from analysis.__main__ import _parser
 from harness.config.composing import from_composed, register
+from harness.config.folders import OwnFolders, find_own, use_own
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -80,3 +81,25 @@ def test_the_notebook_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     names: dict[str, Any] = {}
     exec(block, names)
     assert list(names["best"]["cell_id"]) == ["a"]
+
+
+@pytest.mark.usefixtures("_hydra")
+def test_the_page_on_own_configs_shows_files_that_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs/how-to/own-configs.md").read_text(encoding="utf-8")
+    dataset, model, sweep_file = re.findall(r"^```yaml\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    files = {"conf/dataset/mine.yaml": dataset, "conf/model/mine.yaml": model, "sweeps/mine.yaml": sweep_file}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    use_own(find_own([]))
+    try:
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            composed = compose(
+                "config", overrides=["sweeps=mine", "model=mine", "method=full"], return_hydra_config=True
+            )
+            config = from_composed(compose("config", overrides=["sweeps=mine", "model=mine", "method=full"]))
+    finally:
+        use_own(OwnFolders())
+    assert (config.dataset.train_file, config.model.path, config.sweep) == ("data/train.csv", "/models/my-bert", "mine")
+    assert len(composed.hydra.sweeper.grids) == 2
