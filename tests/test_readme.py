@@ -83,7 +83,6 @@ def test_the_notebook_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert list(names["best"]["cell_id"]) == ["a"]
 
 
-@pytest.mark.usefixtures("_hydra")
 def test_the_page_on_own_configs_shows_files_that_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (ROOT / "docs/how-to/own-configs.md").read_text(encoding="utf-8")
     dataset, model, sweep_file = re.findall(r"^```yaml\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
@@ -92,6 +91,8 @@ def test_the_page_on_own_configs_shows_files_that_work(tmp_path: Path, monkeypat
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
+    register()
+    GlobalHydra.instance().clear()
     use_own(find_own([]))
     try:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
