@@ -21,11 +21,11 @@ from harness.results.claims import Claim, RunClaimedError, current_owner
 from harness.results.files import (
     CHECKPOINT_FILE,
     CLAIMS_DIR,
-    OUTPUT_DIRS,
     PHASES_FILE,
     RERUN_DIR,
     RESULT_FILE,
     SAVING_DIR,
+    output_dirs,
 )
 from harness.results.schema import ResultError, RunResult, Status, read_result, write_result
 
@@ -126,7 +126,7 @@ def _replace_by_rerun(folder: Path) -> None:
         if path.name != RESULT_FILE:
             _remove(folder / path.name)
             path.rename(folder / path.name)
-    for name in OUTPUT_DIRS:
+    for name in output_dirs():
         with contextlib.suppress(OSError):  # what the new run has not is an empty folder: see `Attempt.record`
             (folder / name).rmdir()
     # The last, so that until here another process finds that there is something to do.
@@ -174,7 +174,7 @@ class Attempt:
                     _remove(folder / name)
             (folder / RESULT_FILE).unlink(missing_ok=True)
         is_resumed = (attempt.dir / CHECKPOINT_FILE).exists()
-        for name in (SAVING_DIR, *(() if is_resumed else OUTPUT_DIRS)):
+        for name in (SAVING_DIR, *(() if is_resumed else output_dirs())):
             _remove(attempt.dir / name)
         for path in attempt.dir.glob(".*.partial"):  # of a process that was killed while it wrote
             _remove(path)
@@ -192,7 +192,7 @@ class Attempt:
         if found is not None and _stands(found) and not _stands(result):
             return False
         if self.dir != self.folder:
-            for name in OUTPUT_DIRS:  # takes the place of what the earlier run has of that name
+            for name in output_dirs():  # takes the place of what the earlier run has of that name
                 (self.dir / name).mkdir(exist_ok=True)
         write_result(self.dir, result)
         if _stands(result):

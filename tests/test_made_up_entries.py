@@ -20,7 +20,7 @@ RECORDS = """
 from harness.results.methods import METHODS, Method
 from harness.results.metrics import Direction, Metric, Score, register_score
 
-METHODS["biases"] = Method("made_up.biases", trains="biases and head", weights_dir="biases")
+METHODS["biases"] = Method("the biases", "made_up.biases", trains="biases and head", weights_dir="biases")
 register_score(
     "balanced_accuracy",
     Score(

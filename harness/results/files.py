@@ -28,8 +28,10 @@ PHASES_FILE = "phases.jsonl"
 SAVING_DIR = ".saving"
 RERUN_DIR = ".rerun"
 
-# What a run leaves beside its result and its logs; what was trained lies in the folder that its method names.
-OUTPUT_DIRS = (*(method.weights_dir for method in METHODS.values()), GENERATIONS_DIR)
+
+def output_dirs() -> tuple[str, ...]:
+    """What a run leaves beside its result and its logs: the folder that its method names, and generated texts."""
+    return (*(method.weights_dir for method in METHODS.values()), GENERATIONS_DIR)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
