@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
 
 from harness.__main__ import main
 from harness.config.folders import CONF_DIR, SWEEPS_DIR, OwnFolders, find_own, options_of, own_folders
@@ -74,6 +75,13 @@ def harness(
     return call
 
 
+@pytest.fixture
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dry run launches nothing, so nothing has to be loaded for it."""
+    Plugins.instance()  # Hydra's scan runs the plug-in modules once more and would undo what is replaced below
+    monkeypatch.setattr(Plugins.instance(), "instantiate_launcher", lambda **_: object())
+
+
 def test_own_files_below_the_current_folder_are_found_by_name(project: Path, harness: Callable[..., Outcome]) -> None:
     outcome = harness("--cfg", "job", "dataset=mine", "rank=r1", "target_layers=qv")
     assert outcome.exit_code == 0
@@ -81,6 +89,7 @@ def test_own_files_below_the_current_folder_are_found_by_name(project: Path, har
     assert f"own configs in {project}/conf and {project}/sweeps: dataset/mine, sweeps/mine\n" in outcome.err
 
 
+@pytest.mark.usefixtures("_no_launcher")
 def test_an_own_sweep_on_an_own_dataset_plans_its_runs(project: Path, harness: Callable[..., Outcome]) -> None:
     outcome = harness("-m", "sweeps=mine", "model=tiny_bert", "hydra.sweeper.dry_run=true")
     assert outcome.exit_code == 0, outcome.err
@@ -88,6 +97,7 @@ def test_an_own_sweep_on_an_own_dataset_plans_its_runs(project: Path, harness: C
     assert "tiny_bert-mine-lora-r1-qv" in outcome.out
 
 
+@pytest.mark.usefixtures("_no_launcher")
 def test_config_dir_holds_groups_and_sweeps_and_stands_for_the_current_folder(
     project: Path, harness: Callable[..., Outcome]
 ) -> None:
