@@ -1,4 +1,4 @@
-# make demo | demo-lm | test | check | venv | clean. Each sets up .venv first, which takes minutes once and nothing afterwards.
+# make demo | demo-lm | test | check | docs | venv | clean. Each sets up .venv first: minutes once, nothing afterwards.
 
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 VENV := .venv
@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 # Two workers, whole files each, so that a file's fixtures are built once. `make test PYTEST_ARGS=tests/test_lora.py`
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: demo demo-lm test check venv clean
+.PHONY: demo demo-lm test check docs venv clean
 
 demo: venv
 	./.venv/bin/python -m harness -m sweeps=demo && ./.venv/bin/python -m analysis report --sweep demo
@@ -25,6 +25,11 @@ check: venv
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
+	@$(MAKE) --no-print-directory docs
+
+# The site, readable from disk, in site/. What mkdocs-material says of its own future is no warning about these pages.
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
 venv: $(INSTALLED)
 
@@ -42,5 +47,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 # What make and the tools wrote; never runs/ and reports/.
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find harness analysis hydra_plugins tests -name __pycache__ -type d -prune -exec rm -rf {} +
