@@ -123,7 +123,7 @@ def _as_typed_to_harness(command: str, arguments: Sequence[str]) -> list[str]:
 
 def _completions(line: str) -> Iterator[str]:
     """What the last word of a command line may become."""
-    _, *words = [*line.split(), *([""] if line.endswith(" ") else [])]
+    words = [*line.split()[1:], *([""] if line.endswith(" ") else [])]
     if len(words) < 2:
         yield from (f"{name} " for name in COMMANDS if name.startswith(words[0] if words else ""))
         return
@@ -147,7 +147,7 @@ def _settings(command: str, before: Sequence[str], word: str) -> Iterator[str]:
     own = config_dir(typed)
     os.environ["COMP_LINE"] = " ".join(["lora-harness", *typed, word])
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        _harness([*(["--config-dir", str(own)] if own else []), "--shell-completion", "query=bash"])
+        _harness([*(["--config-dir", own] if own else []), "--shell-completion", "query=bash"])
     yield from printed.getvalue().split()
 
 

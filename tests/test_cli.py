@@ -108,6 +108,7 @@ def test_options_that_do_not_exist(monkeypatch: pytest.MonkeyPatch, options: lis
     ("line", "offers"),
     [
         ("lora-harness ", ["run ", "sweep ", "report ", "status ", "init "]),
+        ("", ["run ", "sweep ", "report ", "status ", "init "]),
         ("lora-harness re", ["report "]),
         ("lora-harness nope x", []),
         ("lora-harness init ", []),

@@ -157,23 +157,45 @@ def test_folders_of_another_program_are_left_alone(tmp_path: Path, monkeypatch: 
     assert find_own(["rank=r8"]) == OwnFolders()
 
 
-@pytest.mark.parametrize("arguments", [["--config-dir", "nope"], ["--config-dir=nope"], ["-cd", "nope", "rank=r8"]])
+@pytest.mark.parametrize("arguments", [["--config-dir", "nope"], ["--config-dir="], ["-cd", "nope", "rank=r8"]])
 def test_a_config_dir_that_is_not_there(arguments: list[str]) -> None:
-    with pytest.raises(ConfigError, match=r"^--config-dir=nope: no such folder\.$"):
+    with pytest.raises(ConfigError, match=r"^--config-dir=(nope)?: no such folder\.$"):
         find_own(arguments)
 
 
-def test_a_config_dir_without_a_group_names_the_groups_and_the_folder_that_was_meant(project: Path) -> None:
-    with pytest.raises(ConfigError) as caught:
-        find_own(["--config-dir", str(project.parent)])
-    message = str(caught.value)
-    assert message.startswith(
-        f"--config-dir={project.parent}: has no folder named like a group (dataset, evaluate_also, "
-    )
-    assert "Did you mean" not in message
+def test_a_config_dir_may_be_a_project_folder(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project.parent)
+    assert find_own(["--config-dir", "project"]) == OwnFolders(project / "conf", project / "sweeps")
     shutil.rmtree(project / "sweeps")
-    with pytest.raises(ConfigError, match=r"Did you mean --config-dir=.*/project/conf\?$"):
-        find_own(["--config-dir", str(project)])
+    assert list(find_own(["--config-dir", "project"]).options()) == ["dataset/mine"]
+
+
+def test_a_config_dir_without_a_group_names_the_groups(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        find_own(["--config-dir", str(tmp_path)])
+    message = str(caught.value)
+    assert message.startswith(f"--config-dir={tmp_path}: has no folder named like a group (dataset, evaluate_also, ")
+    assert message.endswith(f"chosen. {tmp_path}/dataset/mine.yaml would be dataset=mine.")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("dataset/bad", "name: [", "{file}, line 1, column 8: not YAML: expected the node content, but found"),
+        ("dataset/bad", "train_file: rows.csv", "dataset.name: a value is needed and none was given."),
+        ("dataset/bad", "name: bad\nfiel: rows.csv", "dataset=bad: dataset.fiel: no such setting. Known here: asset, "),
+        ("trainer/bad", "max_steps: many", "trainer=bad: trainer.max_steps: Value 'many' of type 'str' could not be"),
+        ("sweeps/bad", "sweep: bad", "sweeps: a sweep file sets the run's own settings; `# @package _global_` must be"),
+    ],
+)
+def test_an_own_file_with_a_fault_is_named_with_what_is_wrong(
+    project: Path, harness: Callable[..., Outcome], name: str, text: str, message: str
+) -> None:
+    path = write(project / f"conf/{name}.yaml", text)
+    outcome = harness("rank=r1", "target_layers=qv", "model=tiny_bert", name.replace("/", "="))
+    errors = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+    assert outcome.exit_code == 2
+    assert len(errors) == 1 and errors[0].startswith("error: " + message.format(file=path)), outcome.err
 
 
 def test_nothing_beside_a_folder_of_sweeps_becomes_a_group(

@@ -87,6 +87,8 @@ def explain_omegaconf(error: OmegaConfBaseException) -> str:
     key = error.full_key
     if not key:
         return first_line
+    if key == "sweeps":
+        return "sweeps: a sweep file sets the run's own settings; `# @package _global_` must be its first line."
     if isinstance(error, ConfigKeyError | ConfigAttributeError):
         schema = error.object_type if is_dataclass(error.object_type) else RunConfig
         known = sorted(field.name for field in fields(schema))

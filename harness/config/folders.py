@@ -1,7 +1,8 @@
 """Where configs and sweep files lie: a user's own first, then those that come with lora-harness.
 
 Own files are in `conf/` and `sweeps/` below the current folder, if there are any, or where `--config-dir DIR` says:
-`DIR/dataset/mine.yaml` is `dataset=mine`, `DIR/sweeps/mine.yaml` is `sweeps=mine`.
+`DIR/dataset/mine.yaml` is `dataset=mine`, `DIR/sweeps/mine.yaml` is `sweeps=mine`. DIR may also be a folder with
+`conf/` and `sweeps/` in it.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class OwnFolders:
         """Each own file that can be chosen, by `group/name`; copies of our files are not own ones."""
         found: dict[str, Path] = {}
         if self.conf_dir is not None:
-            groups = _groups()
-            found |= {name: path for name, path in _files(self.conf_dir).items() if name.partition("/")[0] in groups}
+            starts = tuple(f"{group}/" for group in _groups())
+            found |= {name: path for name, path in _files(self.conf_dir).items() if name.startswith(starts)}
         if self.sweeps_dir is not None:
             found |= {f"sweeps/{name}": path for name, path in _files(self.sweeps_dir).items()}
         ours = _shipped_options()
@@ -81,11 +82,11 @@ def options_of(group: str) -> list[str]:
     return sorted(name for name in names if group != "sweeps" or not name.startswith("wandb/"))
 
 
-def config_dir(arguments: Sequence[str]) -> Path | None:
+def config_dir(arguments: Sequence[str]) -> str | None:
     """What a command line gives as `--config-dir`."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--config-dir", "-cd", type=Path)
-    given: Path | None = parser.parse_known_args(arguments)[0].config_dir
+    parser.add_argument("--config-dir", "-cd")
+    given: str | None = parser.parse_known_args(arguments)[0].config_dir
     return given
 
 
@@ -97,8 +98,7 @@ def find_own(arguments: Sequence[str]) -> OwnFolders:
     """
     given = config_dir(arguments)
     if given is not None:
-        _check_config_dir(given)
-        own = OwnFolders(given.absolute())
+        own = _in_config_dir(given)
     else:
         own = OwnFolders(_below_current_folder("conf", CONF_DIR), _below_current_folder("sweeps", SWEEPS_DIR))
         if not own.options():
@@ -115,18 +115,24 @@ def find_own(arguments: Sequence[str]) -> OwnFolders:
     return own
 
 
-def _check_config_dir(given: Path) -> None:
-    if not given.is_dir():
+def _in_config_dir(given: str) -> OwnFolders:
+    folder = Path(given).absolute()
+    if not given or not folder.is_dir():
         raise ConfigError([f"--config-dir={given}: no such folder."])
     groups = _groups()
-    if not any((given / group).is_dir() for group in groups) and not any(given.glob("*.yaml")):
-        below = f" Did you mean --config-dir={given / 'conf'}?" if (given / "conf").is_dir() else ""
+    if any((folder / group).is_dir() for group in groups if group != "sweeps"):
+        return OwnFolders(folder)
+    conf, sweeps = folder / "conf", folder / "sweeps"
+    if conf.is_dir():
+        return OwnFolders(conf, sweeps if sweeps.is_dir() else None)
+    if not sweeps.is_dir() and not any(folder.glob("*.yaml")):
         raise ConfigError(
             [
-                f"--config-dir={given}: has no folder named like a group ({', '.join(groups)}), so none of its files "
-                f"can be chosen. {given / 'dataset' / 'mine.yaml'} would be dataset=mine.{below}"
+                f"--config-dir={given}: has no folder named like a group ({', '.join(groups)}) and no conf/, so none "
+                f"of its files can be chosen. {folder / 'dataset/mine.yaml'} would be dataset=mine."
             ]
         )
+    return OwnFolders(folder)
 
 
 def _below_current_folder(name: str, ours: Path) -> Path | None:

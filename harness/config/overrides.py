@@ -18,6 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError
 
 from harness.config.composing import explain_omegaconf
 from harness.config.folders import options_of
@@ -125,9 +126,9 @@ def _is_text(key: str) -> bool:
 
 
 def came_from_composing(error: Exception) -> bool:
-    """Whether Hydra or OmegaConf raised an error, and not the code that they called."""
+    """Whether Hydra, OmegaConf or the YAML reader raised an error, and not the code that they called."""
     *_, (innermost, _line) = traceback.walk_tb(error.__traceback__)
-    return innermost.f_globals["__name__"].partition(".")[0] in ("hydra", "omegaconf")
+    return innermost.f_globals["__name__"].partition(".")[0] in ("hydra", "omegaconf", "yaml")
 
 
 def explain_refusal(error: Exception, overrides: Sequence[str], *, compose: Callable[[list[str]], object]) -> str:
@@ -147,6 +148,9 @@ def explain_refusal(error: Exception, overrides: Sequence[str], *, compose: Call
         return f"{group}={option}: no such option. There are: {', '.join(options)}."
     if isinstance(error, OverrideParseException):
         return _explain_unreadable(error)
+    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}: not YAML: {error.problem}."
     override = _first_refused(overrides, compose)
     named = f"{override}: " if override is not None else ""
     if override is not None and re.match(r"\+*evaluate_also\.\w+[.=]", override):
@@ -154,7 +158,10 @@ def explain_refusal(error: Exception, overrides: Sequence[str], *, compose: Call
             f"{named}an additional dataset is a file of conf/evaluate_also/, chosen by name (evaluate_also=wikitext2); "
             "add a file for your own. Its settings can then be changed here."
         )
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    # Hydra raises its own in place of what a file made OmegaConf raise, with and without `from`.
+    cause = next(
+        (each for each in (error.__cause__, error.__context__) if isinstance(each, OmegaConfBaseException)), error
+    )
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         explained = explain_omegaconf(cause)
         is_named = override is None or cause.full_key in override
