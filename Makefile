@@ -28,8 +28,9 @@ check: venv
 	@$(MAKE) --no-print-directory docs
 
 # The site, readable from disk, in site/. What mkdocs-material says of its own future is no warning about these pages.
+# Never with --quiet: mkdocs then hears no warnings, and --strict has nothing to fail on.
 docs: venv
-	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 venv: $(INSTALLED)
 

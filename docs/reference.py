@@ -230,13 +230,15 @@ def _setting_entry(setting: Setting) -> list[str]:
     more = [f"identity: {setting.identity}"]
     if setting.read:
         more.insert(0, f"read {setting.read}")
-    meaning = " ".join(filter(None, [_sentence(setting.meaning), setting.choices]))
+    meaning = _sentence(setting.meaning)
+    # An enumeration may begin with the same sentence.
+    meaning = f"{meaning} {setting.choices.removeprefix(meaning).strip()}".strip()
     lines = [f"#### `{setting.name}` {{#{setting.name}}}", "", meaning, ""]
     lines.append(f"{'; '.join(facts)}  ")
     if setting.allowed:
         lines.append(f"allowed: {setting.allowed}  ")
     lines.append("; ".join(more))
-    return [*lines, ""]
+    return [*lines, "{ .facts }", ""]
 
 
 def _sentence(text: str) -> str:
@@ -335,10 +337,11 @@ def methods_page() -> str:
             "## Model types",
             "",
             "`ARCHITECTURES` in `harness/placement/architectures.py`, by transformers' `model_type`. Projections are",
-            "the roles that `target_layers.projections` may name; a fused role cannot be adapted by itself.",
+            "the roles that `target_layers.projections` may name; a fused role cannot be adapted by itself. Causal LM:",
+            "it can be a language model. Packs: documents packed into one example do not see each other.",
             "",
             *_table(
-                ("model type", "block", "projections", "fused", "task head", "language model", "packing"),
+                ("model type", "block", "projections", "fused", "task head", "causal LM", "packs"),
                 (
                     (
                         f"`{name}`",
@@ -379,12 +382,12 @@ def methods_page() -> str:
 
 
 def presets_page() -> str:
-    """Every preset of every group, with the first sentence of its file."""
+    """Every preset of every group, with what the comment of its file begins with."""
     lines = [
         "# Presets",
         "",
-        "The groups of `conf/` and their options, with the comment that each file begins with. `group=option` chooses",
-        "one; its values are then the defaults that further settings on the command line replace.",
+        "The groups of `conf/` and their options, with the beginning of each file's comment; the files say more.",
+        "`group=option` chooses one; its values are then what further settings on the command line replace.",
         "",
     ]
     for group in sorted(
@@ -454,11 +457,12 @@ def _comment(path: Path) -> list[str]:
 
 
 def _opening(path: Path) -> str:
-    """The comment of a preset up to its first example of a command."""
-    lines = [line for line in _comment(path) if not line.startswith("@package")]
-    kept = []
-    for line in lines:
-        if line.startswith("  "):
+    """The first lines of a preset's comment, up to the end of a sentence or an example of a command."""
+    kept: list[str] = []
+    for line in _comment(path):
+        if line.startswith("@package"):
+            continue
+        if line.startswith("  ") or (kept and kept[-1].endswith((".", ":"))):
             break
         kept.append(line)
     return " ".join(kept)

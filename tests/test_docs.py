@@ -32,7 +32,7 @@ from analysis import figures
 from analysis.__main__ import _parser
 from analysis.__main__ import main as analyse
 from harness.__main__ import main
-from harness.cli import _as_typed_to_harness
+from harness.cli import OF_ANALYSIS, _as_typed_to_harness
 from harness.config.composing import from_composed, register
 from harness.config.folders import CONF_DIR, find_own, use_own
 from harness.config.schema import ModelConfig, RankConfig, RunConfig, ScratchConfig, TargetLayersConfig, TinyModel
@@ -207,6 +207,8 @@ def check_other(command: str) -> None:
     if words[:3] == ["python", "-m", "analysis"]:
         if "--help" not in words:
             assert _parser().parse_args(words[3:])
+    elif words[0] == "lora-harness" and words[1] in OF_ANALYSIS:
+        assert _parser().parse_args(words[1:])
     elif words[:2] == ["lora-harness", "init"]:
         assert len(words) == 3
     elif words[0] == "make":
