@@ -6,6 +6,7 @@ stopped by SIGTERM or Ctrl-C, and the same command resumes it; 130 interrupted w
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -68,6 +69,8 @@ def main() -> int:
         from harness.results.claims import ClaimLostError, RunClaimedError
         from harness.run import USER_ERRORS, run
 
+        # A run collects garbage before it measures memory, and need not look through all that these imported.
+        gc.freeze()
         try:
             plan(config)  # a wrong placement is an error before anything is downloaded or tokenised
             identity = identify(config)

@@ -188,10 +188,22 @@ def _explain_unreadable(error: OverrideParseException) -> str:
 
 
 def _first_refused(overrides: Sequence[str], compose: Callable[[list[str]], object]) -> str | None:
-    """The first override with which composing fails although it does not without; None when none is at fault."""
-    for number in range(1, len(overrides) + 1):
+    """An override with which composing fails although it does not without; None when none is at fault.
+
+    Found by halving: each try takes a fifth of a second.
+    """
+
+    def is_refused(number: int) -> bool:
         try:
             compose(list(overrides[:number]))
         except Exception:  # whatever the overrides made Hydra or OmegaConf raise
-            return overrides[number - 1]
-    return None
+            return True
+        return False
+
+    if not overrides or not is_refused(len(overrides)):
+        return None
+    fine, refused = 0, len(overrides)
+    while refused - fine > 1:
+        middle = (fine + refused) // 2
+        fine, refused = (fine, middle) if is_refused(middle) else (middle, refused)
+    return overrides[refused - 1]

@@ -23,7 +23,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from harness.config.composing import to_dict
 from harness.config.schema import Device, RunConfig
@@ -115,7 +115,8 @@ class QueueLauncher(Launcher):
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
         self._processes = multiprocessing.get_context("forkserver")
         self._processes.set_forkserver_preload([PRELOADED])
-        multiprocessing.forkserver.ensure_running()
+        if not OmegaConf.select(config, "hydra.sweeper.dry_run"):  # which starts no run
+            multiprocessing.forkserver.ensure_running()
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Runs every config; returns one JobReturn each, whose value is the status or why there is none."""
