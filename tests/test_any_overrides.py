@@ -26,7 +26,8 @@ from hydra.core.global_hydra import GlobalHydra
 
 import harness.run
 from harness.__main__ import main
-from harness.config.overrides import CONF_DIR, as_override_value
+from harness.config.folders import CONF_DIR
+from harness.config.overrides import as_override_value
 from harness.config.schema import DatasetConfig, ReadWhere, RunConfig, Task, default_of
 from harness.results.schema import RunResult, Status
 
