@@ -6,8 +6,9 @@ RUN := ./$(VENV)/bin/python
 PIP_INSTALL := $(RUN) -m pip install --no-input --disable-pip-version-check -q
 # Written last: it exists only where an install went through.
 INSTALLED := $(VENV)/.installed
-# Two workers, whole files each, so that a file's fixtures are built once. `make test PYTEST_ARGS=tests/test_lora.py`
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# Two workers, whole files each, so that a file's fixtures are built once, in the order of tests/conftest.py.
+# `make test PYTEST_ARGS=tests/test_lora.py`
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo demo-lm test check docs venv clean
 

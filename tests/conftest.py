@@ -30,7 +30,12 @@ def _contained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     os.chdir(before)
 
 
+# Files that take longest, the first of them most: they begin, or one worker would wait for the other at the end.
+LONGEST_FIRST = ("test_launcher.py", "test_sweeps.py", "test_parallel.py", "test_main.py", "test_tracking.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST_FIRST.index(item.path.name) if item.path.name in LONGEST_FIRST else 99)
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_tests:
         return

@@ -105,6 +105,7 @@ SCENARIOS = [
 
 # Another valid value, where one more or one letter more is none; with what else must then change.
 OTHERS: dict[str, Any] = {
+    "method.name": "full",
     "model.attention": "eager",
     "dataset.text_columns": ["other"],
     "dataset.metrics": {
