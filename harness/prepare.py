@@ -119,7 +119,8 @@ def _length_problems(config: RunConfig, max_tokens: int) -> list[str]:
     """What is longer than the model reads."""
     named = {"dataset": config.dataset} | {f"evaluate_also.{name}": also for name, also in config.evaluate_also.items()}
     problems = [
-        f"{setting}.max_length={dataset.max_length}: {config.model.name} reads at most {max_tokens} tokens."
+        f"{setting}.max_length={dataset.max_length}: {config.model.name} reads at most {max_tokens} tokens; set at "
+        f"most {max_tokens}."
         for setting, dataset in named.items()
         if dataset.max_length > max_tokens
     ]

@@ -284,7 +284,7 @@ def test_texts_longer_than_the_model_reads(run_here: Callable[..., Outcome], tmp
     assert_refused(
         run_here(*LORA, "dataset.max_length=129"),
         tmp_path,
-        "dataset.max_length=129: tiny_bert reads at most 128 tokens.",
+        "dataset.max_length=129: tiny_bert reads at most 128 tokens; set at most 128.",
     )
 
 

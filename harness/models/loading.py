@@ -88,9 +88,11 @@ def load_model(config: ModelConfig, *, num_labels: int | None, pad_token_id: int
             module.support_avx512bf16_for_cpu = False
     odd = {module.p for module in model.modules() if isinstance(module, nn.Dropout)} - {config.dropout}
     if odd:
+        named = [name for name, value in vars(model_config).items() if isinstance(value, float) and value in odd]
         raise ModelError(
             f"model.dropout={config.dropout}: {type(model).__name__} keeps dropout {sorted(odd)} under a name that "
-            f"harness/placement/architectures.py does not know; add it to dropout_fields of its record."
+            "harness/placement/architectures.py does not know; add it to dropout_fields of its record. What has that "
+            f"value in its config.json: {', '.join(named) or 'nothing'}."
         )
     return BaseModel(model, head, notes, own_settings, *_resolvable_name(config))
 
@@ -201,7 +203,10 @@ def _likely_fix(missing: Sequence[str], unexpected: Sequence[str]) -> str:
                     f"To use it, {change} at the beginning of its tensor names (what torch.compile, DDP or a trainer "
                     "wraps is saved under such a prefix: save the model inside)."
                 )
-    return "Its config.json is of another architecture, or a part of the checkpoint is missing; save the model again."
+    return (
+        "Its config.json is of another architecture, the head of its record in harness/placement/architectures.py "
+        "lacks a module, or a part of the checkpoint is missing."
+    )
 
 
 def _beyond_the_blocks(model_config: PreTrainedConfig, unexpected: Iterable[str]) -> list[str]:
