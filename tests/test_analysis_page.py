@@ -404,7 +404,8 @@ def test_hostile_text_is_shown_as_text(browser: Any, hostile: pd.DataFrame, tmp_
     assert browser.title == SCRIPT
     marks = browser.find_elements("css selector", "#figure-memory .point")
     shown = "".join(hover_text(browser, mark) for mark in marks)
-    assert f"lora{IMAGE}, rank 8, {LINK} %{{x}} $x$learning rate" in shown
+    # With the mark of another recipe.
+    assert f"lora{IMAGE}, rank 8, {LINK} %{{x}} $x$ [1]learning rate" in shown
     assert f"lora{IMAGE}, rank 4, {SCRIPT}learning rate" in shown
     assert SCRIPT in browser.find_element("css selector", "#figure-memory .legend").text
     for row in browser.find_elements("css selector", "#tables tbody tr"):
