@@ -327,7 +327,7 @@ def with_config(folder: Path, **values: Any) -> None:
         (lambda name: f"_orig_mod.{name}", "To use it, remove '_orig_mod.' at the beginning of its tensor names"),
         (lambda name: f"module.{name}", "To use it, remove 'module.' at the beginning of its tensor names"),
         (lambda name: f"module.{name.removeprefix('bert.')}", "To use it, replace 'module.' by 'bert.' at the beginn"),
-        (lambda name: name.replace("encoder", "decoder"), "Its config.json is of another architecture, or a part of"),
+        (lambda name: name.replace("encoder", "decoder"), "Its config.json is of another architecture, the head of"),
     ],
 )
 def test_names_that_do_not_match_are_refused(saved: Path, rename: Callable[[str], str], fix: str) -> None:
