@@ -28,7 +28,7 @@ check: venv
 	$(RUN) -m mypy
 	@$(MAKE) --no-print-directory docs
 
-# The site, readable from disk, in site/. What mkdocs-material says of its own future is no warning about these pages.
+# The site, readable from disk, in site/. The variable silences mkdocs-material's notice of its successor.
 # Never with --quiet: mkdocs then hears no warnings, and --strict has nothing to fail on.
 docs: venv
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict

@@ -17,7 +17,6 @@ _QUALITY = {FORGETTING, LEARNED, "base_domain_nll"}
 # What the memory peak is made of.
 MEMORY_PARTS = ("weights_bytes", "gradients_bytes", "optimizer_bytes", "activations_bytes")
 
-LANGUAGE_TASKS = {"causal_lm", "completion", "chat"}
 # Of generated texts: on test, at the step that was best on val, and nowhere else.
 GENERATION_SCORES = scores_of(of="generated")
 # Step times are skewed by whatever else the machine does: a median, and the range instead of a deviation.

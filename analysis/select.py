@@ -18,10 +18,10 @@ import numpy as np
 import pandas as pd
 
 from analysis.comparisons import Cell, half_interval, ranked_by
-from analysis.metrics import BY_MEDIAN, GENERATION_SCORES, LANGUAGE_TASKS, LEARNED, TRAINABLE_SHARE, is_score
+from analysis.metrics import BY_MEDIAN, GENERATION_SCORES, LEARNED, TRAINABLE_SHARE, is_score
 from analysis.names import with_names
 from analysis.recipes import conditions_and_recipes, recipe_differences
-from harness.results.metrics import METRICS
+from harness.results.metrics import LANGUAGE_TASKS, METRICS
 from harness.results.schema import Status
 
 FloatArray = np.ndarray[Any, np.dtype[np.float64]]

@@ -28,7 +28,7 @@ from analysis.tables.writers import to_csv, to_markdown
 from harness.config import schema
 from harness.config.composing import from_dict, to_dict
 from harness.config.schema import Task
-from harness.results.metrics import METRICS
+from harness.results.metrics import LANGUAGE_TASKS, METRICS
 
 RATES = (1e-3, 2e-3, 4e-3)
 # Which of `RATES` is best at a rank, and how many nats it learns there.
@@ -174,7 +174,7 @@ def frame(runs_dir: Path) -> pd.DataFrame:
 
 def test_the_names_of_the_schema_are_known_here() -> None:
     assert metrics.GENERATION_SCORES == ("bleu", "chrf", "rouge_l", "nist", "exact_match", "number_match")
-    assert {task.value for task in Task if task.is_language} == metrics.LANGUAGE_TASKS
+    assert {task.value for task in Task if task.is_language} == set(LANGUAGE_TASKS)
     assert {f"test_{name}" for name in metrics.GENERATION_SCORES} <= METRICS.keys()
 
 

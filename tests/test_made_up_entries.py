@@ -11,7 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from harness.results.schema import Status, read_result
+import pytest
+
+from harness.results.schema import ResultError, Status, read_result
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -94,7 +96,10 @@ def test_a_method_a_metric_and_a_dataset_run_and_are_reported(tmp_path: Path) ->
     made = call(tmp_path, "harness", *settings, "sweep=made_up")
     assert made.returncode == 0, made.stderr
     (path,) = tmp_path.glob("runs/*/result.json")
-    result = read_result_with_extension(path, tmp_path)
+    # This process has not loaded the extension, and refuses the metric that it does not know.
+    with pytest.raises(ResultError, match="test_balanced_accuracy"):
+        read_result(path)
+    result = json.loads(path.read_text())
     assert result["status"] == Status.FINISHED
     metrics = result["metrics"]
     # Per block 4 of width 64 in attention, 128 and 64 in the MLP, and 2 norms; embeddings' norm; the pooler.
@@ -112,12 +117,3 @@ def test_a_method_a_metric_and_a_dataset_run_and_are_reported(tmp_path: Path) ->
     refused = call(tmp_path, "harness", *settings, "rank=r2")
     assert refused.returncode == 2
     assert "method=biases takes no rank" in refused.stderr
-
-
-def read_result_with_extension(path: Path, folder: Path) -> dict[str, object]:
-    """Read as text: this process has not loaded the extension, and refuses the metric that it does not know."""
-    try:
-        read_result(path)
-    except ValueError as error:
-        assert "test_balanced_accuracy" in str(error)
-    return json.loads(path.read_text())

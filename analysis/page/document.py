@@ -213,7 +213,7 @@ def _listing(lines: Sequence[str], kind: str = "lines") -> str:
 
 
 def _item(line: str) -> str:
-    """A sentence; lines of its own below it are a list in it."""
+    """A sentence; indented lines below it become a list in it."""
     first, *rest = line.split("\n  - ")
     return _prose(first) + ("<ul>" + "".join(f"<li>{_prose(part)}</li>" for part in rest) + "</ul>" if rest else "")
 

@@ -491,7 +491,7 @@ class TrainerConfig:
         max_gradient_norm: gradients are clipped to this norm; null for no clipping.
         precision: the type in which a step computes.
         gradient_checkpointing: whether activations are computed again in the backward pass instead of held.
-        label_smoothing: the part of the target's probability that is spread over all classes or tokens.
+        label_smoothing: the part of the target's probability that all classes or tokens share.
         loss_chunk_tokens: of how many targets a language model's logits are held at once; null takes as many as fit
             into 128 MiB of float32, 0 all.
         eval_every: steps between two scorings on val; the last step is always scored.

@@ -121,7 +121,7 @@ class Score:
 
 _LABELLED = "harness.tasks.labelled"
 _GENERATED = "harness.tasks.generation_scores"
-_LANGUAGE = ("causal_lm", "completion", "chat")
+LANGUAGE_TASKS = ("causal_lm", "completion", "chat")
 _PROMPTED = ("completion", "chat")
 
 SCORES: dict[str, Score] = {}
@@ -172,15 +172,15 @@ def _of_generated(metric: Metric, function: str) -> Score:
 
 SCORES |= {
     "accuracy": _of_predictions(_score("accuracy"), "classification", "accuracy"),
-    "nll": Score(Metric("nats", Direction.LOWER, "nll", "z.4f"), ("classification", *_LANGUAGE), "loss"),
+    "nll": Score(Metric("nats", Direction.LOWER, "nll", "z.4f"), ("classification", *LANGUAGE_TASKS), "loss"),
     "f1": _of_predictions(_score("F1"), "classification", "f1"),
     "mcc": _of_predictions(_score("MCC"), "classification", "mcc"),
     "pearson": _of_predictions(_score("Pearson"), "regression", "pearson"),
     "spearman": _of_predictions(_score("Spearman"), "regression", "spearman"),
     "mse": Score(Metric("1", Direction.LOWER, "mse", "z.4f"), ("regression",), "loss"),
-    "perplexity": Score(Metric("1", Direction.LOWER, "perplexity", "z.2f"), _LANGUAGE, "loss"),
+    "perplexity": Score(Metric("1", Direction.LOWER, "perplexity", "z.2f"), LANGUAGE_TASKS, "loss"),
     # Of the target text in UTF-8: the one that compares models with different tokenizers.
-    "bits_per_byte": Score(Metric("bits/byte", Direction.LOWER, "bits per byte", "z.4f"), _LANGUAGE, "loss"),
+    "bits_per_byte": Score(Metric("bits/byte", Direction.LOWER, "bits per byte", "z.4f"), LANGUAGE_TASKS, "loss"),
     # BLEU and chrF from 0 to 100, ROUGE-L and the shares from 0 to 1.
     "bleu": _of_generated(Metric("1", Direction.HIGHER, "BLEU", "z.2f"), "bleu"),
     "chrf": _of_generated(Metric("1", Direction.HIGHER, "chrF", "z.2f"), "chrf"),
