@@ -1,8 +1,9 @@
-"""What every test may rely on: no network, one torch thread, no W&B account, the working directory it started in."""
+"""What every test may rely on: no network, one torch thread, no W&B account, a process as the session began it."""
 
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,8 +24,12 @@ os.environ.pop("WANDB_API_KEY", None)
 
 @pytest.fixture(autouse=True)
 def _contained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """W&B writes below the test's own directory, and a test that changes directory comes back."""
+    """W&B writes below the test's own directory, and what a test sets for its process ends with it.
+
+    That is the working directory, and the level of the harness's log, which the command line raises.
+    """
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    logging.getLogger("harness").setLevel(logging.NOTSET)
     before = Path.cwd()
     yield
     os.chdir(before)

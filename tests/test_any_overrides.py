@@ -7,7 +7,6 @@ tries a thousand combinations and prints how they ended; without the variable a 
 
 from __future__ import annotations
 
-import logging
 import os
 import random
 import re
@@ -200,7 +199,6 @@ def test_any_overrides_are_planned_or_refused_by_name(
 ) -> None:
     train_file = tmp_path / "rows.csv"
     train_file.write_text("text,label\n" + "".join(f"text {row},{row % 2}\n" for row in range(60)))
-    level = logging.getLogger("harness").level
     chance = random.Random(SEED)
     ends: Counter[str] = Counter()
     wrong: list[str] = []
@@ -218,7 +216,6 @@ def test_any_overrides_are_planned_or_refused_by_name(
             wrong.append(f"{shown}\n    exit code {code}: {message}")
         if code == 2 and not names_a_setting(message, overrides):
             wrong.append(f"{shown}\n    names no setting: {message}")
-    logging.getLogger("harness").setLevel(level)
     print(f"{NUM_COMBINATIONS} combinations of overrides, seed {SEED}:", dict(ends))
     assert not wrong, "\n".join(wrong)
     assert ends["planned"] and ends["refused"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import random
 import resource
@@ -90,9 +89,8 @@ SweepHere = Callable[..., tuple[int, str]]
 @pytest.fixture
 def sweep_here(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> Iterator[SweepHere]:
+) -> SweepHere:
     """`sweep` with this process for the launcher: the runs have their own processes, and imports are paid for once."""
-    level = logging.getLogger("harness").level
 
     def call(runs_dir: Path, *arguments: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["harness", "-m", *arguments, f"runs_dir={runs_dir}"])
@@ -107,8 +105,7 @@ def sweep_here(
             code = error.code
         return code, "".join((*capfd.readouterr(), caplog.text))
 
-    yield call
-    logging.getLogger("harness").setLevel(level)
+    return call
 
 
 def results(runs_dir: Path) -> dict[str, Any]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,13 +41,10 @@ def csv(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_HARNESS_CACHE", str(tmp_path / "cache"))
     # What main sets for its process.
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    level = logging.getLogger("harness").level
-    yield
-    logging.getLogger("harness").setLevel(level)
 
 
 @pytest.fixture

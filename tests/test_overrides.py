@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,7 @@ BASE = ("model=tiny_bert", "dataset=local", "method=full", "trainer=debug", "tra
 
 
 @pytest.fixture
-def composed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., list[RunConfig]]]:
+def composed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[RunConfig]]:
     """The configs that a command line gives: of one run, or of a sweep that is planned and not started."""
     monkeypatch.setenv("LORA_HARNESS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
@@ -46,9 +45,7 @@ def composed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callab
         assert main() == exit_code
         return list(seen)
 
-    level = logging.getLogger("harness").level
-    yield call
-    logging.getLogger("harness").setLevel(level)
+    return call
 
 
 TYPED = [
