@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from harness.config.schema import Blocks, RunConfig, Task
+from harness.config.schema import Blocks, Optimizer, RunConfig, Task
 from harness.config.validation import ConfigError
 from harness.content.files import base_model
 from harness.methods.counts import count_parameters, set_trainable
+from harness.methods.rates import learning_rates
 from harness.methods.registry import find_method_module
 from harness.models.configs import build_skeleton
 from harness.models.loading import PreTrainedModel
 from harness.placement.architectures import ARCHITECTURES, head_modules
 from harness.placement.select import select_modules
 from harness.results.methods import METHODS
+from harness.training.optimizer import hidden_matrices
 
 
 @dataclass(frozen=True)
@@ -71,4 +73,11 @@ def adapt(model: PreTrainedModel, config: RunConfig, head: tuple[str, ...]) -> l
         )
     method.adapt(model, target_modules, config)
     set_trainable(model, head, is_adapter=method.is_adapter, trains_base=METHODS[config.method.name].trains_base)
+    if config.trainer.optimizer is Optimizer.muon and not hidden_matrices(model, learning_rates(config, head)):
+        raise ConfigError(
+            [
+                f"trainer.optimizer=muon: method={config.method.name} trains no hidden matrix of {config.model.name}, "
+                "and Muon updates nothing else; use trainer.optimizer=adamw."
+            ]
+        )
     return target_modules

@@ -33,6 +33,7 @@ from harness.processes.distributed import Companions
 from harness.results.metrics import scores_of
 from harness.tasks.families import TaskData, TaskFamily, find_family
 from harness.tasks.generation import num_truncated_prompts
+from harness.training.optimizer import require_optimizer
 
 
 @dataclass
@@ -76,6 +77,7 @@ def _prepare(config: RunConfig, identity: Identity, accelerator: Accelerator, co
     if not config.allow_busy_device:
         require_free_device(accelerator.device)
     base = base_model(config)
+    require_optimizer(config.trainer, accelerator.device)
     tokenizer = load_tokenizer(base)
     too_long = _length_problems(config, configs.max_tokens(base, tokenizer))
     if too_long:

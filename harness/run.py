@@ -33,6 +33,7 @@ from harness.folder import (
 from harness.measure.device import DeviceBusyError, is_out_of_memory
 from harness.methods.flops import FlopsError, StepFlops, formula_flops
 from harness.methods.lora import LoRAError
+from harness.methods.rates import learning_rates
 from harness.placement.architectures import PlacementError
 from harness.prepare import PreparedRun, prepare
 from harness.processes.distributed import ProcessFailedError, all_reduce_sum, place_on_device
@@ -258,6 +259,7 @@ def _train(prepared: PreparedRun, objective: Objective, callbacks: RunCallbacks 
         accelerator=prepared.accelerator,
         callbacks=callbacks,
         flops=_step_flops(prepared, objective),
+        rates=learning_rates(config, prepared.head),
     )
 
 

@@ -22,10 +22,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from harness.__main__ import main
-from harness.config.schema import ModelConfig, TinyModel, TrainerConfig
+from harness.config.schema import ModelConfig, Optimizer, TinyModel, TrainerConfig
+from harness.config.validation import SHARDED
 from harness.data.batches import Batch, TrainingBatches
 from harness.models.loading import load_model
-from harness.processes.distributed import Companions, ProcessFailedError, is_sharded, place_on_device
+from harness.processes.distributed import Companions, ProcessFailedError, full_tensor, is_sharded, place_on_device
 from harness.tasks.language import summed_nll
 from harness.tasks.objective import evaluating
 from harness.training.checkpoint import pack_training, unpack_training
@@ -400,3 +401,35 @@ def test_scoring_leaves_the_parts_of_a_sharded_model_where_the_optimizer_finds_t
     with evaluating(model):
         summed_nll(model, Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids, 16, 14))
     assert all(value is parts[name] for name, value in model.named_parameters())
+
+
+@pytest.mark.usefixtures("_process_group")
+@pytest.mark.parametrize("name", SHARDED)
+def test_an_optimizer_steps_on_the_parts_as_on_the_whole(name: Optimizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps, with the state packed and unpacked between them."""
+    whole = load_model(ModelConfig(name="tiny", tiny=TinyModel.llama), num_labels=None, pad_token_id=0, seed=0).model
+    config = TrainerConfig(learning_rate=1e-2, optimizer=name)
+    ids = torch.randint(3, 260, (2, 8), generator=torch.Generator().manual_seed(0))
+    process = SimpleNamespace(
+        process_index=0, num_processes=1, device=torch.device("cpu"), gather=lambda tensor: tensor
+    )
+
+    def two_steps(model: Any) -> dict[str, torch.Tensor]:
+        tensors: dict[str, torch.Tensor] | None = None
+        for _ in range(2):
+            optimizer = build_optimizer(model, config)
+            if tensors is not None:
+                unpack_training(tensors, model, optimizer, accelerator=process)  # type: ignore[arg-type]
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            tensors = pack_training(model, optimizer, None, accelerator=process)  # type: ignore[arg-type]
+        return {key: full_tensor(value.detach()).clone() for key, value in model.named_parameters()}
+
+    expected = two_steps(whole)
+    model = sharded_llama(monkeypatch)
+    before = {key: full_tensor(value.detach()).clone() for key, value in model.named_parameters()}
+    found = two_steps(model)
+    for key, value in expected.items():
+        assert not torch.equal(found[key], before[key]), key
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6, msg=key)

@@ -73,7 +73,7 @@ NOT_READING = (
     __name__,
 )
 CACHE_KEYS = ("_settings", "_tokenising_settings")
-PROPERTIES = ("effective_alpha", "scaling")
+PROPERTIES = ("effective_alpha", "scaling", "effective_momentum")
 # They name things, in the readable part of the run id and in every table.
 LABELS = {"model.name", "dataset.name", "target_layers.name"}
 
@@ -101,7 +101,16 @@ SCENARIOS = [
     *((task, method) for task in TASKS for method in ("lora", "full", "head_only")),
     ("data of the hub", "lora"),
     ("a base to be pretrained", "full"),
+    ("by muon", "lora"),
+    ("by lion", "lora"),
 ]
+
+SPECIAL = {
+    "data of the hub": "classification",
+    "a base to be pretrained": "causal_lm",
+    "by muon": "classification",
+    "by lion": "classification",
+}
 
 # Another valid value, where one more or one letter more is none; with what else must then change.
 OTHERS: dict[str, Any] = {
@@ -128,8 +137,8 @@ COMPANIONS: dict[str, Values] = {"model.dtype": {"trainer.precision": Precision.
 
 
 def _values(scenario: str, method: str, folder: Path) -> Values:
-    special = scenario not in TASKS
-    task = {"data of the hub": "classification", "a base to be pretrained": "causal_lm"}.get(scenario, scenario)
+    optimizer = scenario.removeprefix("by ") if scenario.startswith("by ") else "adamw"
+    task = SPECIAL.get(scenario, scenario)
     is_language = Task(task).is_language
     dataset: Values = {
         "name": "mine",
@@ -148,7 +157,7 @@ def _values(scenario: str, method: str, folder: Path) -> Values:
         "model": {"name": "tiny", "tiny": "llama" if is_language else "bert"},
         "dataset": dataset,
         "method": {"name": method},
-        "trainer": {"max_steps": 2, "batch_size": 4},
+        "trainer": {"max_steps": 2, "batch_size": 4, "optimizer": optimizer},
         "tracking": {"wandb": "disabled", "progress": False},
         "runs_dir": str(folder / "runs"),
         "device": "cpu",
@@ -161,7 +170,7 @@ def _values(scenario: str, method: str, folder: Path) -> Values:
             del dataset[name]
         dataset |= {"hub_id": "a/b", "revision": "0" * 40}
         values["rank"] = {"rank": 2, "alpha_policy": "proportional", "alpha_per_rank": 2}
-    if special and task == "causal_lm":
+    if scenario == "a base to be pretrained":
         scratch = {"num_blocks": 1, "width": 16, "num_heads": 2, "max_tokens": 32, "vocab_size": 260}
         values["model"] = {"name": "own", "scratch": {**scratch, "path": str(folder), "file": "text.txt"}}
         values["trainer"] = {"num_epochs": 0.5, "batch_size": 4}

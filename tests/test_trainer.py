@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from harness.config.schema import Schedule, TrainerConfig
 from harness.data.batches import Batch
 from harness.measure.clock import HostQueue
+from harness.methods.rates import LearningRates
 from harness.processes.stopping import PreemptedError
 from harness.tasks.objective import Evaluation, SummedLoss
 from harness.training import learner
@@ -149,10 +150,17 @@ def run(
     config: TrainerConfig,
     objective: Objective | None = None,
     record: Record | None = None,
+    rates: LearningRates | None = None,
 ) -> tuple[TrainingOutcome, Record]:
     record = record or Record()
     outcome = train(
-        model, rows, objective or Objective(), config=config, accelerator=Accelerator(cpu=True), callbacks=record
+        model,
+        rows,
+        objective or Objective(),
+        config=config,
+        accelerator=Accelerator(cpu=True),
+        callbacks=record,
+        rates=rates,
     )
     return outcome, record
 

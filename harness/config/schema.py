@@ -14,6 +14,7 @@ from dataclasses import MISSING, Field, dataclass, field
 from enum import StrEnum
 from typing import Any, cast
 
+from harness.results.methods import METHODS
 from harness.results.metrics import scores_of
 
 
@@ -101,6 +102,22 @@ class Quantization(StrEnum):
     nf4 = "nf4"
 
 
+class Optimizer(StrEnum):
+    """How gradients become steps.
+
+    `adamw`: AdamW. `sgd`: stochastic gradient descent with momentum. `adafactor`: squared gradients held as a row and a
+    column, steps relative to the size of a matrix. `muon`: orthogonalised momentum for hidden matrices, AdamW for the
+    rest. `lion`: the sign of a momentum. `adamw8bit`: AdamW with its state in 8 bits (bitsandbytes, the extra `quant`).
+    """
+
+    adamw = "adamw"
+    sgd = "sgd"
+    adafactor = "adafactor"
+    muon = "muon"
+    lion = "lion"
+    adamw8bit = "adamw8bit"
+
+
 class Schedule(StrEnum):
     """Shape of the learning rate after warm-up."""
 
@@ -178,6 +195,20 @@ def _generates(config: RunConfig) -> bool:
     return not set(config.dataset.metrics).isdisjoint(scores_of(of="generated"))
 
 
+def _read_by_optimizer(*optimizers: Optimizer) -> dict[str, ReadWhere]:
+    words = f"by trainer.optimizer={' and '.join(optimizers)}"
+    return _read(words, lambda config: config.trainer.optimizer in optimizers)
+
+
+def _has_adamw(config: RunConfig) -> bool:
+    """Whether AdamW updates something: beside Muon's hidden matrices, all that is none of an adapter's."""
+    method = METHODS.get(config.method.name)
+    only_adapters = config.dataset.task.is_language and method is not None and method.uses_rank
+    return config.trainer.optimizer in (Optimizer.adamw, Optimizer.adamw8bit) or (
+        config.trainer.optimizer is Optimizer.muon and not only_adapters
+    )
+
+
 _OF_HUB_DATA = _read("where dataset.hub_id names the data", lambda config: config.dataset.hub_id is not None)
 _OF_FILES = _read(
     "where dataset.hub_id does not name the data (or dataset.path replaces it)",
@@ -188,6 +219,7 @@ _OF_LINES = _read(
     lambda config: any(name.endswith(".txt") for name in _file_names(config.dataset)),
 )
 _OF_GENERATION = _read("where dataset.metrics names a score of generated texts (bleu, exact_match, ...)", _generates)
+_OF_ADAMW = _read("by trainer.optimizer=adamw and adamw8bit, and by muon where not all are hidden matrices", _has_adamw)
 _OF_WANDB = _read("where W&B is on (tracking.wandb)", lambda config: config.tracking.wandb is not WandbMode.disabled)
 
 
@@ -477,17 +509,21 @@ class TrainerConfig:
     """The recipe. Exactly one of `num_epochs` and `max_steps` is given; periods count optimizer steps, 0 = never.
 
     Attributes:
-        learning_rate: of AdamW, after warm-up; falls back to that of the method.
+        optimizer: how gradients become steps.
+        learning_rate: after warm-up; falls back to that of the method.
         num_epochs: passes over the training rows, also a part of one (1.5).
         max_steps: optimizer steps.
         batch_size: examples of an optimizer step, over all micro-batches and processes.
         micro_batch_size: examples of a forward pass; null takes the batch at once.
         schedule: the shape of the learning rate after warm-up.
         warmup_fraction: the part of the steps over which the rate rises from 0.
-        weight_decay: of AdamW, on matrices; biases and norms have none.
-        beta1: of AdamW.
+        weight_decay: on matrices; biases and norms have none. Decoupled from the gradient, but for `sgd`, where it is
+            added to it.
+        beta1: of AdamW, and of Lion.
         beta2: of AdamW.
         adam_epsilon: of AdamW.
+        momentum: of SGD and Muon; null is 0.9 for `sgd` and 0.95 for `muon`.
+        lion_beta2: of Lion, whose paper has 0.99.
         max_gradient_norm: gradients are clipped to this norm; null for no clipping.
         precision: the type in which a step computes.
         gradient_checkpointing: whether activations are computed again in the backward pass instead of held.
@@ -508,9 +544,15 @@ class TrainerConfig:
     schedule: Schedule = Schedule.linear
     warmup_fraction: float = 0.06
     weight_decay: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.999
-    adam_epsilon: float = 1e-8
+    beta1: float = field(
+        default=0.9,
+        metadata=_read(
+            "by trainer.optimizer=lion, adamw and adamw8bit, and by muon where not all are hidden matrices",
+            lambda config: config.trainer.optimizer is Optimizer.lion or _has_adamw(config),
+        ),
+    )
+    beta2: float = field(default=0.999, metadata=_OF_ADAMW)
+    adam_epsilon: float = field(default=1e-8, metadata=_OF_ADAMW)
     max_gradient_norm: float | None = 1.0
     precision: Precision = Precision.fp32
     gradient_checkpointing: bool = False
@@ -524,6 +566,18 @@ class TrainerConfig:
     eval_each_epoch: bool = False
     eval_batch_size: int = 64
     checkpoint_every: int = 0
+    optimizer: Optimizer = field(default=Optimizer.adamw, metadata=ADDED_LATER)
+    momentum: float | None = field(
+        default=None, metadata=ADDED_LATER | _read_by_optimizer(Optimizer.sgd, Optimizer.muon)
+    )
+    lion_beta2: float = field(default=0.99, metadata=ADDED_LATER | _read_by_optimizer(Optimizer.lion))
+
+    @property
+    def effective_momentum(self) -> float:
+        """The momentum of SGD or Muon."""
+        if self.momentum is None:
+            return 0.95 if self.optimizer is Optimizer.muon else 0.9
+        return self.momentum
 
 
 @dataclass

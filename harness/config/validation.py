@@ -14,6 +14,7 @@ from harness.config.schema import (
     Dtype,
     GenerationConfig,
     ModelConfig,
+    Optimizer,
     Precision,
     Quantization,
     RankConfig,
@@ -36,6 +37,9 @@ class ConfigError(ValueError):
         self.problems = problems
         super().__init__("\n".join(problems))
 
+
+SHARDED = (Optimizer.adamw, Optimizer.sgd, Optimizer.lion)
+"""Optimizers whose every number belongs to one weight, so that they update the parts of a sharded model."""
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -330,6 +334,8 @@ def _trainer_problems(trainer: TrainerConfig) -> list[str]:
     require(0 <= trainer.beta1 < 1, "beta1", "0 <= beta1 < 1")
     require(0 <= trainer.beta2 < 1, "beta2", "0 <= beta2 < 1")
     require(0 < trainer.adam_epsilon < math.inf, "adam_epsilon", "a finite number above 0")
+    require(trainer.momentum is None or 0 <= trainer.momentum < 1, "momentum", "0 <= momentum < 1, or null")
+    require(0 <= trainer.lion_beta2 < 1, "lion_beta2", "0 <= lion_beta2 < 1")
     require(
         trainer.max_gradient_norm is None or 0 < trainer.max_gradient_norm < math.inf,
         "max_gradient_norm",
@@ -376,6 +382,11 @@ def _run_problems(config: RunConfig) -> list[str]:
     if config.shard_model and config.model.quantization is not Quantization.none:
         problems.append(
             f"shard_model=true: a base in {config.model.quantization} cannot be sharded; turn one of the two off."
+        )
+    if config.shard_model and config.trainer.optimizer not in SHARDED:
+        problems.append(
+            f"shard_model=true: trainer.optimizer={config.trainer.optimizer} reads whole matrices, of which each "
+            f"process has a part; use {', '.join(SHARDED)}."
         )
     if config.tracking.log_every < 1:
         problems.append(f"tracking.log_every={config.tracking.log_every}: at least 1 step.")

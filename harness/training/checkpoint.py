@@ -92,8 +92,14 @@ def pack_training(
     """
     trainable = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
     tensors = {f"model/{name}": full_tensor(value.detach()) for name, value in trainable}
+    held: set[int] = set()
     for name, value in trainable if optimizer is not None else ():
-        tensors |= {f"optimizer/{name}/{key}": full_tensor(entry) for key, entry in optimizer.state[value].items()}
+        for key, entry in optimizer.state[value].items():
+            packed = full_tensor(entry) if isinstance(entry, Tensor) else torch.tensor(entry)
+            # bitsandbytes reads the states of all parameters by the same tables; a file holds no tensor twice.
+            is_held = packed.data_ptr() in held
+            held.add(packed.data_ptr())
+            tensors[f"optimizer/{name}/{key}"] = packed.clone() if is_held else packed
     tensors |= {f"best/{name}": value for name, value in (best_state or {}).items()}
     tensors["random/cpu"] = all_gather_to_cpu(torch.get_rng_state(), accelerator)
     if accelerator.device.type == "cuda":
@@ -117,13 +123,18 @@ def unpack_training(
         copy_into(value, groups["model"][name])
     by_identity = {id(value): name for name, value in parameters.items()}
     ordered = [by_identity[id(value)] for group in optimizer.param_groups for value in group["params"]]
-    states: dict[int, dict[str, Tensor]] = {}
+    states: dict[int, dict[str, Any]] = {}
     for name, value in groups["optimizer"].items():
         parameter, _, key = name.rpartition("/")
-        states.setdefault(ordered.index(parameter), {})[key] = shard_like(parameters[parameter], value)
+        states.setdefault(ordered.index(parameter), {})[key] = _unpack_entry(value, parameters[parameter])
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
     _restore_random_state(groups["random"], accelerator)
     return groups["best"] or None
+
+
+def _unpack_entry(value: Tensor, parameter: Tensor) -> Any:
+    """An entry of the optimizer's state as it was: a tensor, or bitsandbytes' count of steps, which is an `int`."""
+    return value.item() if value.dtype is torch.int64 and value.ndim == 0 else shard_like(parameter, value)
 
 
 def _restore_random_state(states: dict[str, Tensor], accelerator: Accelerator) -> None:

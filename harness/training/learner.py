@@ -21,11 +21,12 @@ from harness.measure.clock import StepMeter, device_queue
 from harness.measure.device import reset_device_peaks
 from harness.measure.memory import measure_peak_memory, rehearse_beside_optimizer
 from harness.methods.flops import StepFlops
+from harness.methods.rates import LearningRates
 from harness.processes.distributed import all_reduce_sum, all_reduce_sum_on_device, full_tensor, is_sharded
 from harness.processes.stopping import PreemptedError
 from harness.tasks.objective import Evaluation, Objective
 from harness.training.checkpoint import pack_training, unpack_training
-from harness.training.optimizer import build_optimizer, learning_rate_at
+from harness.training.optimizer import build_optimizer, learning_rate_at, set_learning_rates
 
 # The training loss of a result is a mean over so many steps: those of one are too few examples to compare runs by. It
 # is no setting, because `tracking.log_every` may change and the numbers of a run may not.
@@ -129,6 +130,7 @@ class Learner:
         accelerator: of the run.
         callbacks: what is called after a step, a score, and for a checkpoint.
         num_steps: how many steps the training has, for the learning rate.
+        rates: the learning rate of each kind of parameter; null for one of all.
     """
 
     def __init__(
@@ -140,10 +142,11 @@ class Learner:
         accelerator: Accelerator,
         callbacks: TrainingCallbacks,
         num_steps: int,
+        rates: LearningRates | None = None,
     ) -> None:
         model.train()
         self._is_sharded = is_sharded(model)
-        optimizer: Any = build_optimizer(model, config)
+        optimizer: Any = build_optimizer(model, config, rates)
         if self._is_sharded:
             optimizer = accelerator.prepare_optimizer(optimizer)
         else:
@@ -193,8 +196,7 @@ class Learner:
         self.at.step_in_epoch += 1
         self.at.last = None
         rate = learning_rate_at(self.at.step, self._num_steps, self._config)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rates(self._optimizer, self.at.step, self._num_steps, self._config)
         sizes = all_reduce_sum(_sizes(micro_batches), self._accelerator)
         self._meter.begin()
         loss = self._forward_backward(micro_batches, sizes[-1])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from harness.config.schema import TrainerConfig
 from harness.data.batches import Batch
 from harness.methods.flops import StepFlops
+from harness.methods.rates import LearningRates
 from harness.processes.distributed import all_reduce_sum, copy_into
 from harness.tasks.objective import Evaluation, Objective
 from harness.training.learner import Learner, TrainingCallbacks
@@ -70,6 +71,7 @@ def train(
     accelerator: Accelerator,
     callbacks: TrainingCallbacks,
     flops: StepFlops | None = None,
+    rates: LearningRates | None = None,
 ) -> TrainingOutcome:
     """Trains the parameters that require a gradient; the model ends at its last step.
 
@@ -85,7 +87,8 @@ def train(
     The loss of a step is the mean over its targets, whatever they are split into: each micro-batch contributes its sum
     divided by the targets of the whole step.
 
-    `flops` counts the model's operations; without it `train_flops` is missing from what is measured.
+    `flops` counts the model's operations; without it `train_flops` is missing from what is measured. `rates` are the
+    learning rates of the kinds of parameters; without them all have that of `config`.
 
     Several processes (see `harness.processes.distributed`) make the steps that one would make; each scores all of val.
     The model lies on the accelerator's device already, whole or sharded.
@@ -101,7 +104,13 @@ def train(
     """
     num_steps = count_steps(config, batches.steps_per_epoch)
     learner = Learner(
-        model, objective, config=config, accelerator=accelerator, callbacks=callbacks, num_steps=num_steps
+        model,
+        objective,
+        config=config,
+        accelerator=accelerator,
+        callbacks=callbacks,
+        num_steps=num_steps,
+        rates=rates,
     )
     checkpoint = callbacks.last_checkpoint()
     if checkpoint is not None:
