@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from test_run import config, rows  # noqa: F401
 from test_trainer import BagOfWords, Objective, Record, Rows, parameters, recipe
 from test_trainer import run as run_loop
@@ -26,7 +27,7 @@ from harness.plan import plan
 from harness.processes.stopping import PreemptedError
 from harness.results.schema import Status
 from harness.training import optimizer as optimizer_module
-from harness.training.checkpoint import read_checkpoint, write_checkpoint
+from harness.training.checkpoint import pack_training, read_checkpoint, unpack_training, write_checkpoint
 from harness.training.learner import Position
 from harness.training.lion import Lion
 from harness.training.optimizer import build_optimizer, hidden_matrices, learning_rate_at, require_optimizer
@@ -41,7 +42,7 @@ class Deep(BagOfWords):
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__(dropout)
-        self.embedding = nn.Embedding(20, WIDTH, padding_idx=0)
+        self.embedding = nn.Embedding(WIDTH, WIDTH, padding_idx=0)
         self.body = nn.Linear(WIDTH, WIDTH)
         self.head = nn.Linear(WIDTH, 3)
 
@@ -201,17 +202,20 @@ def entries(model: Deep, *, hidden: bool | None = None) -> list[tuple[int, ...]]
 def state_by_hand(name: str) -> int:
     """Bytes of the state of `Deep`."""
     shapes = entries(Deep())
-    adam = {shape: 8 * math.prod(shape) + 4 for shape in shapes}  # two moments and a count of steps
+
+    def adam(shapes: list[tuple[int, ...]]) -> int:
+        return sum(8 * math.prod(shape) + 4 for shape in shapes)  # two moments and a count of steps
+
     match name:
         case "adamw":
-            return sum(adam.values())
+            return adam(shapes)
         case "sgd" | "lion":
             return sum(4 * math.prod(shape) for shape in shapes)
         case "adafactor":
             return sum(4 * sum(shape) + 4 for shape in shapes)  # a row and a column; of a vector, itself
         case "muon":
-            rest = sum(adam[shape] for shape in entries(Deep(), hidden=False))
-            return rest + sum(4 * math.prod(shape) for shape in entries(Deep(), hidden=True))
+            (body,) = entries(Deep(), hidden=True)
+            return adam(entries(Deep(), hidden=False)) + 4 * math.prod(body)
     tables = 2 * 256 * 4  # read by all states of 8 bits
     sizes = [math.prod(shape) for shape in shapes]
     return tables + sum(2 * size + 2 * 4 * math.ceil(size / 256) if size >= 4096 else 8 * size for size in sizes)
@@ -265,6 +269,33 @@ def test_a_run_that_resumes_equals_an_undisturbed_one_bitwise(name: str, tmp_pat
     run(resumed, Rows(size=4), config, first)
     assert (len(losses), losses + first.losses) == (3, record.losses)
     assert all(torch.equal(value, parameters(whole)[key]) for key, value in parameters(resumed).items())
+
+
+def test_a_state_in_8_bits_is_unpacked_as_it_was(tmp_path: Path) -> None:
+    """Two parameters are read by one pair of tables, and the count of steps is no tensor."""
+    config, process = of("adamw8bit"), Accelerator(cpu=True)
+
+    def stepped() -> tuple[Deep, Any]:
+        model = Deep()
+        optimizer = build_optimizer(model, config)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        return model, optimizer
+
+    model, optimizer = stepped()
+    optimizer.step()
+    write_checkpoint(tmp_path / "state", pack_training(model, optimizer, None, accelerator=process), {})
+    found = read_checkpoint(tmp_path / "state")
+    assert found is not None
+    other, resumed = stepped()
+    unpack_training(found[0], other, resumed, accelerator=process)
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        before, after = optimizer.state[one], resumed.state[two]
+        assert before.keys() == after.keys()
+        assert {type(value) for value in after.values()} == {int, Tensor}
+        assert all(torch.equal(torch.as_tensor(after[key]), torch.as_tensor(value)) for key, value in before.items())
+    assert "qmap1" in optimizer.state[model.body.weight] and "qmap1" in optimizer.state[model.embedding.weight]
 
 
 # ---------------------------------------------------------------- whole runs

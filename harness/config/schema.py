@@ -14,7 +14,7 @@ from dataclasses import MISSING, Field, dataclass, field
 from enum import StrEnum
 from typing import Any, cast
 
-from harness.results.methods import METHODS
+from harness.results.methods import METHODS, Method
 from harness.results.metrics import scores_of
 
 
@@ -209,6 +209,11 @@ def _has_adamw(config: RunConfig) -> bool:
     )
 
 
+def _of_method(words: str, holds: Callable[[Method], bool]) -> dict[str, ReadWhere]:
+    """Read by methods of which something holds; a name that is no method's is refused by itself."""
+    return _read(words, lambda config: config.method.name not in METHODS or holds(METHODS[config.method.name]))
+
+
 _OF_HUB_DATA = _read("where dataset.hub_id names the data", lambda config: config.dataset.hub_id is not None)
 _OF_FILES = _read(
     "where dataset.hub_id does not name the data (or dataset.path replaces it)",
@@ -220,6 +225,7 @@ _OF_LINES = _read(
 )
 _OF_GENERATION = _read("where dataset.metrics names a score of generated texts (bleu, exact_match, ...)", _generates)
 _OF_ADAMW = _read("by trainer.optimizer=adamw and adamw8bit, and by muon where not all are hidden matrices", _has_adamw)
+_OF_RANK = _of_method("by methods with a rank", lambda method: method.uses_rank)
 _OF_WANDB = _read("where W&B is on (tracking.wandb)", lambda config: config.tracking.wandb is not WandbMode.disabled)
 
 
@@ -511,6 +517,10 @@ class TrainerConfig:
     Attributes:
         optimizer: how gradients become steps.
         learning_rate: after warm-up; falls back to that of the method.
+        learning_rate_A: of the A of adapters; null for `learning_rate`, as for the three below it.
+        learning_rate_B: of the B of adapters.
+        learning_rate_head: of the task head.
+        learning_rate_base: of the base model's own parameters.
         num_epochs: passes over the training rows, also a part of one (1.5).
         max_steps: optimizer steps.
         batch_size: examples of an optimizer step, over all micro-batches and processes.
@@ -569,6 +579,16 @@ class TrainerConfig:
     optimizer: Optimizer = field(default=Optimizer.adamw, metadata=ADDED_LATER)
     momentum: float | None = field(
         default=None, metadata=ADDED_LATER | _read_by_optimizer(Optimizer.sgd, Optimizer.muon)
+    )
+    learning_rate_A: float | None = field(default=None, metadata=ADDED_LATER | _OF_RANK)
+    learning_rate_B: float | None = field(default=None, metadata=ADDED_LATER | _OF_RANK)
+    learning_rate_head: float | None = field(
+        default=None, metadata=ADDED_LATER | _read_by(*(task for task in Task if not task.is_language))
+    )
+    learning_rate_base: float | None = field(
+        default=None,
+        metadata=ADDED_LATER
+        | _of_method("by methods that train parameters of the base model", lambda method: method.trains_base),
     )
     lion_beta2: float = field(default=0.99, metadata=ADDED_LATER | _read_by_optimizer(Optimizer.lion))
 

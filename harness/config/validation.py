@@ -322,6 +322,9 @@ def _trainer_problems(trainer: TrainerConfig) -> list[str]:
     require(trainer.num_epochs is None or 0 < trainer.num_epochs < math.inf, "num_epochs", "a finite number above 0")
     require(trainer.max_steps is None or trainer.max_steps >= 1, "max_steps", "at least 1")
     require(0 < trainer.learning_rate < math.inf, "learning_rate", "a finite number above 0")
+    for name in ("learning_rate_A", "learning_rate_B", "learning_rate_head", "learning_rate_base"):
+        rate = getattr(trainer, name)
+        require(rate is None or 0 < rate < math.inf, name, "a finite number above 0, or null for learning_rate")
     require(trainer.batch_size >= 1, "batch_size", "at least 1")
     if trainer.micro_batch_size is not None and (
         trainer.micro_batch_size < 1 or trainer.batch_size % trainer.micro_batch_size

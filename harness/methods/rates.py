@@ -36,5 +36,16 @@ class LearningRates:
 
 
 def learning_rates(config: RunConfig, head_modules: Sequence[str]) -> LearningRates:
-    """The rates of a run. The curve and the tables show `trainer.learning_rate`, which is that of all kinds."""
-    return LearningRates(dict.fromkeys(Kind, config.trainer.learning_rate), head_modules)
+    """The rates of a run, each after warm-up; all follow one schedule.
+
+    The curve and the tables show `trainer.learning_rate`, that of every kind that has none of its own.
+    """
+    trainer = config.trainer
+    own = {
+        Kind.A: trainer.learning_rate_A,
+        Kind.B: trainer.learning_rate_B,
+        Kind.HEAD: trainer.learning_rate_head,
+        Kind.BASE: trainer.learning_rate_base,
+    }
+    rates = {kind: trainer.learning_rate if rate is None else rate for kind, rate in own.items()}
+    return LearningRates(rates, head_modules)
