@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from harness.config.schema import Blocks, Optimizer, RunConfig, Task
 from harness.config.validation import ConfigError
 from harness.content.files import base_model
+from harness.methods import peft_method
 from harness.methods.counts import count_parameters, set_trainable
 from harness.methods.rates import learning_rates
 from harness.methods.registry import find_method_module
@@ -29,7 +30,8 @@ class Plan:
 def plan(config: RunConfig) -> Plan:
     """Resolves the placement and counts the adapter on the meta device.
 
-    Raises `PlacementError`, `LoRAError` or `ModelError` for a placement or rank that the model does not allow.
+    Raises `PlacementError`, `LoRAError`, `PeftMethodError` or `ModelError` for a placement or rank that the model does
+    not allow.
     """
     is_language = config.dataset.task.is_language
     skeleton = build_skeleton(base_model(config), num_labels=None if is_language else 2)
@@ -72,6 +74,8 @@ def adapt(model: PreTrainedModel, config: RunConfig, head: tuple[str, ...]) -> l
             head=head,
         )
     method.adapt(model, target_modules, config)
+    if METHODS[config.method.name].peft is not None:
+        target_modules = peft_method.adapted_modules(model)  # those of `method.peft.target_modules`, too
     set_trainable(model, head, is_adapter=method.is_adapter, trains_base=METHODS[config.method.name].trains_base)
     if config.trainer.optimizer is Optimizer.muon and not hidden_matrices(model, learning_rates(config, head)):
         raise ConfigError(

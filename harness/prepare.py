@@ -14,10 +14,12 @@ from harness.config.validation import ConfigError
 from harness.content.digests import require_content
 from harness.content.files import base_model
 from harness.content.identity import Identity, identify
+from harness.data.batches import count_steps_per_epoch
 from harness.measure.device import require_free_device
 from harness.measure.environment import environment
 from harness.methods.counts import ParameterCounts, count_parameters
-from harness.methods.registry import find_method_module
+from harness.methods.during_training import DuringTraining
+from harness.methods.registry import during_training, find_method_module
 from harness.models import configs
 from harness.models.configs import build_skeleton
 from harness.models.loading import (
@@ -33,7 +35,7 @@ from harness.processes.distributed import Companions
 from harness.results.metrics import scores_of
 from harness.tasks.families import TaskData, TaskFamily, find_family
 from harness.tasks.generation import num_truncated_prompts
-from harness.training.optimizer import require_optimizer
+from harness.training.optimizer import count_steps, require_optimizer
 
 
 @dataclass
@@ -54,6 +56,7 @@ class PreparedRun:
     environment: dict[str, object]
     base: BaseModel
     companions: Companions
+    during_training: DuringTraining
 
 
 def prepare(config: RunConfig, identity: Identity | None = None) -> PreparedRun:
@@ -92,6 +95,8 @@ def _prepare(config: RunConfig, identity: Identity, accelerator: Accelerator, co
     check_vocabulary(base, model, tokenizer, used)
     require_packing(model.config.model_type, config)
     target_modules = adapt(model, config, loaded.head)
+    steps_per_epoch = count_steps_per_epoch(len(data.train), config.trainer.batch_size)
+    method = during_training(model, config, count_steps(config.trainer, steps_per_epoch))
     if config.trainer.gradient_checkpointing:
         checkpoint_activations(model)
     # After everything is read, so that an edit while it was read is seen too.
@@ -114,6 +119,7 @@ def _prepare(config: RunConfig, identity: Identity, accelerator: Accelerator, co
         environment=recorded | _facts(config, identity, data, also, loaded),
         base=loaded,
         companions=companions,
+        during_training=method,
     )
 
 

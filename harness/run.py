@@ -33,6 +33,7 @@ from harness.folder import (
 from harness.measure.device import DeviceBusyError, is_out_of_memory
 from harness.methods.flops import FlopsError, StepFlops, formula_flops
 from harness.methods.lora import LoRAError
+from harness.methods.peft_method import PeftMethodError
 from harness.methods.rates import learning_rates
 from harness.placement.architectures import PlacementError
 from harness.prepare import PreparedRun, prepare
@@ -65,6 +66,7 @@ USER_ERRORS = (
     ConfigError,
     PlacementError,
     LoRAError,
+    PeftMethodError,
     ModelError,
     DataError,
     ContentError,
@@ -260,6 +262,7 @@ def _train(prepared: PreparedRun, objective: Objective, callbacks: RunCallbacks 
         callbacks=callbacks,
         flops=_step_flops(prepared, objective),
         rates=learning_rates(config, prepared.head),
+        method=prepared.during_training,
     )
 
 

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from harness.config.composing import from_composed, from_dict, to_dict
 from harness.config.schema import AlphaPolicy, RankConfig, RunConfig
 from harness.config.validation import ConfigError, find_problems
+from harness.results.methods import METHODS
 
 Values = dict[str, Any]
 
@@ -274,7 +275,13 @@ PROBLEMS: list[tuple[Values, list[str]]] = [
         {"trainer.learning_rate": "fast"},
         ["trainer.learning_rate: Value 'fast' of type 'str' could not be converted to Float."],
     ),
-    ({"method.name": "LoRA"}, ["method.name=LoRA: no such method; there are lora, full, head_only."]),
+    (
+        {"method.name": "LoRA"},
+        [
+            "method.name=LoRA: no such method; there are lora, full, head_only, and of the peft package "
+            f"{', '.join(name for name, method in METHODS.items() if method.peft is not None)}."
+        ],
+    ),
     ({"device": "gpu"}, ["device: Invalid value 'gpu', expected one of [auto, cpu, cuda, mps]."]),
     (
         {"dataset.text_columns": "text"},

@@ -99,6 +99,7 @@ TASKS: dict[str, Values] = {
 GENERATION = {"max_new_tokens": 2, "num_beams": 2, "length_penalty": 0.9, "no_repeat_ngram_size": 3, "num_examples": 1}
 SCENARIOS = [
     *((task, method) for task in TASKS for method in ("lora", "full", "head_only")),
+    ("classification", "loha"),  # of the peft package
     ("data of the hub", "lora"),
     ("a base to be pretrained", "full"),
     ("by muon", "lora"),
@@ -115,6 +116,7 @@ SPECIAL = {
 # Another valid value, where one more or one letter more is none; with what else must then change.
 OTHERS: dict[str, Any] = {
     "method.name": "full",
+    "method.peft": {"rank_dropout": 0.5},
     "model.attention": "eager",
     "dataset.text_columns": ["other"],
     "dataset.metrics": {
@@ -162,7 +164,7 @@ def _values(scenario: str, method: str, folder: Path) -> Values:
         "runs_dir": str(folder / "runs"),
         "device": "cpu",
     }
-    if method == "lora":
+    if method in ("lora", "loha"):
         values["rank"] = {"rank": 2, "alpha": 4}
         values["target_layers"] = {"name": "qv", "projections": ["q", "v"]}
     if scenario == "data of the hub":

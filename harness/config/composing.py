@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from typing import Any, cast
 
 from hydra.core.config_store import ConfigStore
@@ -21,13 +21,18 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from harness.config.schema import RunConfig
+from harness.config.schema import MethodConfig, RunConfig
 from harness.config.validation import ConfigError, find_problems
+from harness.results.methods import ANY_PEFT, METHODS
+from harness.results.peft_types import PEFT_TYPES
 
 
 def register() -> None:
     """Puts the schema where `conf/config.yaml` finds it."""
-    ConfigStore.instance().store(name="schema", node=RunConfig)
+    schema = OmegaConf.structured(RunConfig)
+    # peft knows the names of its fields, and says so where one does not exist: here each is accepted without a `+`.
+    OmegaConf.set_struct(schema.method.peft, False)
+    ConfigStore.instance().store(name="schema", node=schema)
 
 
 def from_composed(composed: DictConfig) -> RunConfig:
@@ -70,10 +75,27 @@ def _validated(values: dict[str, Any]) -> RunConfig:
         config = cast(RunConfig, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise ConfigError([explain_omegaconf(error)]) from error
+    config.method = _by_its_type(config.method)
     problems = find_problems(config)
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def _by_its_type(method: MethodConfig) -> MethodConfig:
+    """One spelling of a method of the `peft` package, and with it one id: the name says the type.
+
+    What cannot be spelled so is left as it is, for `find_problems` to explain.
+    """
+    if not method.peft:
+        return method
+    settings = {name: method.peft[name] for name in sorted(method.peft)}
+    named = str(settings.get("peft_type", "")).upper()
+    known = PEFT_TYPES.get(named)
+    if known is not None and known.method in METHODS and method.name in (ANY_PEFT, known.method):
+        del settings["peft_type"]
+        return replace(method, name=known.method, peft=settings)
+    return replace(method, peft=settings)
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

@@ -226,6 +226,10 @@ _OF_LINES = _read(
 _OF_GENERATION = _read("where dataset.metrics names a score of generated texts (bleu, exact_match, ...)", _generates)
 _OF_ADAMW = _read("by trainer.optimizer=adamw and adamw8bit, and by muon where not all are hidden matrices", _has_adamw)
 _OF_RANK = _of_method("by methods with a rank", lambda method: method.uses_rank)
+_OF_PEFT = _of_method(
+    "by the methods of the peft package (method=ia3, adalora, ..., or method=peft)",
+    lambda method: method.peft is not None,
+)
 _OF_WANDB = _read("where W&B is on (tracking.wandb)", lambda config: config.tracking.wandb is not WandbMode.disabled)
 
 
@@ -451,11 +455,14 @@ class MethodConfig:
         name: a key of `METHODS` in `harness.results.methods`.
         adapter_dropout: the rate of dropout on the adapter's input.
         learning_rate: what `trainer.learning_rate` falls back to: methods need different ones.
+        peft: fields of the type's config in the `peft` package, by peft's names. With `method=peft` its `peft_type`
+            says which type; the other methods of the package say it by their name.
     """
 
     name: str = "lora"
     adapter_dropout: float = 0.0
     learning_rate: float = 1e-3
+    peft: dict[str, Any] = field(default_factory=dict, metadata=ADDED_LATER | _OF_PEFT)
 
 
 @dataclass

@@ -26,8 +26,9 @@ from harness.config.schema import (
     default_of,
 )
 from harness.placement.select import block_problems, projection_problems
-from harness.results.methods import METHODS
+from harness.results.methods import ANY_PEFT, METHODS, Method
 from harness.results.metrics import scores_of
+from harness.results.peft_types import PEFT_TYPES
 
 
 class ConfigError(ValueError):
@@ -247,8 +248,14 @@ def _language_problems(config: RunConfig) -> list[str]:
 def _method_problems(config: RunConfig) -> list[str]:
     name, problems = config.method.name, []
     method = METHODS.get(name)
+    if name == ANY_PEFT:
+        return [_peft_type_problem(config.method.peft.get("peft_type"))]
     if method is None:
-        return [f"method.name={name}: no such method; there are {', '.join(METHODS)}."]
+        own = ", ".join(each for each, found in METHODS.items() if found.peft is None)
+        of_peft = ", ".join(each for each, found in METHODS.items() if found.peft is not None)
+        return [f"method.name={name}: no such method; there are {own}, and of the peft package {of_peft}."]
+    if method.peft is not None:
+        return _peft_problems(config, method)
     if method.uses_rank and config.rank is None:
         problems.append(f"method={name} needs a rank and has no hidden default: add rank=r8 (r1 to r1024).")
     if method.uses_placement and config.target_layers is None:
@@ -268,6 +275,92 @@ def _method_problems(config: RunConfig) -> list[str]:
     if config.target_layers is not None:
         problems += _target_layers_problems(config.target_layers, config.dataset.task)
     return problems
+
+
+def _peft_type_problem(peft_type: Any) -> str:
+    """Why `method=peft` with this type is no method."""
+    usable = ", ".join(name for name, each in PEFT_TYPES.items() if not each.refused)
+    if peft_type is None:
+        return f"method=peft: which type of the peft package? Set method.peft.peft_type to one of {usable}."
+    known = PEFT_TYPES.get(str(peft_type).upper())
+    if known is None:
+        return f"method.peft.peft_type={peft_type}: no such type; there are {usable}."
+    return f"method.peft.peft_type={peft_type}: cannot be run here: {known.refused}. Of the others there are {usable}."
+
+
+# Fields of peft's configs that follow from the run.
+_PEFT_FIELDS_OF_THE_RUN = {
+    "auto_mapping": "is made when the adapter is saved",
+    "base_model_name_or_path": "follows from model",
+    "inference_mode": "is false in training and true in what is saved",
+    "modules_to_save": "the task head is trained and saved in any case",
+    "peft_version": "is that of the installed package",
+    "rank_pattern": "is what training finds out",
+    "revision": "follows from model",
+    "task_type": "follows from dataset.task",
+    "total_step": "is the number of steps of the run",
+}
+
+
+def _peft_problems(config: RunConfig, method: Method) -> list[str]:
+    """What is wrong with a method of the peft package, without asking the package."""
+    name, settings, kind = config.method.name, config.method.peft, method.peft
+    assert kind is not None
+    problems = []
+    if "peft_type" in settings:
+        problems.append(
+            f"method.peft.peft_type={settings['peft_type']}: method={name} is {kind.name}; leave it out, or say "
+            f"method=peft."
+        )
+    for field, why in _PEFT_FIELDS_OF_THE_RUN.items():
+        if field in settings and not (field == "rank_pattern" and kind.name != "ADALORA"):
+            problems.append(f"method.peft.{field}={_shown(settings[field])}: {why}; leave it out.")
+    if config.method.adapter_dropout != 0:
+        problems.append(
+            f"method.adapter_dropout={config.method.adapter_dropout}: is read by method=lora; set one of the rates "
+            f"that {kind.name} has in peft (method.peft.lora_dropout, module_dropout, ...), and this to 0."
+        )
+    problems += _peft_rank_problems(config, method)
+    if config.target_layers is not None:
+        problems += _target_layers_problems(config.target_layers, config.dataset.task)
+    has_own_targets = settings.get("target_modules") is not None
+    if config.target_layers is not None and not method.uses_placement:
+        problems.append(
+            f"method={name} takes no target_layers: it adapts no projections; leave target_layers=... out (peft "
+            "chooses the modules, or method.peft.target_modules does)."
+        )
+    elif config.target_layers is not None and has_own_targets:
+        problems.append(
+            f"method.peft.target_modules={settings['target_modules']}: target_layers={config.target_layers.name} says "
+            "already where it acts; give one of the two."
+        )
+    elif method.uses_placement and config.target_layers is None and not has_own_targets:
+        problems.append(
+            f"method={name} needs target layers: add target_layers=qv (q, v, qkvo, mlp, all, ...), or "
+            "method.peft.target_modules."
+        )
+    return problems
+
+
+def _peft_rank_problems(config: RunConfig, method: Method) -> list[str]:
+    name, settings, kind = config.method.name, config.method.peft, method.peft
+    assert kind is not None
+    if config.rank is not None and kind.alpha is None:
+        instead = f"set method.peft.{kind.rank}" if kind.rank is not None else "leave rank=... out"
+        reason = "it has a rank of another kind, without alpha" if kind.rank is not None else "it has none"
+        return [f"method={name} takes no rank: {reason}; {instead}."]
+    if config.rank is not None:
+        twice = [field for field in (kind.rank, kind.alpha, "use_rslora") if field in settings]
+        return [
+            *_rank_problems(config.rank),
+            *(
+                f"method.peft.{field}={_shown(settings[field])}: the setting rank says it already; give one of the two."
+                for field in twice
+            ),
+        ]
+    if kind.alpha is not None and kind.rank not in settings:
+        return [f"method={name} needs a rank and has no hidden default: add rank=r8, or method.peft.{kind.rank}=8."]
+    return []
 
 
 def _rank_problems(rank: RankConfig) -> list[str]:
@@ -382,6 +475,12 @@ def _run_problems(config: RunConfig) -> list[str]:
         problems.append(f"num_threads={config.num_threads}: at least 1, or null for PyTorch's choice.")
     if config.shard_model and config.trainer.precision is Precision.fp16:
         problems.append("shard_model=true: trainer.precision=fp16 is not scaled across parts; use bf16 or fp32.")
+    method = METHODS.get(config.method.name)
+    if config.shard_model and method is not None and method.peft is not None:
+        problems.append(
+            f"shard_model=true: the layers of peft (method={config.method.name}) are not sharded; turn it off, or use "
+            "method=lora."
+        )
     if config.shard_model and config.model.quantization is not Quantization.none:
         problems.append(
             f"shard_model=true: a base in {config.model.quantization} cannot be sharded; turn one of the two off."

@@ -144,7 +144,9 @@ def _hash(values: dict[str, Any]) -> str:
 
 def _slug(config: RunConfig) -> str:
     parts = [config.model.name, config.dataset.name, str(config.method.name)]
-    if config.rank is not None and config.target_layers is not None:
-        parts += [f"r{config.rank.rank}", config.target_layers.name]
+    if config.rank is not None:
+        parts.append(f"r{config.rank.rank}")
+    if config.target_layers is not None:
+        parts.append(config.target_layers.name)
     parts.append(f"lr{config.trainer.learning_rate:g}")
     return "-".join(parts)

@@ -69,6 +69,11 @@ class Examples(Protocol):
         ...
 
 
+def count_steps_per_epoch(num_examples: int, batch_size: int) -> int:
+    """Optimizer steps of an epoch: the last one may be of fewer examples."""
+    return -(-num_examples // batch_size)
+
+
 class TrainingBatches:
     """The batches of a training split: per optimizer step a list of micro-batches, in a seeded order per epoch.
 
@@ -92,7 +97,7 @@ class TrainingBatches:
         self._batch_size = batch_size
         self._micro_batch_size = micro_batch_size or batch_size
         self._seed = seed
-        self.steps_per_epoch = -(-len(split) // batch_size)
+        self.steps_per_epoch = count_steps_per_epoch(len(split), batch_size)
 
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[list[Batch]]:
         """The micro-batches of each step of one epoch (counted from 0) but its first `start` steps.

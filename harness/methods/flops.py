@@ -85,10 +85,12 @@ def formula_flops(model: nn.Module, *, whole_logits: bool = False) -> StepFlops:
             targets alone (`harness.tasks.language.makes_whole_logits`).
 
     Raises:
-        FlopsError: an architecture that is not described or whose attention is another (DeBERTa), or matrices of
-            which it is not known what passes them.
+        FlopsError: an architecture that is not described or whose attention is another (DeBERTa), matrices of which
+            it is not known what passes them, or layers of the `peft` package.
     """
     config: Any = model.config
+    if getattr(model, "peft_config", None) is not None:
+        raise FlopsError("the layers of peft have no formula here: what they compute differs from type to type.")
     matrices = dict(_matrices(model))
     architecture = _architecture(config.model_type)
     if not architecture.has_plain_attention:

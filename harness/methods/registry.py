@@ -1,6 +1,7 @@
 """What a method's module provides, and where to find it by the method's name.
 
-To the trainer methods differ in one thing alone: which parameters have `requires_grad` (`set_trainable`).
+To the trainer methods differ in which parameters have `requires_grad` (`set_trainable`), and in what a few of them do
+at a step (`harness.methods.during_training`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Protocol, cast
 from torch import nn
 
 from harness.config.schema import RunConfig
+from harness.methods.during_training import DuringTraining, Nothing
 from harness.models.loading import BaseModel, PreTrainedModel
 from harness.models.tokenizers import PreTrainedTokenizerBase
 from harness.results.methods import METHODS
@@ -57,3 +59,9 @@ class MethodModule(Protocol):
 def find_method_module(name: str) -> MethodModule:
     """The module of a method, by the method's name in `METHODS`."""
     return cast(MethodModule, importlib.import_module(METHODS[name].module))
+
+
+def during_training(model: nn.Module, config: RunConfig, num_steps: int) -> DuringTraining:
+    """What the method does at the steps of training: what its module says, or nothing."""
+    build = getattr(find_method_module(config.method.name), "during_training", None)
+    return Nothing() if build is None else cast(DuringTraining, build(model, config, num_steps))

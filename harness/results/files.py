@@ -31,7 +31,7 @@ RERUN_DIR = ".rerun"
 
 def output_dirs() -> tuple[str, ...]:
     """What a run leaves beside its result and its logs: the folder that its method names, and generated texts."""
-    return (*(method.weights_dir for method in METHODS.values()), GENERATIONS_DIR)
+    return (*dict.fromkeys(method.weights_dir for method in METHODS.values()), GENERATIONS_DIR)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

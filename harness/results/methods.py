@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from harness.results.peft_types import PEFT_TYPES, PeftType
+
 
 @dataclass(frozen=True)
 class Method:
@@ -23,6 +25,7 @@ class Method:
         trains_base: whether the weights of the base model change, so that they are held in float32 and a run of it can
             be the base of other runs.
         needs_head: whether it trains the task head alone, and so nothing where a task has none.
+        peft: the type of the `peft` package that it is; None for the methods of the harness itself.
     """
 
     label: str
@@ -33,6 +36,7 @@ class Method:
     uses_placement: bool = False
     trains_base: bool = False
     needs_head: bool = False
+    peft: PeftType | None = None
 
 
 METHODS: dict[str, Method] = {
@@ -50,4 +54,20 @@ METHODS: dict[str, Method] = {
     "head_only": Method(
         "the head alone", "harness.methods.head_only_method", trains="head", weights_dir="head", needs_head=True
     ),
+    **{
+        each.method: Method(
+            each.label,
+            "harness.methods.peft_method",
+            trains="adapter and head",
+            weights_dir="adapter",
+            uses_rank=each.alpha is not None,
+            uses_placement=each.uses_placement,
+            peft=each,
+        )
+        for each in PEFT_TYPES.values()
+        if not each.refused
+    },
 }
+
+# What a config may say instead: the method is then the one of `method.peft.peft_type`.
+ANY_PEFT = "peft"

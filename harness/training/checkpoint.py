@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -83,12 +83,13 @@ def pack_training(
     optimizer: torch.optim.Optimizer | None,
     best_state: dict[str, Tensor] | None,
     *,
+    method_state: Mapping[str, Tensor],
     accelerator: Accelerator,
 ) -> dict[str, Tensor]:
     """Every tensor that decides how training continues: trained parameters, optimizer, random states, best so far.
 
     The random states are those of all processes, `(processes, bytes)`, so all of them must call this at once.
-    `optimizer` is None when all steps are made.
+    `optimizer` is None when all steps are made. `method_state` is what the method itself keeps from step to step.
     """
     trainable = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
     tensors = {f"model/{name}": full_tensor(value.detach()) for name, value in trainable}
@@ -101,6 +102,7 @@ def pack_training(
             held.add(packed.data_ptr())
             tensors[f"optimizer/{name}/{key}"] = packed.clone() if is_held else packed
     tensors |= {f"best/{name}": value for name, value in (best_state or {}).items()}
+    tensors |= {f"method/{name}": value for name, value in method_state.items()}
     tensors["random/cpu"] = all_gather_to_cpu(torch.get_rng_state(), accelerator)
     if accelerator.device.type == "cuda":
         tensors["random/cuda"] = all_gather_to_cpu(torch.cuda.get_rng_state(accelerator.device), accelerator)
@@ -109,12 +111,13 @@ def pack_training(
 
 def unpack_training(
     tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, *, accelerator: Accelerator
-) -> dict[str, Tensor] | None:
-    """Puts model, optimizer and random states back as `pack_training` found them; returns the best state.
+) -> tuple[dict[str, Tensor] | None, dict[str, Tensor]]:
+    """Puts model, optimizer and random states back as `pack_training` found them.
 
-    With another number of processes no state is any process's own, and each takes a new one that follows from the old.
+    Returns the best state and that of the method. With another number of processes no random state is any process's
+    own, and each takes a new one that follows from the old.
     """
-    groups: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "best": {}, "random": {}}
+    groups: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "best": {}, "method": {}, "random": {}}
     for name, value in tensors.items():
         group, _, rest = name.partition("/")
         groups[group][rest] = value
@@ -129,7 +132,7 @@ def unpack_training(
         states.setdefault(ordered.index(parameter), {})[key] = _unpack_entry(value, parameters[parameter])
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
     _restore_random_state(groups["random"], accelerator)
-    return groups["best"] or None
+    return groups["best"] or None, groups["method"]
 
 
 def _unpack_entry(value: Tensor, parameter: Tensor) -> Any:

@@ -20,6 +20,7 @@ from harness.data.batches import Batch
 from harness.measure.clock import StepMeter, device_queue
 from harness.measure.device import reset_device_peaks
 from harness.measure.memory import measure_peak_memory, rehearse_beside_optimizer
+from harness.methods.during_training import DuringTraining
 from harness.methods.flops import StepFlops
 from harness.methods.rates import LearningRates
 from harness.processes.distributed import all_reduce_sum, all_reduce_sum_on_device, full_tensor, is_sharded
@@ -131,6 +132,7 @@ class Learner:
         callbacks: what is called after a step, a score, and for a checkpoint.
         num_steps: how many steps the training has, for the learning rate.
         rates: the learning rate of each kind of parameter; null for one of all.
+        method: what the method does at a step.
     """
 
     def __init__(
@@ -142,6 +144,7 @@ class Learner:
         accelerator: Accelerator,
         callbacks: TrainingCallbacks,
         num_steps: int,
+        method: DuringTraining,
         rates: LearningRates | None = None,
     ) -> None:
         model.train()
@@ -155,7 +158,7 @@ class Learner:
         self._bare_model = accelerator.unwrap_model(model)
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._objective, self._config, self._accelerator = objective, config, accelerator
-        self._callbacks, self._num_steps = callbacks, num_steps
+        self._callbacks, self._num_steps, self._method = callbacks, num_steps, method
         self._meter: StepMeter[_Made] = StepMeter(device_queue(accelerator.device))
         self.at = Position()
         self.best_state: dict[str, Tensor] | None = None
@@ -186,7 +189,10 @@ class Learner:
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Takes over the state of a checkpoint, whose position `at` is."""
-        self.best_state = unpack_training(tensors, self._bare_model, self._optimizer, accelerator=self._accelerator)
+        self.best_state, method_state = unpack_training(
+            tensors, self._bare_model, self._optimizer, accelerator=self._accelerator
+        )
+        self._method.load(method_state)
         if self._accelerator.scaler is not None:
             self._accelerator.scaler.load_state_dict(self.at.scaler)
 
@@ -201,6 +207,7 @@ class Learner:
         self._meter.begin()
         loss = self._forward_backward(micro_batches, sizes[-1])
         self._optimizer.step()
+        self._method.stepped(self.at.step)
         self._optimizer.zero_grad(set_to_none=True)
         self._meter.end(loss, _Made(self.at.step, rate, sizes))
 
@@ -244,7 +251,9 @@ class Learner:
         accelerator = self._accelerator
         self.at.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
         optimizer = self._optimizer if with_optimizer else None
-        tensors = pack_training(self._bare_model, optimizer, self.best_state, accelerator=accelerator)
+        tensors = pack_training(
+            self._bare_model, optimizer, self.best_state, method_state=self._method.state(), accelerator=accelerator
+        )
         self._callbacks.keep_checkpoint(tensors, self.at)
 
     def summary(self, flops: StepFlops | None) -> dict[str, float]:
@@ -264,7 +273,10 @@ class Learner:
         return summary
 
     def _forward_backward(self, micro_batches: Sequence[Batch], num_targets: float) -> Tensor:
-        """Gradients of one step's mean loss, clipped; that loss as minimised and as reported, `(2,)` on the device."""
+        """Gradients of one step's mean loss, clipped; that loss as minimised and as reported, `(2,)` on the device.
+
+        What the method adds to the loss is minimised and not reported.
+        """
         accelerator, losses = self._accelerator, []
         for number, batch in enumerate(micro_batches, start=1):
             is_last = number == len(micro_batches)
@@ -274,6 +286,8 @@ class Learner:
                     loss, reported = self._objective.summed_loss(self._model, on_device).over(num_targets)
                 if batch.num_targets == 0:  # stands in for examples that this process has no more of
                     loss, reported = 0.0 * loss, 0.0 * reported
+                if is_last:
+                    loss = self._method.add_to_loss(loss, share=1 / accelerator.num_processes)
                 losses.append((loss.detach(), reported))
                 if accelerator.num_processes > 1:
                     # Gradients are averaged over the processes, and what is wanted is their sum.

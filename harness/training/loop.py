@@ -1,7 +1,8 @@
 """train(): one loop for every method.
 
 It steps whatever has `requires_grad`, and knows neither LoRA nor ranks, datasets, Hydra or W&B: what differs between
-methods is decided before it starts, so a comparison of methods cannot be biased in here.
+methods is decided before it starts, so a comparison of methods cannot be biased in here. The few methods that do more
+at a step than have parameters do it by `DuringTraining`, which the loop calls for each.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from harness.config.schema import TrainerConfig
 from harness.data.batches import Batch
+from harness.methods.during_training import DuringTraining, Nothing
 from harness.methods.flops import StepFlops
 from harness.methods.rates import LearningRates
 from harness.processes.distributed import all_reduce_sum, copy_into
@@ -72,6 +74,7 @@ def train(
     callbacks: TrainingCallbacks,
     flops: StepFlops | None = None,
     rates: LearningRates | None = None,
+    method: DuringTraining | None = None,
 ) -> TrainingOutcome:
     """Trains the parameters that require a gradient; the model ends at its last step.
 
@@ -88,7 +91,8 @@ def train(
     divided by the targets of the whole step.
 
     `flops` counts the model's operations; without it `train_flops` is missing from what is measured. `rates` are the
-    learning rates of the kinds of parameters; without them all have that of `config`.
+    learning rates of the kinds of parameters; without them all have that of `config`. `method` is what the method does
+    at a step; without it nothing.
 
     Several processes (see `harness.processes.distributed`) make the steps that one would make; each scores all of val.
     The model lies on the accelerator's device already, whole or sharded.
@@ -111,6 +115,7 @@ def train(
         callbacks=callbacks,
         num_steps=num_steps,
         rates=rates,
+        method=method or Nothing(),
     )
     checkpoint = callbacks.last_checkpoint()
     if checkpoint is not None:

@@ -189,7 +189,8 @@ def _plan_all(runs: Sequence[SweepRun]) -> dict[str, Plan]:
         # Runs that differ in seed, recipe or rows alone share a plan.
         config, dataset = run.config, run.config.dataset
         texts = (dataset.task, dataset.blocks, dataset.attend_across_documents, config.evaluate_also)
-        key = repr((config.model, config.runs_dir, config.method.name, config.rank, config.target_layers, texts))
+        method = (config.method.name, config.method.peft)
+        key = repr((config.model, config.runs_dir, method, config.rank, config.target_layers, texts))
         if key not in known:
             try:
                 known[key] = plan(run.config)
