@@ -120,8 +120,16 @@ def test_a_report_tells_runs_of_other_rates_apart(rows: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("method", "trainer", "expected"),
     [
-        ("full", {"learning_rate_A": 1e-3}, "trainer.learning_rate_A=0.001: is read by methods with a rank, and"),
-        ("head_only", {"learning_rate_B": 1e-3}, "trainer.learning_rate_B=0.001: is read by methods with a rank, and"),
+        (
+            "full",
+            {"learning_rate_A": 1e-3},
+            "trainer.learning_rate_A=0.001: is read by methods with a rank that are not of the peft package, and",
+        ),
+        (
+            "head_only",
+            {"learning_rate_B": 1e-3},
+            "trainer.learning_rate_B=0.001: is read by methods with a rank that are not of the peft package, and",
+        ),
         (
             "lora",
             {"learning_rate_base": 1e-3},

@@ -225,7 +225,10 @@ _OF_LINES = _read(
 )
 _OF_GENERATION = _read("where dataset.metrics names a score of generated texts (bleu, exact_match, ...)", _generates)
 _OF_ADAMW = _read("by trainer.optimizer=adamw and adamw8bit, and by muon where not all are hidden matrices", _has_adamw)
-_OF_RANK = _of_method("by methods with a rank", lambda method: method.uses_rank)
+_OF_A_AND_B = _of_method(
+    "by methods with a rank that are not of the peft package",
+    lambda method: method.uses_rank and method.peft is None,
+)
 _OF_PEFT = _of_method(
     "by the methods of the peft package (method=ia3, adalora, ..., or method=peft)",
     lambda method: method.peft is not None,
@@ -587,8 +590,8 @@ class TrainerConfig:
     momentum: float | None = field(
         default=None, metadata=ADDED_LATER | _read_by_optimizer(Optimizer.sgd, Optimizer.muon)
     )
-    learning_rate_A: float | None = field(default=None, metadata=ADDED_LATER | _OF_RANK)
-    learning_rate_B: float | None = field(default=None, metadata=ADDED_LATER | _OF_RANK)
+    learning_rate_A: float | None = field(default=None, metadata=ADDED_LATER | _OF_A_AND_B)
+    learning_rate_B: float | None = field(default=None, metadata=ADDED_LATER | _OF_A_AND_B)
     learning_rate_head: float | None = field(
         default=None, metadata=ADDED_LATER | _read_by(*(task for task in Task if not task.is_language))
     )
