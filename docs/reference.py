@@ -319,7 +319,10 @@ def methods_page() -> str:
             "`METHODS` in `harness/results/methods.py`.",
             "",
             *_table(
-                ("method", "trains", "saves into", "rank", "target layers", "trains the base", "needs a head"),
+                (
+                    *("method", "trains", "saves into", "rank", "target layers"),
+                    *("trains the base", "trains a part of it", "needs a head"),
+                ),
                 (
                     (
                         f"`{name}`",
@@ -328,6 +331,7 @@ def methods_page() -> str:
                         yes[method.uses_rank],
                         yes[method.uses_placement],
                         yes[method.trains_base],
+                        yes[method.trains_part_of_base],
                         yes[method.needs_head],
                     )
                     for name, method in METHODS.items()

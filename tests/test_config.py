@@ -278,8 +278,8 @@ PROBLEMS: list[tuple[Values, list[str]]] = [
     (
         {"method.name": "LoRA"},
         [
-            "method.name=LoRA: no such method; there are lora, full, head_only, and of the peft package "
-            f"{', '.join(name for name, method in METHODS.items() if method.peft is not None)}."
+            "method.name=LoRA: no such method; there are lora, full, head_only, bitfit, norms, and of the peft "
+            f"package {', '.join(name for name, method in METHODS.items() if method.peft is not None)}."
         ],
     ),
     ({"device": "gpu"}, ["device: Invalid value 'gpu', expected one of [auto, cpu, cuda, mps]."]),

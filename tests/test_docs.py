@@ -370,7 +370,7 @@ def registries(project: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for registry, before in kept:
         registry.clear()
         registry.update(before)
-    for name in ("my_extension", "my_norms"):
+    for name in ("my_extension", "my_embedding"):
         sys.modules.pop(name, None)
     metrics.find_scorer.cache_clear()
 
@@ -412,9 +412,9 @@ def test_a_model_type_is_added_as_the_page_says(project: Any) -> None:
 @pytest.mark.usefixtures("registries")
 def test_a_method_is_added_as_the_page_says(project: Any) -> None:
     result = extended_run(EXTENSIONS[2], project, "model=tiny_bert")
-    # Weight and bias of width 64: one norm behind the embeddings, two in each of two blocks.
-    assert result.metrics["num_adapter_params"] == 2 * 64 * (1 + 2 * 2)
-    assert (Path("runs") / result.run_id / "norms" / "norms.safetensors").is_file()
+    tokenizer = load_tokenizer(ModelConfig(name="tiny_bert", tiny=TinyModel.bert))
+    assert result.metrics["num_adapter_params"] == len(tokenizer) * 64
+    assert (Path("runs") / result.run_id / "embedding" / "embedding.safetensors").is_file()
 
 
 def test_the_linear_modules_of_the_example_are_those_that_the_page_prints(capsys: pytest.CaptureFixture[str]) -> None:

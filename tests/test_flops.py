@@ -33,9 +33,11 @@ from harness.methods import flops
 from harness.methods.counts import set_trainable
 from harness.methods.flops import FlopsError, StepFlops, counted_flops, formula_flops
 from harness.methods.lora import apply_lora
+from harness.methods.registry import find_method_module
 from harness.models.configs import build_skeleton
 from harness.placement.architectures import ARCHITECTURES, head_modules
 from harness.placement.select import select_modules
+from harness.results.methods import METHODS
 from harness.tasks.language import makes_whole_logits, summed_loss
 
 WIDTH, INNER, VOCAB, RANK = 32, 48, 50, 3
@@ -101,7 +103,9 @@ def _train(model: PreTrainedModel, method: str, *roles: str, blocks: object = "a
         )
         apply_lora(model, selected, rank=RankConfig(RANK, alpha=8))
     head = head_modules(model_type, language_model=language_model)
-    set_trainable(model, head, trains_base=method == "full")
+    set_trainable(
+        model, head, is_adapter=find_method_module(method).is_adapter, trains_base=METHODS[method].trains_base
+    )
     return model
 
 
@@ -197,9 +201,25 @@ TRAINED: dict[str, tuple[str, tuple[str, ...], str]] = {
     "v, last half": ("lora", ("v",), "last_half"),
     "lm_head": ("lora", ("lm_head",), "all"),
     "all and lm_head": ("lora", ("all", "lm_head"), "last_half"),
+    "bitfit": ("bitfit", (), "all"),
+    "norms": ("norms", (), "all"),
 }
 # What tells the architectures apart. The first two language models and BERT are taken through everything above.
 FEW = ("full", "o", "all and lm_head")
+# Norms of queries and keys; two norms that read the same.
+PARTS = (("qwen3", "norms"), ("gpt_neox", "bitfit"))
+
+
+# A projection lies between the embeddings and the first norm or bias that trains.
+NORMS_BEHIND_MATRICES = (("opt", "bitfit"), ("opt", "norms"))
+
+
+@pytest.mark.parametrize(("name", "trained"), NORMS_BEHIND_MATRICES)
+def test_what_comes_before_the_first_trained_norm_is_an_error_and_no_wrong_number(name: str, trained: str) -> None:
+    model = _train(_language_model(name), trained)
+    with pytest.raises(FlopsError, match=r"'opt': some norms or biases train, and 1 matrices come before the first"):
+        formula_flops(model)
+    assert formula_flops(_train(_language_model(name), "full")) == counted_flops(model.requires_grad_(True))
 
 
 def _fits(trained: str, model_type: str) -> bool:
@@ -215,7 +235,8 @@ def _fits(trained: str, model_type: str) -> bool:
         for name, config in LANGUAGE_MODELS.items()
         for trained in (TRAINED if name in ("gpt2", "llama") else FEW)
         if _fits(trained, config().model_type)
-    ],
+    ]
+    + list(PARTS),
 )
 def test_a_language_models_formula_is_what_is_counted(name: str, trained: str) -> None:
     method, roles, blocks = TRAINED[trained]

@@ -598,7 +598,10 @@ class TrainerConfig:
     learning_rate_base: float | None = field(
         default=None,
         metadata=ADDED_LATER
-        | _of_method("by methods that train parameters of the base model", lambda method: method.trains_base),
+        | _of_method(
+            "by methods that train parameters of the base model",
+            lambda method: method.trains_base or method.trains_part_of_base,
+        ),
     )
     lion_beta2: float = field(default=0.99, metadata=ADDED_LATER | _read_by_optimizer(Optimizer.lion))
 

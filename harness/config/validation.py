@@ -237,7 +237,8 @@ def _language_problems(config: RunConfig) -> list[str]:
                 f"evaluate_also.{name}.task={dataset.task} must be causal_lm, completion or chat."
             )
         problems += [problem.replace("dataset", f"evaluate_also.{name}", 1) for problem in _dataset_problems(dataset)]
-    if config.model.quantization is not Quantization.none and method is not None and method.trains_base:
+    trains_base = method is not None and (method.trains_base or method.trains_part_of_base)
+    if config.model.quantization is not Quantization.none and trains_base:
         problems.append(
             f"model.quantization={config.model.quantization}: quantised weights are frozen; use method=lora, or "
             f"model.quantization=none for method={config.method.name}."

@@ -18,19 +18,21 @@ packed block attends over its whole length, with what other documents hold maske
 rehearsal before the first step is counted, nor what gradient checkpointing computes a second time.
 
 `formula_flops` and `counted_flops` agree exactly for what the harness trains: everything, adapters and head, head
-alone.
+alone, biases or norms and head.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -70,8 +72,8 @@ def formula_flops(model: nn.Module, *, whole_logits: bool = False) -> StepFlops:
 
     Follows autograd through the blocks in the order of their computation: the gradient of an input is computed where
     the input depends on a trained parameter, and attention's four backward products where their operands do. A trained
-    parameter that is in no matrix (an embedding, a norm) counts as upstream of everything, which is exact when all of
-    them are trained or none.
+    parameter that is in no matrix (an embedding, a norm) counts as upstream of everything. Where some of them are
+    trained and some are not, a pass on fake tensors says whether that is so.
 
     Attention counts `4 * length^2 * width` forward: all pairs, masked ones included, because most kernels compute
     whole tiles and a count must not depend on the kernel. What gradient checkpointing and flash attention compute a
@@ -85,8 +87,8 @@ def formula_flops(model: nn.Module, *, whole_logits: bool = False) -> StepFlops:
             targets alone (`harness.tasks.language.makes_whole_logits`).
 
     Raises:
-        FlopsError: an architecture that is not described or whose attention is another (DeBERTa), matrices of which
-            it is not known what passes them, or layers of the `peft` package.
+        FlopsError: an architecture that is not described or whose attention is another (DeBERTa), matrices of which it
+            is not known what passes them, trained norms behind frozen matrices, or layers of the `peft` package.
     """
     config: Any = model.config
     if getattr(model, "peft_config", None) is not None:
@@ -110,7 +112,10 @@ def formula_flops(model: nn.Module, *, whole_logits: bool = False) -> StepFlops:
         )
 
     per_token = per_token_squared = per_target = 0
-    live = _trains_outside(model, matrices)  # whether what is passed on depends on a trained parameter
+    trained_outside = _trained_outside(model, matrices, architecture)
+    live = any(trained_outside)  # whether what is passed on depends on a trained parameter
+    if live and not all(trained_outside):
+        _require_live_inputs(model, [matrices[name] for name in (*before, *sorted(in_blocks & matrices.keys()))])
     for name in before:
         flops, live = _matrix_flops(matrices[name], live)
         per_token += flops
@@ -162,15 +167,39 @@ def _blocks(architecture: Architecture, matrices: Mapping[str, nn.Module]) -> li
     return [architecture.block.format(index) for index in sorted(indices)]
 
 
-def _trains_outside(model: nn.Module, matrices: Mapping[str, nn.Module]) -> bool:
+def _trained_outside(model: nn.Module, matrices: Mapping[str, nn.Module], architecture: Architecture) -> list[bool]:
+    """Of each parameter below the head that is in no matrix, whether it is trained."""
     # By module and not by parameter: the weight of an embedding may be tied to that of the unembedding.
     inside = {part for module in matrices.values() for part in module.modules()}
-    return any(
+    return [
         parameter.requires_grad
-        for module in model.modules()
-        if module not in inside
+        for name, module in model.named_modules()
+        if module not in inside and not architecture.is_in_head(name)
         for parameter in module.parameters(recurse=False)
-    )
+    ]
+
+
+def _require_live_inputs(model: nn.Module, matrices: Sequence[nn.Module]) -> None:
+    """Raises `FlopsError` unless what each matrix reads depends on a trained parameter."""
+    if getattr(model, "is_quantized", False) or any(isinstance(weight, DTensor) for weight in model.parameters()):
+        raise FlopsError(
+            "some norms or biases of a quantized or sharded model train; which gradients that takes is not known."
+        )
+    live: list[bool] = []
+    hooks = [
+        matrix.register_forward_pre_hook(lambda _, inputs: live.append(inputs[0].requires_grad)) for matrix in matrices
+    ]
+    try:
+        with _without_dropout(model):
+            _Step(model, whole_logits=False).count(1, 8, 1, backward=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not all(live):
+        raise FlopsError(
+            f"model type {model.config.model_type!r}: some norms or biases train, and {live.count(False)} matrices "
+            "come before the first of them, of which the formula knows nothing."
+        )
 
 
 def _block_flops(roles: Mapping[str, nn.Module], live: bool, *, parallel: bool) -> tuple[int, int, bool]:
@@ -251,9 +280,7 @@ def counted_flops(model: nn.Module, *, whole_logits: bool = False) -> StepFlops:
             its relative positions once a batch.
     """
     step = _Step(model, whole_logits)
-    training = {module: module.training for module in model.modules()}
-    model.eval()  # neither gradient checkpointing nor dropout
-    try:
+    with _without_dropout(model):
         # One example takes per_token * length + per_token_squared * length^2 + per_target * targets. Three unknowns:
         # two lengths and two numbers of targets, or for a classifier, which has one target an example, three lengths.
         if step.is_language_model:
@@ -267,9 +294,6 @@ def counted_flops(model: nn.Module, *, whole_logits: bool = False) -> StepFlops:
         flops = StepFlops((short - 8**2 * per_token_squared) // 8, per_token_squared, per_target)
         batch, length, targets = 2, 40, 3 if step.is_language_model else 2
         counted = step.count(batch, length, targets)
-    finally:
-        for module, flag in training.items():
-            module.training = flag
     expected = flops.total(num_tokens=batch * length, num_squared=batch * length**2, num_targets=targets)
     if counted != expected:
         raise FlopsError(
@@ -277,6 +301,18 @@ def counted_flops(model: nn.Module, *, whole_logits: bool = False) -> StepFlops:
             f"{expected} by what smaller batches say: they do not add up per token, per token squared and per target."
         )
     return flops
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    """With neither dropout nor gradient checkpointing."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
 
 
 class _Step(nn.Module):
@@ -300,8 +336,8 @@ class _Step(nn.Module):
             logits = self.model(input_ids=input_ids).logits
         return logits
 
-    def count(self, batch: int, length: int, num_targets: int) -> int:
-        """Operations of one step."""
+    def count(self, batch: int, length: int, num_targets: int, *, backward: bool = True) -> int:
+        """Operations of one step, or of its forward pass alone."""
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         counter = FlopCounterMode(display=False)
         with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH), counter:
@@ -317,6 +353,6 @@ class _Step(nn.Module):
             device = next(iter(state.values())).device
             input_ids = torch.zeros((batch, length), dtype=torch.long, device=device)
             logits = torch.func.functional_call(self, state, (input_ids, num_targets))
-            if logits.requires_grad:
+            if logits.requires_grad and backward:
                 logits.sum().backward()
         return counter.get_total_flops()

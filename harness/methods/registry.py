@@ -48,7 +48,10 @@ class MethodModule(Protocol):
         ...
 
     def is_adapter(self, name: str) -> bool:
-        """Whether a parameter of this name was added by the method: it trains, and is counted as adapter."""
+        """Whether a parameter of this name is the method's: it trains, and is counted as adapter.
+
+        The method added it, or it is one of the base model's that the method trains (`trains_part_of_base`).
+        """
         ...
 
     def save(self, trained: TrainedModel, directory: Path) -> int:

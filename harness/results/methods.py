@@ -24,6 +24,7 @@ class Method:
         uses_placement: whether target layers say where it acts.
         trains_base: whether the weights of the base model change, so that they are held in float32 and a run of it can
             be the base of other runs.
+        trains_part_of_base: whether it trains some of the base model's own parameters, which count as its adapter.
         needs_head: whether it trains the task head alone, and so nothing where a task has none.
         peft: the type of the `peft` package that it is; None for the methods of the harness itself.
     """
@@ -35,6 +36,7 @@ class Method:
     uses_rank: bool = False
     uses_placement: bool = False
     trains_base: bool = False
+    trains_part_of_base: bool = False
     needs_head: bool = False
     peft: PeftType | None = None
 
@@ -53,6 +55,20 @@ METHODS: dict[str, Method] = {
     ),
     "head_only": Method(
         "the head alone", "harness.methods.head_only_method", trains="head", weights_dir="head", needs_head=True
+    ),
+    "bitfit": Method(
+        "BitFit",
+        "harness.methods.bitfit_method",
+        trains="biases of the base model, and head",
+        weights_dir="bitfit",
+        trains_part_of_base=True,
+    ),
+    "norms": Method(
+        "norm tuning",
+        "harness.methods.norms_method",
+        trains="normalisation layers of the base model, and head",
+        weights_dir="norms",
+        trains_part_of_base=True,
     ),
     **{
         each.method: Method(

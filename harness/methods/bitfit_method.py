@@ -1,0 +1,44 @@
+"""Method `bitfit`: the biases of the base model and the head (Ben Zaken et al. 2021, arXiv 2106.10199)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from harness.config.schema import RunConfig
+from harness.config.validation import ConfigError
+from harness.methods.base_part import save_part
+from harness.methods.counts import is_head
+from harness.methods.norms_method import is_norm
+from harness.methods.registry import TrainedModel
+from harness.placement.architectures import head_modules
+
+FILE = "bitfit.safetensors"
+
+
+def adapt(model: nn.Module, target_modules: Sequence[str], config: RunConfig) -> None:
+    """Nothing is added. Raises `ConfigError` for a model without biases."""
+    head = head_modules(model.config.model_type, language_model=config.dataset.task.is_language)
+    if not any(is_adapter(name) and not is_head(name, head) for name, _ in model.named_parameters()):
+        raise ConfigError(
+            [
+                f"method=bitfit: {config.model.name} (model type {model.config.model_type}) has no biases below its "
+                "task head, so nothing of it would train; use method=norms or method=lora."
+            ]
+        )
+    for module in model.modules():
+        if is_norm(module):  # some of PyTorch's kernels want its weight in the type of its bias, which is float32
+            module.float()
+
+
+def is_adapter(name: str) -> bool:
+    """Whether it is a bias, those of norms included; DeBERTa calls some `q_bias`."""
+    leaf = name.rpartition(".")[2]
+    return leaf == "bias" or leaf.endswith("_bias")
+
+
+def save(trained: TrainedModel, directory: Path) -> int:
+    """Writes biases and head; `harness.methods.base_part.load_part` reads them."""
+    return save_part(trained, directory / FILE)
