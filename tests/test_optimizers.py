@@ -285,7 +285,9 @@ def test_a_state_in_8_bits_is_unpacked_as_it_was(tmp_path: Path) -> None:
 
     model, optimizer = stepped()
     optimizer.step()
-    write_checkpoint(tmp_path / "state", pack_training(model, optimizer, None, accelerator=process), {})
+    write_checkpoint(
+        tmp_path / "state", pack_training(model, optimizer, None, method_state={}, accelerator=process), {}
+    )
     found = read_checkpoint(tmp_path / "state")
     assert found is not None
     other, resumed = stepped()

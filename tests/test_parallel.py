@@ -342,7 +342,7 @@ def test_a_checkpoint_holds_the_random_state_of_every_process(caplog: pytest.Log
             gather=lambda tensor: torch.cat([tensor, other.unsqueeze(0)]),
         )
 
-    tensors = pack_training(model, optimizer, None, accelerator=process(0, 2))
+    tensors = pack_training(model, optimizer, None, method_state={}, accelerator=process(0, 2))
     unpack_training(tensors, model, build_optimizer(model, config), accelerator=process(1, 2))
     assert torch.equal(torch.rand(3), drawn)
     assert not caplog.records
@@ -423,7 +423,7 @@ def test_an_optimizer_steps_on_the_parts_as_on_the_whole(name: Optimizer, monkey
             model(input_ids=ids, labels=ids).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            tensors = pack_training(model, optimizer, None, accelerator=process)  # type: ignore[arg-type]
+            tensors = pack_training(model, optimizer, None, method_state={}, accelerator=process)  # type: ignore[arg-type]
         return {key: full_tensor(value.detach()).clone() for key, value in model.named_parameters()}
 
     expected = two_steps(whole)
