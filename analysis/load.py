@@ -264,7 +264,18 @@ def _row(result: RunResult) -> dict[str, Any]:
         **result.metrics,
         **_flatten("environment", result.environment),
     }
+    _take_rank_of_peft(row)
     return {_as_text(name): _as_text(value, keep_lines=name == "error") for name, value in row.items()}
+
+
+def _take_rank_of_peft(row: dict[str, Any]) -> None:
+    """A rank that was given by the name that it has in the `peft` package becomes the rank of the row."""
+    method = METHODS.get(str(row.get("config.method.name")))
+    if method is None or method.peft is None or row.get("config.rank.rank") is not None:
+        return
+    rank = row.pop(f"config.method.peft.{method.peft.rank}", None)
+    if rank is not None:
+        row["config.rank.rank"] = rank
 
 
 def _base_domain(evaluate_also: Any) -> dict[str, str]:

@@ -29,6 +29,7 @@ from harness.config.schema import AlphaPolicy, Precision, RankConfig, RunConfig
 from harness.methods.counts import is_head
 from harness.methods.during_training import DuringTraining, Nothing
 from harness.methods.lora import LoRAError, check_rank
+from harness.methods.norms_method import is_norm
 from harness.methods.peft_files import ADAPTER_FILE, head_state, save_tensors
 from harness.methods.registry import TrainedModel
 from harness.placement.architectures import ARCHITECTURES, head_modules
@@ -63,7 +64,7 @@ def adapt(model: nn.Module, target_modules: Sequence[str], config: RunConfig) ->
     with _refusals_explained(config), _seeded(config.seed), _noise_left_out(is_planned=is_planned):
         held = peft.PeftModel(model, peft_config, _ADAPTER, low_cpu_mem_usage=is_planned)
     model.__dict__[_HELD] = held
-    _check_honoured(held, config)
+    _check_honoured(model, held, config)
     _check_adapted(model, held, target_modules, config)
     _check_trained(model, held, before, config)
 
@@ -202,11 +203,7 @@ def _feedforward(model: nn.Module, target_modules: Sequence[str]) -> list[str]:
 def _norms(model: nn.Module, config: RunConfig) -> list[str]:
     """The normalisation layers of the base: peft knows those of a few model types alone."""
     head = _head_of(model, config)
-    return [
-        name
-        for name, module in model.named_modules()
-        if type(module).__name__.endswith("Norm") and not is_head(f"{name}.", head)
-    ]
+    return [name for name, module in model.named_modules() if is_norm(module) and not is_head(f"{name}.", head)]
 
 
 def _head_of(model: nn.Module, config: RunConfig) -> tuple[str, ...]:
@@ -260,11 +257,13 @@ def _noise_left_out(*, is_planned: bool = False) -> Iterator[None]:
             logger.warning("peft: %s", text)
 
 
-def _check_honoured(held: Any, config: RunConfig) -> None:
+def _check_honoured(model: nn.Module, held: Any, config: RunConfig) -> None:
     """Where peft changes a field to what it can do and warns, there is no run: a run is what its settings say."""
     settings = held.peft_config[_ADAPTER]
     for name, wanted in config.method.peft.items():
         found = getattr(settings, name)
+        if name == "boft_n_butterfly_factor":  # peft takes 1 without its extension for CUDA, and leaves its config
+            found = next(len(value) for each, value in model.named_parameters() if ".boft_R." in each)
         is_same = set(wanted) == found if isinstance(found, set) and isinstance(wanted, list) else wanted == found
         if not is_same:
             raise PeftMethodError(
