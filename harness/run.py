@@ -203,7 +203,7 @@ def _train_and_evaluate(
         spending.end_training()
         metrics |= outcome.measured
         with prepared.accelerator.autocast():
-            metrics |= score_after_training(prepared, objective, callbacks, outcome, before)
+            metrics |= score_after_training(prepared, objective, callbacks, outcome, before, folder=directory)
         stop.check("saving")
         prepared.companions.check()
         if config.save_weights:

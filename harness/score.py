@@ -8,11 +8,12 @@ from typing import Any
 
 from harness.prepare import PreparedRun, wanted_generation_metrics
 from harness.processes.stopping import StopRequest
-from harness.results.files import GENERATIONS_DIR, GENERATIONS_FILE, write_atomically
+from harness.results.files import GENERATIONS_DIR, GENERATIONS_FILE, PREDICTIONS_DIR, write_atomically
 from harness.tasks.generation import generate
 from harness.tasks.generation_scores import score_texts, write_texts
-from harness.tasks.objective import Objective
-from harness.training.callbacks import FollowerCallbacks, RunCallbacks
+from harness.tasks.objective import Evaluation, Objective
+from harness.tasks.predictions import write_predictions
+from harness.training.callbacks import VAL_PREDICTIONS, FollowerCallbacks, RunCallbacks
 from harness.training.loop import TrainingOutcome
 
 
@@ -44,20 +45,29 @@ def score_after_training(
     callbacks: RunCallbacks | FollowerCallbacks,
     outcome: TrainingOutcome,
     before: dict[str, float],
+    *,
+    folder: Path,
 ) -> dict[str, float]:
-    """Scores of both splits at the last step and at the step that was best on val; the model ends at the best."""
+    """Scores of both splits at the last step and at the step that was best on val; the model ends at the best.
+
+    What classifiers and regressions predict at the best step is kept below `folder`.
+    """
+    callbacks.once(VAL_PREDICTIONS, lambda: _keep_predictions(prepared, folder, "val", outcome.best))
+    moment_of_best = "last" if outcome.best_state is None else "best"
     sets: dict[str, Any] = {
         "test": prepared.data.test,
         **{f"also {name}": data.test for name, data in prepared.also.items()},
     }
 
+    def evaluate(name: str, moment: str) -> dict[str, float]:
+        evaluation = objective.evaluate_split(prepared.model, sets[name])
+        if name == "test" and moment == moment_of_best:
+            _keep_predictions(prepared, folder, name, evaluation)
+        return evaluation.scores
+
     def evaluate_all(moment: str) -> dict[str, dict[str, float]]:
         return {
-            name: callbacks.once(
-                f"score {name} {moment}",
-                lambda split=split: objective.evaluate_split(prepared.model, split).scores,
-            )
-            for name, split in sets.items()
+            name: callbacks.once(f"score {name} {moment}", lambda name=name: evaluate(name, moment)) for name in sets
         }
 
     last = evaluate_all("last")
@@ -81,6 +91,16 @@ def score_after_training(
                 scores[f"base_domain_nll{suffix}"] = nll
                 scores[f"forgetting_nll{suffix}"] = nll - before["base_domain_nll_before"]
     return scores
+
+
+def _keep_predictions(prepared: PreparedRun, folder: Path, name: str, evaluation: Evaluation) -> int:
+    """Writes the predictions of a split where there are any; of how many rows."""
+    if not prepared.config.save_predictions or evaluation.logits is None:
+        return 0
+    if prepared.accelerator.is_main_process:
+        split, label_names = getattr(prepared.data, name), prepared.data.label_names
+        write_predictions(folder / PREDICTIONS_DIR / f"{name}.parquet", split, evaluation.logits, label_names)
+    return len(evaluation.logits)
 
 
 def score_generations(

@@ -20,6 +20,7 @@ from test_run_language import data  # noqa: F401
 
 from harness import prepare, save
 from harness import run as run_module
+from harness import score as score_module
 from harness.config.schema import RunConfig
 from harness.content.identity import identify
 from harness.folder import Attempt
@@ -69,12 +70,15 @@ def done(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counts
 
 
+KEPT = ("generations", "adapter", "predictions")
+
+
 def left(runs_dir: Path, result: RunResult) -> dict[str, Any]:
     """What a run leaves that no clock decides."""
     folder = runs_dir / result.run_id
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     curve = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    texts = {name: (folder / name).read_bytes() for name in names if name.startswith(("generations", "adapter"))}
+    texts = {name: (folder / name).read_bytes() for name in names if name.startswith(KEPT)}
     return {"names": names, "metrics": exact(result.metrics), "curve": [exact(row) for row in curve], "texts": texts}
 
 
@@ -145,7 +149,7 @@ def calm(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
     return left(runs_dir, run(classification(rows, runs_dir)))
 
 
-@pytest.mark.parametrize("at", ["the last evaluation", "the test split", "the result"])
+@pytest.mark.parametrize("at", ["the last evaluation", "the predictions on val", "the test split", "the result"])
 def test_a_run_killed_after_its_last_step_makes_no_step_again(
     calm: dict[str, Any],
     rows: Path,  # noqa: F811
@@ -169,6 +173,8 @@ def test_a_run_killed_after_its_last_step_makes_no_step_again(
     with monkeypatch.context() as patch:
         if where:
             patch.setattr(SequenceObjective, "evaluate_split", killed_at)
+        elif at == "the predictions on val":
+            patch.setattr(score_module, "write_predictions", killed)
         else:
             patch.setattr(Attempt, "record", killed)
         with pytest.raises(Killed):
@@ -177,6 +183,28 @@ def test_a_run_killed_after_its_last_step_makes_no_step_again(
     result = run(wanted)
     assert done["stepped"] == 5
     assert left(tmp_path / "wild", result) == calm
+
+
+def test_a_last_evaluation_whose_predictions_were_not_kept_is_made_again(
+    rows: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    done: Counter[str],
+) -> None:
+    """Its scores are on disk, and what was scored is not."""
+
+    def killed(*_: Any, **__: Any) -> Any:
+        raise Killed
+
+    wanted = test_run.config(rows, tmp_path, trainer={"max_steps": 3, "eval_every": 0})
+    with monkeypatch.context() as patch:
+        patch.setattr(score_module, "write_predictions", killed)
+        with pytest.raises(Killed):
+            run(wanted)
+    result = run(wanted)
+    folder = tmp_path / result.run_id / "predictions"
+    assert sorted(path.name for path in folder.iterdir()) == ["test.parquet", "val.parquet"]
+    assert (done["stepped"], done["evaluate_split"]) == (3, 3)
 
 
 def test_a_failed_run_keeps_its_checkpoint_and_a_finished_one_does_not(
@@ -208,6 +236,7 @@ def test_a_failed_run_keeps_its_checkpoint_and_a_finished_one_does_not(
         "config.yaml",
         "log.txt",
         "metrics.jsonl",
+        "predictions",
         "result.json",
     }
     # What an attempt took is not lost with it.

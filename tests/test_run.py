@@ -117,7 +117,7 @@ def test_a_run_leaves_what_the_contract_says(rows: Path, tmp_path: Path, method:
     saved = list((run_dir / folder).glob("*.safetensors"))
     assert result.metrics["checkpoint_bytes"] == sum(path.stat().st_size for path in saved) > 0
     assert sorted(path.name for path in run_dir.iterdir()) == sorted(
-        ["config.yaml", "log.txt", "metrics.jsonl", "result.json", folder]
+        ["config.yaml", "log.txt", "metrics.jsonl", "predictions", "result.json", folder]
     )
     curve = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in curve if "train_nll" in row] == [2, 4, 6]

@@ -654,6 +654,7 @@ class RunConfig:
         num_threads: CPU threads of PyTorch; null for its own choice.
         allow_busy_device: whether to run on a GPU that other processes use.
         save_weights: whether to keep what was trained.
+        save_predictions: whether classifiers and regressions keep what they predict on val and test, by row.
         shard_model: under several processes, each holds a part of the weights instead of all.
     """
 
@@ -673,6 +674,7 @@ class RunConfig:
     num_threads: int | None = None
     allow_busy_device: bool = False
     save_weights: bool = True
+    save_predictions: bool = True
     shard_model: bool = False
 
 

@@ -47,13 +47,14 @@ from harness.processes.preparation import once
 logger = logging.getLogger(__name__)
 
 # Part of the cache key: raise it when the rows made from the same files change.
-_FORMAT = 3
+_FORMAT = 4
 
 # What a folder of tokenised rows says of them; written last.
 _DESCRIPTION = "described.json"
 
-# Columns of tokenised rows that no batch holds: what stands for a row's text, and whether it was truncated.
-_TEXT_DIGEST, _IS_CUT = "text_digest", "is_cut"
+# Columns of tokenised rows that no batch holds: what stands for a row's text, whether it was truncated, and where the
+# row stands in its source.
+_TEXT_DIGEST, _IS_CUT, _SOURCE_ROW = "text_digest", "is_cut", "source_row"
 
 
 class Tokenizer(Protocol):
@@ -72,10 +73,15 @@ def _column(rows: datasets.Dataset, name: str) -> np.ndarray:
 
 
 class Split:
-    """The tokenised examples of one split, in a fixed order."""
+    """The tokenised examples of one split, in a fixed order.
 
-    def __init__(self, rows: datasets.Dataset, *, pad_token_id: int, task: Task) -> None:
+    `source` and `source_rows` say where each stands: "test.csv line" and the numbers of the lines.
+    """
+
+    def __init__(self, rows: datasets.Dataset, *, pad_token_id: int, task: Task, source: str) -> None:
         self._rows = rows
+        self.source = source
+        self.source_rows = _column(rows, _SOURCE_ROW)
         self._pad_token_id = pad_token_id
         self._label_dtype = torch.float32 if task is Task.regression else torch.int64
         self.labels = _column(rows, "label")
@@ -91,7 +97,7 @@ class Split:
         width = int(lengths.max())
         inputs = {}
         for name in self._rows.column_names:
-            if name in ("label", "length", _TEXT_DIGEST, _IS_CUT):
+            if name in ("label", "length", _TEXT_DIGEST, _IS_CUT, _SOURCE_ROW):
                 continue
             fill = self._pad_token_id if name == "input_ids" else 0
             padded = np.full((len(lengths), width), fill, dtype=np.int64)
@@ -102,9 +108,14 @@ class Split:
         labels = torch.tensor(columns["label"], dtype=self._label_dtype)
         return Batch(inputs, labels, num_tokens=int(lengths.sum()), num_targets=len(lengths))
 
+    @property
+    def scoring_order(self) -> np.ndarray:
+        """The numbers of the examples in the order of `batches`."""
+        return np.argsort(-self.lengths, kind="stable")
+
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """Every example once, longest first: padding is least, and a batch that is too large fails at once."""
-        order = np.argsort(-self.lengths, kind="stable")
+        order = self.scoring_order
         for start in range(0, len(order), batch_size):
             yield self.batch(order[start : start + batch_size])
 
@@ -149,7 +160,9 @@ def load_data(config: DatasetConfig, tokenizer: Tokenizer) -> TextData:
     splits = _split(rows, config)
 
     def split(name: str) -> Split:
-        return Split(splits[name], pad_token_id=tokenizer.pad_token_id, task=config.task)
+        # What was held out of train stands where train does.
+        source = described["sources"][name if name in rows else "train"]
+        return Split(splits[name], pad_token_id=tokenizer.pad_token_id, task=config.task, source=source)
 
     label_names = described["label_names"]
     return TextData(
@@ -257,7 +270,8 @@ def _tokenise(source: Source, config: DatasetConfig, tokenizer: Tokenizer, folde
     started = time.perf_counter()
     rows = source.read()
     tables, label_names, notes = _checked_rows(rows, config, source)
-    described = {"label_names": label_names, "notes": notes}
+    sources = {name: table.index.name for name, table in tables.items()}
+    described = {"label_names": label_names, "notes": notes, "sources": sources}
     columns = {name: _tokenised_columns(table, config, tokenizer, label_names) for name, table in tables.items()}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -307,6 +321,7 @@ def _tokenised_columns(
     columns["length"] = [len(ids) for ids in encoded["input_ids"]]
     columns[_IS_CUT] = _are_cut(encoded, texts, config, tokenizer)
     columns[_TEXT_DIGEST] = [_text_digest(row) for row in zip(*texts, strict=True)]
+    columns[_SOURCE_ROW] = table.index.tolist()
     if config.task is Task.regression:
         columns["label"] = [number(label) for label in table[config.label_column]]
     else:

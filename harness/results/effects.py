@@ -35,6 +35,7 @@ SETTINGS_WITHOUT_EFFECT = {
     "num_threads",  # likewise
     "allow_busy_device",
     "save_weights",
+    "save_predictions",
     "shard_model",  # what it resolved to is in the environment
 }
 # The same for what a run records of its environment.

@@ -14,6 +14,7 @@ RESULT_FILE = "result.json"
 CONFIG_FILE = "config.yaml"
 CURVE_FILE = "metrics.jsonl"
 LOG_FILE = "log.txt"
+PREDICTIONS_DIR = "predictions"
 GENERATIONS_DIR = "generations"
 GENERATIONS_FILE = "generations.jsonl"
 HYPOTHESES_FILE = "hypotheses.txt"
@@ -30,8 +31,8 @@ RERUN_DIR = ".rerun"
 
 
 def output_dirs() -> tuple[str, ...]:
-    """What a run leaves beside its result and its logs: the folder that its method names, and generated texts."""
-    return (*dict.fromkeys(method.weights_dir for method in METHODS.values()), GENERATIONS_DIR)
+    """What a run leaves beside its result and its logs: its method's folder, predictions, and generated texts."""
+    return (*dict.fromkeys(method.weights_dir for method in METHODS.values()), PREDICTIONS_DIR, GENERATIONS_DIR)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -72,6 +72,7 @@ def _labelled_objective(config: RunConfig, data: Any, also: Mapping[str, Any], s
         positive_class=data.positive_class,
         eval_batch_size=config.trainer.eval_batch_size,
         label_smoothing=config.trainer.label_smoothing,
+        keeps_logits=config.save_predictions,
         stop=stop,
     )
 

@@ -37,14 +37,19 @@ class SequenceObjective:
         label_smoothing: float = 0.0,
         positive_class: int | None = None,
         others: Sequence[Split] = (),
+        keeps_logits: bool = False,
         stop: StopRequest | None = None,
     ) -> None:
-        """`others` are the splits beside val that will be scored; `stop` is checked between batches."""
+        """`others` are the splits beside val that will be scored; `stop` is checked between batches.
+
+        `keeps_logits`: whether an evaluation holds the logits that it scored.
+        """
         self._config = config
         self._positive_class = positive_class
         self._label_smoothing = label_smoothing
         self._val = val
         self._splits = (val, *others)
+        self._keeps_logits = keeps_logits
         self._stop = stop or StopRequest()
         self._eval_batch_size = eval_batch_size
         self.loss_name = "train_mse" if config.task is Task.regression else "train_nll"
@@ -63,7 +68,11 @@ class SequenceObjective:
         scores = score(logits, labels, config=self._config, positive_class=self._positive_class)
         best = self._config.best_metric
         sign = 1.0 if METRICS[f"val_{best}"].direction is Direction.HIGHER else -1.0
-        return Evaluation(scores, sign * scores[best] if best in scores else -math.inf)
+        in_order = None
+        if self._keeps_logits:
+            in_order = torch.empty_like(logits)
+            in_order[torch.from_numpy(split.scoring_order)] = logits
+        return Evaluation(scores, sign * scores[best] if best in scores else -math.inf, in_order)
 
     def makes_whole_logits(self, model: nn.Module) -> bool:
         """No: a classifier has one row of logits a text."""

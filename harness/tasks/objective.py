@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -20,11 +20,13 @@ class Evaluation:
     """Scores of one split by metric name (without the split), and the one that decides which step is best.
 
     `objective` is higher for better whatever the metric's own direction, and -inf where that score does not exist:
-    such a step is the best only if no other has been scored.
+    such a step is the best only if no other has been scored. `logits`, `(examples, labels)` on the CPU and in the order
+    of the split, are what was scored, where predictions are to be kept.
     """
 
     scores: dict[str, float]
     objective: float
+    logits: Tensor | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

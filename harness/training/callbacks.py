@@ -9,7 +9,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from harness.training.ledger import Ledger, Spending
 logger = logging.getLogger("harness")
 
 _LAST_SCORES = "score val last"
+# The phase in which what is predicted on val is kept, whether there is anything to keep or not.
+VAL_PREDICTIONS = "predictions val"
 # What a checkpoint says beside the position.
 _STATE = ("losses", "rows", "spent", "id", "made_by")
 
@@ -71,6 +73,12 @@ def _as_values(evaluation: Evaluation | None) -> dict[str, Any] | None:
     return {"scores": evaluation.scores, "objective": evaluation.objective if has_objective else None}
 
 
+def _last_scores(ledger: Ledger, trained: str) -> Evaluation | None:
+    """The scores of the last step on val. Until what was predicted there is kept, they have to be computed again."""
+    is_kept = ledger.find(trained, VAL_PREDICTIONS) is not None
+    return _evaluation(ledger.find(trained, _LAST_SCORES)) if is_kept else None
+
+
 class FollowerCallbacks:
     """The callbacks of a process beside the main one: it resumes from the same checkpoint, and reports nothing."""
 
@@ -98,7 +106,7 @@ class FollowerCallbacks:
         tensors, position, state = found
         self._trained = state["id"]
         if self._trained is not None:
-            position.last = _evaluation(self._ledger.find(self._trained, _LAST_SCORES))
+            position.last = _last_scores(self._ledger, self._trained)
         return tensors, position
 
     def started(self, num_steps: int, measured: dict[str, float]) -> None:
@@ -185,7 +193,7 @@ class RunCallbacks:
         else:
             self.made_by = state["made_by"]
         if self._trained is not None:
-            position.last = _evaluation(self._ledger.find(self._trained, _LAST_SCORES))
+            position.last = _last_scores(self._ledger, self._trained)
         logger.info("resumes from its checkpoint at step %d", position.step)
         return tensors, position
 
@@ -241,7 +249,7 @@ class RunCallbacks:
         evaluations = {"best": _as_values(position.best), "last": _as_values(position.last)}
         state: dict[str, Any] = {
             "made_from": self._made_from,
-            "position": asdict(position) | evaluations,
+            "position": asdict(replace(position, best=None, last=None)) | evaluations,
             "losses": self._losses,
             "rows": self._rows,
             "spent": self._spending.total(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any, Protocol
 
@@ -32,6 +32,9 @@ from harness.training.optimizer import build_optimizer, learning_rate_at, set_le
 # The training loss of a result is a mean over so many steps: those of one are too few examples to compare runs by. It
 # is no setting, because `tracking.log_every` may change and the numbers of a run may not.
 RECENT_STEPS = 10
+
+# In a checkpoint, what was predicted on val at the best step.
+_BEST_LOGITS = "best_logits"
 
 
 class TrainingDivergedError(RuntimeError):
@@ -189,6 +192,10 @@ class Learner:
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Takes over the state of a checkpoint, whose position `at` is."""
+        tensors = dict(tensors)
+        logits = tensors.pop(_BEST_LOGITS, None)
+        if self.at.best is not None:
+            self.at.best = replace(self.at.best, logits=logits)
         self.best_state, method_state = unpack_training(
             tensors, self._bare_model, self._optimizer, accelerator=self._accelerator
         )
@@ -254,6 +261,8 @@ class Learner:
         tensors = pack_training(
             self._bare_model, optimizer, self.best_state, method_state=self._method.state(), accelerator=accelerator
         )
+        if self.at.best is not None and self.at.best.logits is not None:
+            tensors[_BEST_LOGITS] = self.at.best.logits
         self._callbacks.keep_checkpoint(tensors, self.at)
 
     def summary(self, flops: StepFlops | None) -> dict[str, float]:
