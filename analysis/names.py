@@ -26,7 +26,7 @@ from harness.results.effects import DATA_SOURCE, MODEL_SOURCE, canonical_blocks
 CONTENT = "environment.content."
 FINGERPRINT = "environment.data_fingerprint"
 
-_ROLES = ("q", "k", "v", "o", "qkv", "attention", "up", "down", "gate", "mlp", "all", "lm_head")
+_ROLES = ("q", "k", "v", "o", "qkv", "attention", "up", "down", "gate", "gate_up", "mlp", "all", "embedding", "lm_head")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NUM_DIGITS = 6
 

@@ -341,17 +341,18 @@ def methods_page() -> str:
             "## Model types",
             "",
             "`ARCHITECTURES` in `harness/placement/architectures.py`, by transformers' `model_type`. Projections are",
-            "the roles that `target_layers.projections` may name; a fused role cannot be adapted by itself. Causal LM:",
-            "it can be a language model. Packs: documents packed into one example do not see each other.",
+            "the roles that `target_layers.projections` may name, and parts roles that are some of the rows of another",
+            "one's matrix, with an adapter of their own. Causal LM: it can be a language model. Packs: documents packed",
+            "into one example do not see each other.",
             "",
             *_table(
-                ("model type", "block", "projections", "fused", "task head", "causal LM", "packs"),
+                ("model type", "block", "projections", "parts", "task head", "causal LM", "packs"),
                 (
                     (
                         f"`{name}`",
                         f"`{one.block}`",
                         " ".join(f"`{role}`" for role in one.projections),
-                        " ".join(f"`{role}`" for role in one.fused),
+                        " ".join(f"`{role}`" for role in one.parts),
                         " ".join(f"`{module}`" for module in one.head),
                         yes[one.unembedding is not None],
                         yes[one.packs_by_positions],

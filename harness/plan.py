@@ -14,7 +14,8 @@ from harness.methods.registry import find_method_module
 from harness.models.configs import build_skeleton
 from harness.models.loading import PreTrainedModel
 from harness.placement.architectures import ARCHITECTURES, head_modules
-from harness.placement.select import select_modules
+from harness.placement.ranks import ranks_of
+from harness.placement.select import Target, count_blocks, select_targets
 from harness.results.methods import METHODS
 from harness.training.optimizer import hidden_matrices
 
@@ -23,7 +24,7 @@ from harness.training.optimizer import hidden_matrices
 class Plan:
     """What a config resolves to on its model, known without loading a weight."""
 
-    target_modules: list[str]
+    targets: list[Target]
     num_adapter_params: int
 
 
@@ -37,9 +38,9 @@ def plan(config: RunConfig) -> Plan:
     skeleton = build_skeleton(base_model(config), num_labels=None if is_language else 2)
     require_packing(skeleton.config.model_type, config)
     head = head_modules(skeleton.config.model_type, language_model=is_language)
-    target_modules = adapt(skeleton, config, head)
+    targets = adapt(skeleton, config, head)
     counts = count_parameters(skeleton, head, is_adapter=find_method_module(config.method.name).is_adapter)
-    return Plan(target_modules, counts.num_adapter_params)
+    return Plan(targets, counts.num_adapter_params)
 
 
 def require_packing(model_type: str, config: RunConfig) -> None:
@@ -59,23 +60,32 @@ def require_packing(model_type: str, config: RunConfig) -> None:
             )
 
 
-def adapt(model: PreTrainedModel, config: RunConfig, head: tuple[str, ...]) -> list[str]:
-    """Applies the method to a model, real or meta, whose head is `head`; returns the adapted modules."""
-    target_modules: list[str] = []
+def adapt(model: PreTrainedModel, config: RunConfig, head: tuple[str, ...]) -> list[Target]:
+    """Applies the method to a model, real or meta, whose head is `head`; returns what got an adapter."""
+    targets: list[Target] = []
+    ranks: list[int] = []
     method = find_method_module(config.method.name)
+    names = [name for name, _ in model.named_modules()]
+    model_type = model.config.model_type
     if config.target_layers is not None:
-        target_modules = select_modules(
-            [name for name, _ in model.named_modules()],
-            model_type=model.config.model_type,
+        targets = select_targets(
+            names,
+            model_type=model_type,
+            config=model.config,
             projections=config.target_layers.projections,
             blocks=config.target_layers.blocks,
             modules=config.target_layers.modules,
             language_model=config.dataset.task.is_language,
             head=head,
         )
-    method.adapt(model, target_modules, config)
+    if config.rank is not None:
+        num_blocks = count_blocks(names, model_type=model_type)
+        ranks = ranks_of(targets, rank=config.rank.rank, pattern=config.rank.pattern, num_blocks=num_blocks)
+    method.adapt(model, targets, config, ranks=ranks)
     if METHODS[config.method.name].peft is not None:
-        target_modules = peft_method.adapted_modules(model)  # those of `method.peft.target_modules`, too
+        # Those of `method.peft.target_modules`, too.
+        known = {target.module: target for target in targets}
+        targets = [known.get(name) or Target(name) for name in peft_method.adapted_modules(model)]
     set_trainable(model, head, is_adapter=method.is_adapter, trains_base=METHODS[config.method.name].trains_base)
     if config.trainer.optimizer is Optimizer.muon and not hidden_matrices(model, learning_rates(config, head)):
         raise ConfigError(
@@ -84,4 +94,4 @@ def adapt(model: PreTrainedModel, config: RunConfig, head: tuple[str, ...]) -> l
                 "and Muon updates nothing else; use trainer.optimizer=adamw."
             ]
         )
-    return target_modules
+    return targets

@@ -29,6 +29,7 @@ from harness.models.loading import (
     load_model,
 )
 from harness.models.tokenizers import PreTrainedTokenizerBase, check_vocabulary, load_tokenizer
+from harness.placement.select import Target
 from harness.plan import adapt, require_packing
 from harness.processes.cores import available_cores
 from harness.processes.distributed import Companions
@@ -51,7 +52,7 @@ class PreparedRun:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     head: tuple[str, ...]
-    target_modules: list[str]
+    targets: list[Target]
     counts: ParameterCounts
     environment: dict[str, object]
     base: BaseModel
@@ -94,7 +95,7 @@ def _prepare(config: RunConfig, identity: Identity, accelerator: Accelerator, co
     used = (batch.inputs["input_ids"] for split in splits for batch in split.batches(config.trainer.eval_batch_size))
     check_vocabulary(base, model, tokenizer, used)
     require_packing(model.config.model_type, config)
-    target_modules = adapt(model, config, loaded.head)
+    targets = adapt(model, config, loaded.head)
     steps_per_epoch = count_steps_per_epoch(len(data.train), config.trainer.batch_size)
     method = during_training(model, config, count_steps(config.trainer, steps_per_epoch))
     if config.trainer.gradient_checkpointing:
@@ -114,7 +115,7 @@ def _prepare(config: RunConfig, identity: Identity, accelerator: Accelerator, co
         model=model,
         tokenizer=tokenizer,
         head=loaded.head,
-        target_modules=target_modules,
+        targets=targets,
         counts=_count_parameters(config, loaded, data.num_labels),
         environment=recorded | _facts(config, identity, data, also, loaded),
         base=loaded,

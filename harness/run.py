@@ -234,7 +234,7 @@ def _train_and_evaluate(
         status=status,
         error=error,
         config=to_dict(config),
-        target_modules=prepared.target_modules,
+        target_modules=[str(target) for target in prepared.targets],
         metrics=metrics,
         environment=prepared.environment | recorded,
     )

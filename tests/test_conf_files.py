@@ -34,7 +34,7 @@ from harness.content.assets import ASSETS
 from harness.content.identity import identify
 from harness.models.configs import build_skeleton
 from harness.placement.architectures import ARCHITECTURES, UNEMBEDDING, head_modules
-from harness.placement.select import select_modules
+from harness.placement.select import select_targets
 from harness.plan import plan
 from harness.results.methods import METHODS
 
@@ -234,7 +234,7 @@ def test_further_sets_may_be_several() -> None:
 
 @pytest.mark.parametrize("option", sorted(LANGUAGE_DATASETS))
 def test_a_dataset_for_language_models_fits_one(option: str) -> None:
-    assert len(plan(_run_of(f"dataset/{option}.yaml")).target_modules) == 2 * 2
+    assert len(plan(_run_of(f"dataset/{option}.yaml")).targets) == 2 * 2
 
 
 # ---------------------------------------------------------------- identities
@@ -453,7 +453,7 @@ def test_a_placement_selects_its_roles_in_every_block(placement: str) -> None:
     for model in models:
         language_model = UNEMBEDDING in layers.projections
         model_type, names = _module_names(model, language_model=language_model)
-        selected = select_modules(
+        selected = select_targets(
             names,
             model_type=model_type,
             projections=layers.projections,
@@ -463,7 +463,7 @@ def test_a_placement_selects_its_roles_in_every_block(placement: str) -> None:
         in_blocks = [role for role in ROLES[placement] if role != UNEMBEDDING]
         per_block = sum(PER_BLOCK[model].get(role, 1) for role in in_blocks)
         assert len(selected) == 2 * per_block + language_model
-        assert (UNEMBEDDING in selected) is language_model
+        assert (UNEMBEDDING in [target.module for target in selected]) is language_model
 
 
 def _has(model: str, placement: str) -> bool:

@@ -30,13 +30,13 @@ from harness.config.schema import ModelConfig, RankConfig, TinyModel
 from harness.data.batches import Batch
 from harness.data.blocks import NO_TARGET
 from harness.methods import flops
+from harness.methods.adapting import apply_lora
 from harness.methods.counts import set_trainable
 from harness.methods.flops import FlopsError, StepFlops, counted_flops, formula_flops
-from harness.methods.lora import apply_lora
 from harness.methods.registry import find_method_module
 from harness.models.configs import build_skeleton
 from harness.placement.architectures import ARCHITECTURES, head_modules
-from harness.placement.select import select_modules
+from harness.placement.select import select_targets
 from harness.results.methods import METHODS
 from harness.tasks.language import makes_whole_logits, summed_loss
 
@@ -98,7 +98,7 @@ def _train(model: PreTrainedModel, method: str, *roles: str, blocks: object = "a
     model_type, language_model = model.config.model_type, model.get_output_embeddings() is not None
     if roles:
         names = [name for name, _ in model.named_modules()]
-        selected = select_modules(
+        selected = select_targets(
             names, model_type=model_type, projections=roles, blocks=blocks, language_model=language_model
         )
         apply_lora(model, selected, rank=RankConfig(RANK, alpha=8))
@@ -167,7 +167,7 @@ def _wide(rank: int | None, blocks: str) -> StepFlops:
         model = AutoModelForCausalLM.from_config(config)
     if rank is not None:
         names = [name for name, _ in model.named_modules()]
-        selected = select_modules(names, model_type="llama", projections=["all"], blocks=blocks, language_model=True)
+        selected = select_targets(names, model_type="llama", projections=["all"], blocks=blocks, language_model=True)
         apply_lora(model, selected, rank=RankConfig(rank, alpha=8))
     set_trainable(model, (), trains_base=rank is None)
     return formula_flops(model)

@@ -27,8 +27,8 @@ from harness.data.batches import Batch
 from harness.data.blocks import NO_TARGET, Prompt
 from harness.data.language import LanguageData, load_language_data
 from harness.measure.memory import LiveTensors
+from harness.methods.adapting import apply_lora, lora_layers
 from harness.methods.counts import set_trainable
-from harness.methods.lora import apply_lora, lora_layers
 from harness.models.loading import load_model
 from harness.models.tokenizers import load_tokenizer
 from harness.placement.architectures import ARCHITECTURES

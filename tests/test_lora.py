@@ -31,24 +31,17 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from harness.config.schema import AlphaPolicy, Dtype, ModelConfig, RankConfig, TinyModel
+from harness.config.schema import AlphaPolicy, Dtype, ModelConfig, RankConfig, TinyModel, VariantConfig
 from harness.methods import peft_files
+from harness.methods.adapting import apply_lora, lora_layers, merge, merge_and_remove, remove_lora, unmerge
 from harness.methods.counts import ParameterCounts, count_parameters, set_trainable
-from harness.methods.lora import (
-    LoRAError,
-    LoRALayer,
-    apply_lora,
-    lora_layers,
-    merge,
-    merge_and_remove,
-    remove_lora,
-    unmerge,
-)
+from harness.methods.inits import start
+from harness.methods.lora import LoRAError, LoRALayer
 from harness.methods.peft_files import head_state, load_adapter, save_adapter
 from harness.models.configs import load_model_config
 from harness.models.loading import load_model
 from harness.placement.architectures import head_modules
-from harness.placement.select import select_modules
+from harness.placement.select import select_targets
 
 TINY = ("tiny_bert", "tiny_gpt2", "tiny_llama")
 MODELS = (*TINY, "minilm")
@@ -106,7 +99,8 @@ def _base(name: str, wide: bool = False) -> PreTrainedModel:
 
 def _targets(model: PreTrainedModel, placement: str) -> list[str]:
     names = [name for name, _ in model.named_modules()]
-    return select_modules(names, model_type=model.config.model_type, projections=PLACEMENTS[placement])
+    selected = select_targets(names, model_type=model.config.model_type, projections=PLACEMENTS[placement])
+    return [target.module for target in selected]
 
 
 def _head(model: PreTrainedModel) -> tuple[str, ...]:
@@ -365,13 +359,10 @@ def test_an_adapter_of_peft_may_name_its_targets_in_any_way(
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        ("use_dora", True),
         ("use_qalora", True),
         ("bias", "all"),
         ("bias", "lora_only"),
         ("lora_bias", True),
-        ("rank_pattern", {"query": 2}),
-        ("alpha_pattern", {"value": 32}),
         ("init_lora_weights", "pissa_niter_4"),
         ("init_lora_weights", "olora"),
         ("alora_invocation_tokens", [5]),
@@ -438,13 +429,6 @@ def _break(directory: Path, change: str) -> None:
             tensors["base_model.model.classifier.weight"] = torch.zeros(NUM_LABELS + 1, 64)
         case "unknown scalar":
             tensors[f"{query}.alpha"] = torch.tensor(4.0)
-        case "rank above the width":
-            config["r"] = 65
-            for name, value in tensors.items():
-                if "lora_A" in name:
-                    tensors[name] = torch.zeros(65, value.shape[1])
-                if "lora_B" in name:
-                    tensors[name] = torch.zeros(value.shape[0], 65)
     config_path.write_text(json.dumps(config))
     save_file(tensors, tensors_path)
 
@@ -463,11 +447,10 @@ def _break(directory: Path, change: str) -> None:
         ("no A", r"layer\.0\.attention\.self\.query\.lora_A\.weight is absent, the model needs \(4, 64\)"),
         ("no adapter", r"adapter_model\.safetensors holds no LoRA tensors\."),
         ("unknown module", r"the model has no module bert\.encoder\.layer\.0\.attention\.self\.query2\."),
-        ("an embedding", r"bert\.embeddings\.word_embeddings: LoRA adapts nn\.Linear and Conv1D, not Embedding\."),
+        ("an embedding", r"word_embeddings\.lora_embedding_A is absent, the model needs \(4, 260\)"),
         ("another width", r"query\.lora_A\.weight is \(4, 65\), the model needs \(4, 64\)"),
         ("another head", r"classifier\.weight is \(4, 64\), the model needs \(3, 64\)"),
         ("unknown scalar", r"query\.alpha is \(\), the model needs none"),
-        ("rank above the width", r"bert\S+: rank=65: a \d+ -> \d+ projection allows 1 to 64\."),
     ],
 )
 def test_files_that_do_not_fit_are_refused_and_the_model_stays_as_it_was(
@@ -534,7 +517,7 @@ def test_forward_and_gradients_are_those_of_the_formula(
         base = nn.Linear(in_features, out_features, bias=kind == "linear")
         weight, bias = base.weight.detach(), base.bias.detach() if kind == "linear" else torch.zeros(out_features)
     layer = LoRALayer(base, rank=rank, scaling=scaling)
-    layer.reset_parameters()
+    start(layer, VariantConfig())
     with torch.no_grad():
         layer.lora_B.normal_()
     a, b = layer.lora_A.detach(), layer.lora_B.detach()
@@ -600,7 +583,7 @@ def test_dropout_acts_in_training_alone_and_on_the_adapters_input() -> None:
 
 def test_a_begins_uniform_below_one_over_sqrt_in_and_b_at_zero() -> None:
     layer = LoRALayer(nn.Linear(400, 300), rank=64, scaling=1.0)
-    layer.reset_parameters(torch.Generator().manual_seed(3))
+    start(layer, VariantConfig(), torch.Generator().manual_seed(3))
     bound = 1 / 20
     assert layer.lora_A.abs().max() <= bound
     assert layer.lora_A.min() < -0.99 * bound and layer.lora_A.max() > 0.99 * bound
@@ -761,7 +744,7 @@ def test_a_merged_model_computes_the_same_and_unmerging_restores_every_bit(name:
 def test_unmerging_restores_every_bit_in_every_type(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     layer = LoRALayer(nn.Linear(32, 16).to(dtype), rank=4, scaling=2.0)
-    layer.reset_parameters()
+    start(layer, VariantConfig())
     with torch.no_grad():
         layer.lora_B.normal_()
     before = _state(layer)
@@ -811,9 +794,8 @@ def test_an_adapter_takes_the_mode_of_the_module_that_it_wraps(training: bool) -
         ("self_attn.q_proj", -1, r"layers\.0\.self_attn\.q_proj: rank=-1: a 64 -> 64 projection allows 1 to 64\."),
         ("self_attn.k_proj", 33, r"layers\.1\.self_attn\.k_proj: rank=33: a 64 -> 32 projection allows 1 to 32\."),
         ("self_attn.query", 8, r"no module model\.layers\.1\.self_attn\.query in LlamaForSequenceClassification\."),
-        ("input_layernorm", 8, r"LoRA adapts nn\.Linear and Conv1D, not LlamaRMSNorm\."),
-        ("mlp", 8, r"model\.layers\.1\.mlp: LoRA adapts nn\.Linear and Conv1D, not LlamaMLP\."),
-        ("..embed_tokens", 8, r"model\.embed_tokens: LoRA adapts nn\.Linear and Conv1D, not Embedding\."),
+        ("input_layernorm", 8, r"LoRA adapts nn\.Linear, Conv1D and nn\.Embedding, not LlamaRMSNorm\."),
+        ("mlp", 8, r"model\.layers\.1\.mlp: LoRA adapts nn\.Linear, Conv1D and nn\.Embedding, not LlamaMLP\."),
     ],
 )
 def test_what_cannot_be_adapted_is_an_error_and_nothing_changes(module: str, rank: int, message: str) -> None:
@@ -831,7 +813,7 @@ def test_what_cannot_be_adapted_is_an_error_and_nothing_changes(module: str, ran
 def test_an_adapted_module_is_not_adapted_twice() -> None:
     model = _adapted("tiny_bert", "qv")
     query = _targets(_base("tiny_bert"), "qv")[0]
-    with pytest.raises(LoRAError, match=rf"{query}: LoRA adapts nn\.Linear and Conv1D, not LoRALayer\."):
+    with pytest.raises(LoRAError, match=rf"{query}: LoRA adapts nn\.Linear, Conv1D and nn\.Embedding, not LoRALayer\."):
         apply_lora(model, [query], rank=RANKS["fixed"])
 
 
@@ -892,7 +874,7 @@ def _skeleton(name: str) -> PreTrainedModel:
 def _counts(name: str, projections: list[str], rank: int) -> ParameterCounts:
     model = _skeleton(name)
     names = [name for name, _ in model.named_modules()]
-    targets = select_modules(names, model_type=model.config.model_type, projections=projections)
+    targets = select_targets(names, model_type=model.config.model_type, projections=projections)
     apply_lora(model, targets, rank=RankConfig(rank, alpha=16))
     set_trainable(model, _head(model))
     counts = count_parameters(model, _head(model))
@@ -1130,13 +1112,8 @@ def test_an_adapter_in_bfloat16_is_read(tmp_path: Path) -> None:
             lambda tensors: {name: value for name, value in tensors.items() if ".h.1." not in name},
             r"holds no tensors of transformer\.h\.1\.attn\.c_proj, transformer\.h\.1\.mlp\.c_proj, which target_mod",
         ),
-        (
-            {"target_modules": ["wte", "c_proj"]},
-            dict,
-            r"transformer\.wte: LoRA adapts nn\.Linear and Conv1D, not Embedding\.",
-        ),
     ],
-    ids=["another base", "another embedding", "another vocabulary", "a part", "an adapted embedding"],
+    ids=["another base", "another embedding", "another vocabulary", "a part"],
 )
 def test_an_adapter_that_is_not_for_this_base_is_refused(
     settings_: dict[str, object],

@@ -27,8 +27,8 @@ from transformers import (
 from harness.config.schema import Dtype, ModelConfig, Quantization, RankConfig, ScratchConfig, TinyModel
 from harness.content.errors import ModelError
 from harness.measure.memory import LiveTensors
+from harness.methods.adapting import apply_lora, lora_layers
 from harness.methods.counts import set_trainable
-from harness.methods.lora import apply_lora, lora_layers
 from harness.models import configs, loading
 from harness.models import scratch as scratch_module
 from harness.models.configs import build_skeleton, max_tokens
@@ -36,7 +36,7 @@ from harness.models.loading import checkpoint_activations, load_model
 from harness.models.saving import save_model
 from harness.models.tokenizers import check_vocabulary, load_tokenizer
 from harness.placement.architectures import ARCHITECTURES, head_modules
-from harness.placement.select import select_modules
+from harness.placement.select import select_targets
 
 TINY = {tiny: ModelConfig(name=f"tiny_{tiny}", tiny=tiny) for tiny in TinyModel}
 HUB = ModelConfig(name="bert_base", hub_id="google-bert/bert-base-uncased", revision="8" * 40)
@@ -641,7 +641,7 @@ def test_checkpointing_sends_no_gradient_below_the_lowest_trained_block(tiny: Ti
         model = load(TINY[tiny])
         names = [name for name, _ in model.named_modules()]
         if method == "lora":
-            last = select_modules(names, model_type=str(tiny), projections=["o"], blocks="last_1")
+            last = select_targets(names, model_type=str(tiny), projections=["o"], blocks="last_1")
             apply_lora(model, last, rank=RankConfig(4, alpha=8), generator=torch.Generator().manual_seed(0))
             for _, layer in lora_layers(model):  # so that A has a gradient, too
                 nn.init.ones_(layer.lora_B)

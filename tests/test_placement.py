@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -35,10 +36,10 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from harness.config.schema import RankConfig
+from harness.methods.adapting import apply_lora
 from harness.methods.counts import count_parameters, set_trainable
-from harness.methods.lora import apply_lora
 from harness.placement.architectures import ARCHITECTURES, GROUPS, ROLES, UNEMBEDDING, PlacementError, head_modules
-from harness.placement.select import block_problems, projection_problems, resolve_blocks, select_modules
+from harness.placement.select import block_problems, projection_problems, resolve_blocks, select_targets
 
 NUM_BLOCKS = 3
 BERT_LIKE = {"hidden_size": 32, "num_hidden_layers": NUM_BLOCKS, "num_attention_heads": 2, "intermediate_size": 48}
@@ -106,16 +107,31 @@ def _names(model_type: str) -> tuple[str, ...]:
 
 
 def _select(model_type: str, *projections: str, blocks: object = "all", modules: tuple[str, ...] = ()) -> list[str]:
-    return select_modules(
-        _names(model_type), model_type=model_type, projections=projections, blocks=blocks, modules=modules
+    targets = select_targets(
+        _names(model_type),
+        model_type=model_type,
+        config=_model(model_type).config,
+        projections=projections,
+        blocks=blocks,
+        modules=modules,
     )
+    return [str(target) for target in targets]
 
 
 def _select_lm(model_type: str, *projections: str, blocks: object = "all", modules: tuple[str, ...] = ()) -> list[str]:
     names = [name for name, _ in _language_model(model_type).named_modules()]
-    return select_modules(
-        names, model_type=model_type, projections=projections, blocks=blocks, modules=modules, language_model=True
-    )
+    return [
+        str(target)
+        for target in select_targets(
+            names,
+            model_type=model_type,
+            config=_language_model(model_type).config,
+            projections=projections,
+            blocks=blocks,
+            modules=modules,
+            language_model=True,
+        )
+    ]
 
 
 def _bert_names(num_blocks: int) -> list[str]:
@@ -124,6 +140,10 @@ def _bert_names(num_blocks: int) -> list[str]:
         for block in range(num_blocks)
         for projection in ("query", "key", "value")
     ]
+
+
+def _modules(names: Sequence[str], **request: Any) -> list[str]:
+    return [target.module for target in select_targets(names, model_type="bert", **request)]
 
 
 # ---------------------------------------------------------------- every architecture
@@ -197,12 +217,12 @@ def test_the_head_is_all_that_is_outside_the_base_model(model_type: str) -> None
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_a_fused_role_names_a_projection_that_exists(model_type: str) -> None:
+def test_a_part_names_a_projection_that_exists(model_type: str) -> None:
     architecture = ARCHITECTURES[model_type]
-    assert set(architecture.fused.values()) <= set(architecture.projections)
-    assert not set(architecture.fused) & set(architecture.projections)
+    assert {part.whole for part in architecture.parts.values()} <= set(architecture.projections)
+    assert not set(architecture.parts) & set(architecture.projections)
     # Query, key and value exist everywhere, by themselves or as a part.
-    assert {"q", "k", "v"} <= set(architecture.fused) | set(architecture.projections)
+    assert {"q", "k", "v"} <= set(architecture.parts) | set(architecture.projections)
 
 
 # ---------------------------------------------------------------- causal language models
@@ -272,18 +292,18 @@ def test_a_classifier_has_no_unembedding(model_type: str) -> None:
         _select(model_type, "all", "lm_head")
     with pytest.raises(PlacementError, match=r"^target_layers: this .* model has no module lm_head\.$|does not exist"):
         # A classifier that is taken for a language model has no such module either.
-        select_modules(_names(model_type), model_type=model_type, projections=["lm_head"], language_model=True)
+        select_targets(_names(model_type), model_type=model_type, projections=["lm_head"], language_model=True)
 
 
 @pytest.mark.parametrize("model_type", [name for name in ARCHITECTURES if name not in LANGUAGE_MODELS])
 def test_an_encoder_has_no_unembedding(model_type: str) -> None:
     with pytest.raises(PlacementError, match=r": lm_head does not exist\. It has: [a-z, ]*down \(and the groups"):
-        select_modules(_names(model_type), model_type=model_type, projections=["lm_head"], language_model=True)
+        select_targets(_names(model_type), model_type=model_type, projections=["lm_head"], language_model=True)
 
 
 def test_what_a_language_model_has_includes_its_unembedding() -> None:
     with pytest.raises(
-        PlacementError, match=r"gate does not exist\. It has: qkv, o, up, down, lm_head \(and the groups"
+        PlacementError, match=r"gate does not exist\. It has: q, k, v, qkv, o, up, down, lm_head \(and the groups"
     ):
         _select_lm("gpt_neox", "gate")
     assert projection_problems(["all", "lm_head"], language_model=True) == []
@@ -291,8 +311,8 @@ def test_what_a_language_model_has_includes_its_unembedding() -> None:
         "target_layers.projections: lm_head named twice."
     ]
     assert projection_problems(["query"], language_model=True) == [
-        "target_layers.projections: query unknown; known: q, k, v, o, qkv, up, down, gate, lm_head, attention, mlp, "
-        "all."
+        "target_layers.projections: query unknown; known: q, k, v, o, qkv, up, down, gate, gate_up, embedding, "
+        "lm_head, attention, mlp, all."
     ]
 
 
@@ -330,7 +350,7 @@ def test_counts_of_llama_3_1_8b_are_those_of_lora_without_regret(
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         names = [name for name, _ in model.named_modules()]
-        selected = select_modules(names, model_type="llama", projections=roles, language_model=True)
+        selected = select_targets(names, model_type="llama", projections=roles, language_model=True)
         apply_lora(model, selected, rank=RankConfig(rank, alpha=32))
         set_trainable(model, head_modules("llama", language_model=True))
         counts = count_parameters(model, head_modules("llama", language_model=True))
@@ -402,7 +422,7 @@ def test_blocks_that_the_model_lacks_are_an_error_that_says_how_many_there_are(b
 
 def test_half_of_one_block_is_an_error_and_no_empty_placement() -> None:
     with pytest.raises(PlacementError, match=r"blocks=first_half: that is none of this model's 1 blocks\."):
-        select_modules(_bert_names(1), model_type="bert", projections=["q"], blocks="first_half")
+        select_targets(_bert_names(1), model_type="bert", projections=["q"], blocks="first_half")
 
 
 NOT_BLOCKS = [
@@ -448,20 +468,18 @@ def test_a_longer_name_is_not_taken_for_a_shorter_one() -> None:
         "bert.encoder.layers.1.attention.self.query",
     ]
     names = [*decoys, *_bert_names(12), *decoys]
-    assert select_modules(names, model_type="bert", projections=["q"], blocks=[1]) == [
-        "bert.encoder.layer.1.attention.self.query"
-    ]
-    everywhere = select_modules(names, model_type="bert", projections=["q"])
+    assert _modules(names, projections=["q"], blocks=[1]) == ["bert.encoder.layer.1.attention.self.query"]
+    everywhere = _modules(names, projections=["q"])
     assert everywhere == [f"bert.encoder.layer.{block}.attention.self.query" for block in range(12)]
 
 
 def test_block_1_is_not_block_10() -> None:
     names = _bert_names(12)
-    assert select_modules(names, model_type="bert", projections=["v"], blocks=[1, 10]) == [
+    assert _modules(names, projections=["v"], blocks=[1, 10]) == [
         "bert.encoder.layer.1.attention.self.value",
         "bert.encoder.layer.10.attention.self.value",
     ]
-    one = select_modules(names, model_type="bert", modules=[r"bert\.encoder\.layer\.1\..*query"])
+    one = _modules(names, modules=[r"bert\.encoder\.layer\.1\..*query"])
     assert one == ["bert.encoder.layer.1.attention.self.query"]
 
 
@@ -501,10 +519,8 @@ def test_expressions_match_whole_names_and_may_overlap() -> None:
             r"gate does not exist\. It has: q, k, v, o, up, down \(and the groups attention, mlp, all\)\.",
         ),
         ("bert", ["qkv"], r"qkv does not exist\. It has: q, k, v, o, up, down "),
-        ("gpt2", ["q"], r"q is fused with others into qkv \(attn\.c_attn\)\. It has: qkv, o, up, down "),
-        ("gpt2", ["q", "v"], r"q is fused .*; v is fused .*"),
-        ("gpt2", ["gate"], r"gate does not exist\. It has: qkv, o, up, down "),
-        ("deberta", ["k"], r"k is fused with others into qkv \(attention\.self\.in_proj\)\."),
+        ("gpt2", ["q", "qkv"], r"q is a part of qkv, which is adapted whole\. It has: q, k, v, qkv, o, up, down "),
+        ("gpt2", ["gate"], r"gate does not exist\. It has: q, k, v, qkv, o, up, down "),
         ("llama", ["q", "qkv", "v"], r"on llama: qkv does not exist\. It has: q, k, v, o, gate, up, down "),
     ],
 )
@@ -522,11 +538,12 @@ def test_a_role_that_the_model_lacks_is_an_error_that_lists_what_it_has(
     [
         (
             ["q", "query", "x"],
-            "target_layers.projections: query, x unknown; known: q, k, v, o, qkv, up, down, gate, attention, mlp, all.",
+            "target_layers.projections: query, x unknown; known: q, k, v, o, qkv, up, down, gate, gate_up, "
+            "embedding, attention, mlp, all.",
         ),
         (["q", "v", "q"], "target_layers.projections: q named twice."),
         (["attention", "q", "o"], "target_layers.projections: o, q named twice."),
-        (["all", "mlp"], "target_layers.projections: down, gate, up named twice."),
+        (["all", "mlp"], "target_layers.projections: down, gate, gate_up, up named twice."),
     ],
 )
 def test_unknown_and_repeated_roles_are_errors_on_every_model(projections: list[str], message: str) -> None:
@@ -550,7 +567,7 @@ def test_a_module_missing_from_one_block_is_an_error_and_no_smaller_adapter() ->
     names = _bert_names(4)
     names.remove("bert.encoder.layer.2.attention.self.query")
     with pytest.raises(PlacementError) as caught:
-        select_modules(names, model_type="bert", projections=["q", "v"])
+        select_targets(names, model_type="bert", projections=["q", "v"])
     message = "target_layers: this bert model has no module bert.encoder.layer.2.attention.self.query."
     assert str(caught.value) == message
 
@@ -562,7 +579,7 @@ def test_a_model_without_its_blocks_is_an_error() -> None:
         r"encoder\.layer\.0\.attention\.self\.query, encoder"
     )
     with pytest.raises(PlacementError, match=message):
-        select_modules(without_prefix, model_type="bert", projections=["q"])
+        select_targets(without_prefix, model_type="bert", projections=["q"])
 
 
 def test_no_request_at_all_is_an_error() -> None:
@@ -578,7 +595,7 @@ def test_an_unknown_architecture_is_an_error_that_says_what_to_add(modules: tupl
         r"Add an Architecture with its block path, projections and head\."
     )
     with pytest.raises(PlacementError, match=message):
-        select_modules(["a"], model_type="xlnet", projections=["q"], modules=modules)
+        select_targets(["a"], model_type="xlnet", projections=["q"], modules=modules)
     with pytest.raises(PlacementError, match=message):
         head_modules("xlnet")
 
@@ -588,7 +605,7 @@ def test_an_expression_that_matches_no_whole_name_is_an_error(expression: str) -
     names = [name for name in _names("bert") if name != "bert.encoder.layer.0"]
     with pytest.raises(PlacementError) as caught:
         # One of several is enough: it would be missing from the adapter without a word.
-        select_modules(names, model_type="bert", modules=[r".*\.key", expression, r".*\.value"])
+        select_targets(names, model_type="bert", modules=[r".*\.key", expression, r".*\.value"])
     assert str(caught.value).startswith(
         f"target_layers.modules: {expression!r} match no whole module name; names here are like "
         "bert.embeddings.word_embeddings, "

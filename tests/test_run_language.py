@@ -24,8 +24,8 @@ from harness.config.validation import ConfigError
 from harness.content.errors import ModelError
 from harness.content.identity import identify
 from harness.data.batches import TrainingBatches
+from harness.methods.adapting import merge_and_remove
 from harness.methods.flops import formula_flops
-from harness.methods.lora import merge_and_remove
 from harness.methods.peft_files import load_adapter, save_adapter
 from harness.models.loading import load_model
 from harness.models.saving import save_model

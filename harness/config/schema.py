@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import MISSING, Field, dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, replace
 from enum import StrEnum
 from typing import Any, cast
 
@@ -116,6 +116,22 @@ class Optimizer(StrEnum):
     muon = "muon"
     lion = "lion"
     adamw8bit = "adamw8bit"
+
+
+class Init(StrEnum):
+    """How A and B of LoRA begin. All but `pissa` begin with a delta weight of zero.
+
+    `kaiming`: A uniform in +-1/sqrt(in), B zero, as in the LoRA paper's code. `gaussian`: A normal of standard
+    deviation 1/rank, B zero, as `peft` has it. `orthogonal`: rows of A orthonormal, B zero. `random_b`: A zero, B
+    uniform in +-1/sqrt(rank) (Init[B] of Hayou et al. 2024, arXiv 2406.08447). `pissa`: the leading singular vectors of
+    the weight, each times the root of its singular value (Meng et al. 2024, arXiv 2404.02948).
+    """
+
+    kaiming = "kaiming"
+    gaussian = "gaussian"
+    orthogonal = "orthogonal"
+    random_b = "random_b"
+    pissa = "pissa"
 
 
 class Schedule(StrEnum):
@@ -229,6 +245,7 @@ _OF_A_AND_B = _of_method(
     "by methods with a rank that are not of the peft package",
     lambda method: method.uses_rank and method.peft is None,
 )
+_OF_LORA = _of_method("by method=lora", lambda method: method.has_variants)
 _OF_PEFT = _of_method(
     "by the methods of the peft package (method=ia3, adalora, ..., or method=peft)",
     lambda method: method.peft is not None,
@@ -476,16 +493,24 @@ class RankConfig:
     `rslora`: scaling = alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732).
 
     Attributes:
-        rank: the rank of the low-rank update, at most the smaller side of each matrix.
+        rank: the rank of the low-rank update, at most the smaller side of each matrix (of the rows of a role that
+            shares a matrix).
         alpha_policy: how alpha follows the rank.
         alpha: the numerator of the scaling, for `fixed` and `rslora`.
         alpha_per_rank: what it is at rank 1, for `proportional`.
+        pattern: other ranks for some targets, by role or group, with or without blocks: `{v: 16, mlp@last_half: 4}`.
+            The narrower key decides.
     """
 
     rank: int = 8
     alpha_policy: AlphaPolicy = AlphaPolicy.fixed
     alpha: float | None = None
     alpha_per_rank: float | None = None
+    pattern: dict[str, int] = field(default_factory=dict, metadata=ADDED_LATER | _OF_LORA)
+
+    def at(self, rank: int) -> RankConfig:
+        """The same policy at another rank, for a target of its own."""
+        return replace(self, rank=rank, pattern={})
 
     @property
     def effective_alpha(self) -> float:
@@ -503,12 +528,30 @@ class RankConfig:
 
 
 @dataclass
+class VariantConfig:
+    """What of plain LoRA is changed. rsLoRA is a policy of alpha: `rank.alpha_policy=rslora`.
+
+    Attributes:
+        name: what tables call it.
+        dora: whether each row of the adapted weight has a trained length (DoRA: Liu et al. 2024, arXiv 2402.09353).
+        init: how A and B begin.
+        learning_rate_ratio: the learning rate of B over that of A (LoRA+: Hayou et al. 2024, arXiv 2402.12354).
+    """
+
+    name: str = "plain"
+    dora: bool = field(default=False, metadata=_OF_LORA)
+    init: Init = field(default=Init.kaiming, metadata=_OF_LORA)
+    learning_rate_ratio: float = field(default=1.0, metadata=_OF_LORA)
+
+
+@dataclass
 class TargetLayersConfig:
     """Placement: which projections of which blocks get an adapter.
 
     Attributes:
         name: what tables and run ids call it.
-        projections: roles such as q, k, v, o, up, down, gate, or the groups attention, mlp, all.
+        projections: roles such as q, k, v, o, up, down, gate, or the groups attention, mlp, all; also embedding, and
+            lm_head on a language model.
         blocks: all, first_half, last_half, first_N, last_N, or a list of block indices.
         modules: for modules that no role names: regular expressions, each of which must match at least one whole module
             name; given instead of `projections` and `blocks`.
@@ -642,6 +685,7 @@ class RunConfig:
         method: what is trained.
         rank: the rank of the adapters.
         target_layers: where they are.
+        variant: what of plain LoRA is changed.
         trainer: the recipe.
         seed: draws the head, the adapters, the order of the rows and dropout.
         evaluate_also: additional language datasets by name, whose test split is scored before and after training; the
@@ -663,6 +707,7 @@ class RunConfig:
     method: MethodConfig = field(default_factory=MethodConfig)
     rank: RankConfig | None = None
     target_layers: TargetLayersConfig | None = None
+    variant: VariantConfig = field(default_factory=VariantConfig, metadata=ADDED_LATER)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     seed: int = 0
     evaluate_also: dict[str, DatasetConfig] = field(default_factory=dict, metadata=ADDED_LATER)

@@ -13,6 +13,7 @@ from harness.config.schema import (
     DatasetConfig,
     Dtype,
     GenerationConfig,
+    Init,
     ModelConfig,
     Optimizer,
     Precision,
@@ -25,6 +26,7 @@ from harness.config.schema import (
     TrainerConfig,
     default_of,
 )
+from harness.placement.ranks import pattern_problems
 from harness.placement.select import block_problems, projection_problems
 from harness.results.methods import ANY_PEFT, METHODS, Method
 from harness.results.metrics import scores_of
@@ -273,6 +275,11 @@ def _method_problems(config: RunConfig) -> list[str]:
         problems.append(f"method={name} has no adapter: method.adapter_dropout must be 0.")
     if config.rank is not None:
         problems += _rank_problems(config.rank)
+        if config.rank.pattern and config.target_layers is not None and config.target_layers.modules:
+            problems.append(
+                "rank.pattern: names roles, and target_layers.modules names modules; give target_layers.projections."
+            )
+    problems += _variant_problems(config)
     if config.target_layers is not None:
         problems += _target_layers_problems(config.target_layers, config.dataset.task)
     return problems
@@ -365,7 +372,7 @@ def _peft_rank_problems(config: RunConfig, method: Method) -> list[str]:
 
 
 def _rank_problems(rank: RankConfig) -> list[str]:
-    problems = []
+    problems = pattern_problems(rank.pattern)
     if rank.rank < 1:
         problems.append(f"rank.rank={rank.rank}: at least 1.")
     needed, unused = "alpha", "alpha_per_rank"
@@ -378,6 +385,25 @@ def _rank_problems(rank: RankConfig) -> list[str]:
         problems.append(
             f"rank.{unused}={getattr(rank, unused)}: not used with rank.alpha_policy={rank.alpha_policy}; "
             f"set it to null."
+        )
+    return problems
+
+
+def _variant_problems(config: RunConfig) -> list[str]:
+    variant = config.variant
+    problems = _name_problems("variant.name", variant.name)
+    if not 0 < variant.learning_rate_ratio < math.inf:
+        problems.append(f"variant.learning_rate_ratio={variant.learning_rate_ratio}: a finite number above 0.")
+    if variant.learning_rate_ratio != 1 and config.trainer.learning_rate_B is not None:
+        problems.append(
+            f"variant.learning_rate_ratio={variant.learning_rate_ratio} and trainer.learning_rate_B="
+            f"{config.trainer.learning_rate_B} both give the rate of B; set one of them to its default (1, null)."
+        )
+    if config.model.quantization is not Quantization.none and (variant.dora or variant.init is Init.pissa):
+        setting = "dora=true" if variant.dora else "init=pissa"
+        problems.append(
+            f"variant.{setting}: reads the rows of the base weights, which model.quantization="
+            f"{config.model.quantization} has packed; set model.quantization=none."
         )
     return problems
 

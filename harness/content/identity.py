@@ -73,6 +73,9 @@ def scientific(config: RunConfig, content: Mapping[str, str]) -> dict[str, Any]:
         target_layers = values["target_layers"]
         target_layers["blocks"] = canonical_blocks(config.target_layers.blocks)
         target_layers["projections"] = canonical_projections(config.target_layers.projections)
+    if config.rank is not None and config.rank.pattern:
+        # The narrower of two keys decides, in whatever order they stand.
+        values["rank"]["pattern"] = dict(sorted(config.rank.pattern.items()))
     return values
 
 
@@ -148,5 +151,7 @@ def _slug(config: RunConfig) -> str:
         parts.append(f"r{config.rank.rank}")
     if config.target_layers is not None:
         parts.append(config.target_layers.name)
+    if config.variant.name != "plain":
+        parts.append(config.variant.name)
     parts.append(f"lr{config.trainer.learning_rate:g}")
     return "-".join(parts)

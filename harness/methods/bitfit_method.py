@@ -14,11 +14,12 @@ from harness.methods.counts import is_head
 from harness.methods.norms_method import is_norm
 from harness.methods.registry import TrainedModel
 from harness.placement.architectures import head_modules
+from harness.placement.select import Target
 
 FILE = "bitfit.safetensors"
 
 
-def adapt(model: nn.Module, target_modules: Sequence[str], config: RunConfig) -> None:
+def adapt(model: nn.Module, targets: Sequence[Target], config: RunConfig, *, ranks: Sequence[int]) -> None:
     """Nothing is added. Raises `ConfigError` for a model without biases."""
     head = head_modules(model.config.model_type, language_model=config.dataset.task.is_language)
     if not any(is_adapter(name) and not is_head(name, head) for name, _ in model.named_parameters()):

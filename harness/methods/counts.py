@@ -10,7 +10,7 @@ from torch import nn
 
 def is_lora(name: str) -> bool:
     """Whether a parameter of this name belongs to a LoRA adapter."""
-    return name.rpartition(".")[2] in ("lora_A", "lora_B")
+    return name.rpartition(".")[2] in ("lora_A", "lora_B", "lora_magnitude")
 
 
 def is_head(name: str, head_modules: Sequence[str]) -> bool:

@@ -36,7 +36,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness.methods.lora import LoRALayer
+from harness.methods.lora import AdaptedLayer, EmbeddingLoRALayer, MatrixLayer
 from harness.placement.architectures import ARCHITECTURES, Architecture
 
 
@@ -147,10 +147,14 @@ def _architecture(model_type: str) -> Architecture:
 
 
 def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of every linear map; an adapted one is the `LoRALayer`, under the name of its base module."""
+    """Name and module of every linear map; an adapted one is the layer, under the name of its base module."""
     adapted: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if isinstance(module, LoRALayer):
+        if isinstance(module, EmbeddingLoRALayer):
+            raise FlopsError(f"{name} is an adapted embedding, whose operations have no formula here.")
+        if isinstance(module, AdaptedLayer):
+            if module.row_squares is not None:
+                raise FlopsError("DoRA measures the rows of every adapted matrix in each pass, whatever its tokens.")
             adapted += (f"{name}.",)
             yield name, module
         elif _is_linear(module) and not name.startswith(adapted):
@@ -233,15 +237,16 @@ def _block_flops(roles: Mapping[str, nn.Module], live: bool, *, parallel: bool) 
 
 def _matrix_flops(module: nn.Module, live: bool) -> tuple[int, bool]:
     """Operations per row of a linear map, and whether its output depends on a trained parameter if its input does."""
-    if isinstance(module, LoRALayer):
+    if isinstance(module, MatrixLayer):
         base, _ = _matrix_flops(module.base, live)
-        low_rank_live = live or module.lora_A.requires_grad
+        low, high, _ = module.factors()  # of several roles in one product; all zeros of the others' rows are computed
+        low_rank_live = live or low.requires_grad
         flops = (
             base
-            + _product(module.in_features * module.rank, live, module.lora_A.requires_grad)
-            + _product(module.rank * module.out_features, low_rank_live, module.lora_B.requires_grad)
+            + _product(low.numel(), live, low.requires_grad)
+            + _product(high.numel(), low_rank_live, high.requires_grad)
         )
-        return flops, low_rank_live or module.lora_B.requires_grad
+        return flops, low_rank_live or high.requires_grad
     weight = module.weight
     assert isinstance(weight, Tensor)
     in_features, out_features = _shape(module)  # not those of the weight, which is packed where it is quantized
@@ -255,7 +260,7 @@ def _product(num_entries: int, input_gradient: bool, weight_gradient: bool) -> i
 
 def _shape(module: nn.Module) -> tuple[int, int]:
     """In and out features."""
-    if isinstance(module, LoRALayer | nn.Linear):
+    if isinstance(module, MatrixLayer | nn.Linear):
         return module.in_features, module.out_features
     weight = module.weight
     assert isinstance(weight, Tensor)

@@ -10,9 +10,10 @@ from torch import nn
 from harness.config.schema import RunConfig
 from harness.methods.registry import TrainedModel
 from harness.models.saving import save_model
+from harness.placement.select import Target
 
 
-def adapt(model: nn.Module, target_modules: Sequence[str], config: RunConfig) -> None:
+def adapt(model: nn.Module, targets: Sequence[Target], config: RunConfig, *, ranks: Sequence[int]) -> None:
     """Nothing is added."""
 
 

@@ -10,9 +10,10 @@ from torch import nn
 from harness.config.schema import RunConfig
 from harness.methods.peft_files import head_state, save_tensors
 from harness.methods.registry import TrainedModel
+from harness.placement.select import Target
 
 
-def adapt(model: nn.Module, target_modules: Sequence[str], config: RunConfig) -> None:
+def adapt(model: nn.Module, targets: Sequence[Target], config: RunConfig, *, ranks: Sequence[int]) -> None:
     """Nothing is added."""
 
 

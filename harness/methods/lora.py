@@ -8,84 +8,159 @@
     y = x W^T + b + s * (x A^T) B^T               s: scaling = alpha / rank, or alpha / sqrt(rank) for rsLoRA
 
 B starts at zero, so an adapted model starts as its base model. A starts as in the paper's code, uniform in
-+-1/sqrt(in) (`kaiming_uniform_(a=sqrt(5))`). The product B A is never formed in training: it would put a matrix of
-the size of W into the autograd graph, and the memory measured then would not be LoRA's.
++-1/sqrt(in) (`kaiming_uniform_(a=sqrt(5))`); `harness.methods.inits` has others. The product B A is never formed in
+training: it would put a matrix of the size of W into the autograd graph, and the memory measured then would not be
+LoRA's.
 
-`apply_lora` replaces modules by `LoRALayer`s, `remove_lora` puts the base modules back; `merge` and `unmerge` fold
-the delta weight into W and take it out again; `save_adapter` and `load_adapter` use PEFT's file format, so an
-adapter trained here loads in `peft` and the other way round. Loading a second adapter swaps it for the first. No
-tensor of the base model is ever written to, so removing an adapter leaves the base bitwise as it was.
+Three kinds of `AdaptedLayer` stand in the place of a base module: `LoRALayer` around a matrix; `SlicedLoRALayer` around
+one whose rows are several roles (the queries, keys and values of GPT-2), with A, B and a rank for each adapted role;
+`EmbeddingLoRALayer` around an embedding. DoRA adds to the first two the length of each row of the adapted weight.
+
+`apply_lora` puts them in, `remove_lora` puts the base modules back; `merge` and `unmerge` fold the delta weight into W
+and take it out again; `harness.methods.peft_files` saves and loads adapters in PEFT's file format. Loading a second
+adapter swaps it for the first. No tensor of the base model is ever written to, so removing an adapter leaves the base
+bitwise as it was.
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from harness.config.schema import RankConfig
-
-# Where a model keeps the base modules, by name, in whose place `load_adapter` put the adapter's own.
-REPLACED = "_modules_replaced_by_adapter"
+from harness.placement.architectures import PlacementError, Rows
 
 
 class LoRAError(ValueError):
     """An adapter that does not fit the model or the file format; the message says which part."""
 
 
-class LoRALayer(nn.Module):
-    """A frozen `base` projection plus a trainable low-rank update.
+class LowRank(nn.Module):
+    """The trained part of an update, `delta W = scaling * B A`; with DoRA also how long each adapted row is.
 
-    Args:
-        base: `nn.Linear`, or GPT-2's `Conv1D`, which keeps its weight as `(in_features, out_features)`.
-        rank: rank of the update, at most `min(in_features, out_features)`.
-        scaling: the factor in `delta W = scaling * B @ A`.
-        dropout: probability with which an entry of the adapter's input is zeroed in training.
-
-    Raises:
-        LoRAError: another kind of module, or a rank that its shape cannot have.
+    Attributes:
+        in_features: columns of the matrix that is updated.
+        out_features: its rows, or as many of them as `rows` are.
+        rank: of the update.
+        scaling: the factor.
+        rows: which rows of the base weight are updated; None for all.
+        lora_A: `(rank, in_features)`.
+        lora_B: `(out_features, rank)`.
+        lora_magnitude: `(out_features,)` with DoRA, else None.
+        initial_A, initial_B: what PiSSA starts from, which is no part of the update; frozen. Elsewhere None.
     """
 
-    def __init__(self, base: nn.Module, *, rank: int, scaling: float, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.in_features, self.out_features = check_rank(base, rank)
-        weight = _weight(base)
-        self.base = base.requires_grad_(False)
-        self.rank = rank
-        self.scaling = scaling
-        self.dropout = nn.Dropout(dropout)
+    in_features: int
+    out_features: int
+    rank: int
+    scaling: float
+    rows: Rows | None
+    lora_magnitude: nn.Parameter | None
+    initial_A: Tensor | None
+    initial_B: Tensor | None
+
+    def add_factors(
+        self, shape: tuple[int, int], rank: int, scaling: float, device: torch.device, *, rows: Rows | None = None
+    ) -> None:
+        """Registers A and B of a matrix of `(in_features, out_features)`; A is empty and B zero."""
+        self.in_features, self.out_features = shape
+        self.rank, self.scaling, self.rows = rank, scaling, rows
         # In float32 whatever the base is held in: AdamW's small updates are lost in bfloat16.
-        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=torch.float32, device=weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, dtype=torch.float32, device=weight.device))
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=torch.float32, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, dtype=torch.float32, device=device))
+        self.register_parameter("lora_magnitude", None)
+        self.register_buffer("initial_A", None, persistent=False)
+        self.register_buffer("initial_B", None, persistent=False)
+
+    def since_start(self) -> tuple[Tensor, Tensor]:
+        """Factors `(r, in)` and `(out, r)` of the unscaled update: A and B, less what they started from."""
+        if self.initial_A is None or self.initial_B is None:
+            return self.lora_A, self.lora_B
+        return torch.cat([self.lora_A, self.initial_A]), torch.cat([self.lora_B, -self.initial_B], dim=1)
+
+    def keep_as_initial(self) -> None:
+        """Makes the present A and B what the update starts from, so that it is zero now."""
+        self.initial_A, self.initial_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+
+
+class AdaptedLayer(nn.Module):
+    """A frozen `base` module with low-rank updates, which can be merged into its weight.
+
+    `row_squares` are the squared lengths of the base weight's rows, where DoRA needs them; else None.
+    """
+
+    row_squares: Tensor | None
+
+    def attach(self, base: nn.Module, *, dropout: float) -> None:
+        """Takes a base module, which is frozen, and the dropout on the input of its updates."""
+        self.base = base.requires_grad_(False)
+        self.dropout = nn.Dropout(dropout)
         # A tuple, because a parameter in an attribute would count as one of the model's.
         self._unmerged: tuple[nn.Parameter, ...] = ()
+        self.register_buffer("row_squares", None, persistent=False)
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draws A anew and zeroes B."""
-        bound = 1 / math.sqrt(self.in_features)  # = kaiming_uniform_(a=sqrt(5))
-        with torch.no_grad():
-            # Drawn on the CPU, so that a seed means the same adapter on every device.
-            self.lora_A.copy_(torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator))
-            self.lora_B.zero_()
+    def updates(self) -> dict[str, LowRank]:
+        """The updates by role, in the order of their rows; an update of the whole weight has the name ''."""
+        raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`(..., in_features)` to `(..., out_features)`."""
-        if self.merged:
-            return self.base(x)
-        rows = x.reshape(-1, self.in_features)
-        low_rank = functional.linear(self.dropout(rows), self.lora_A)  # (rows, rank)
-        # One fused product instead of a product, a scaling and a sum: nothing of size (rows, out) is made twice.
-        y = torch.addmm(self.base(rows), low_rank, self.lora_B.T, alpha=self.scaling)
-        return y.view(*x.shape[:-1], self.out_features)
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """Thin factors and scaling of the delta weight as `(out, in)`: `(r, in)`, `(out, r)`, factor."""
+        raise NotImplementedError
 
     def delta_weight(self) -> Tensor:
-        """`scaling * B @ A` in float32, in the shape of the base weight."""
-        delta = self.scaling * (self.lora_B.detach() @ self.lora_A.detach())
+        """What merging adds to the base weight, in float32 and in its shape."""
+        return self._delta_weight().detach()
+
+    def _delta_weight(self) -> Tensor:
+        low, high, scaling = self.factors()
+        delta = scaling * (high @ low)
+        lengths = self.length_ratios()
+        if lengths is not None:
+            rows = rows_of_weight(self.base).float()
+            delta = lengths[:, None] * (rows + delta) - rows
         return delta if isinstance(self.base, nn.Linear) else delta.T
+
+    def length_ratios(self) -> Tensor | None:
+        """DoRA's factor of each row of the adapted weight, `(out,)`: its trained length over its own; else None.
+
+        The own length counts as a constant in the backward pass, as in section 4.3 of the paper.
+        """
+        if all(update.lora_magnitude is None for update in self.updates().values()):
+            return None
+        with torch.no_grad():
+            own = self._row_lengths()
+        ratios = torch.ones_like(own)
+        for update in self.updates().values():
+            if update.lora_magnitude is None:
+                continue
+            of_rows = update.lora_magnitude / take_rows(own, update.rows)
+            ratios = of_rows if update.rows is None else put_rows(ratios, update.rows, of_rows)
+        return ratios
+
+    def _row_lengths(self) -> Tensor:
+        """The length of each row of W + s B A, `(out,)`, without forming that sum."""
+        assert self.row_squares is not None
+        low, high, scaling = self.factors()
+        rows = rows_of_weight(self.base).float()
+        squared = self.row_squares + 2 * scaling * ((rows @ low.T) * high).sum(1)
+        return (squared + scaling**2 * ((high @ (low @ low.T)) * high).sum(1)).clamp(min=0).sqrt()
+
+    @property
+    def weight(self) -> Tensor:
+        """The adapted weight, for models that compute with a module's weight and not with the module.
+
+        transformers' fused kernels of recurrent blocks do, and DeBERTa where it is given queries of its own.
+        """
+        base = _weight(self.base)
+        return base if self.merged or not base.is_floating_point() else base + self._delta_weight().to(base.dtype)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base module's bias."""
+        return getattr(self.base, "bias", None)
 
     @property
     def merged(self) -> bool:
@@ -94,12 +169,7 @@ class LoRALayer(nn.Module):
 
     def require_mergeable(self) -> None:
         """Raises `LoRAError` when the base weight is held in a type that has no sums."""
-        weight = _weight(self.base)
-        if not weight.is_floating_point() or weight.shape != self.delta_weight().shape:
-            raise LoRAError(
-                f"a quantised weight ({str(weight.dtype).removeprefix('torch.')}) holds no sum; load the base model "
-                "unquantised to merge into it."
-            )
+        require_unquantised(self.base, "holds no sum; load the base model unquantised to merge into it")
 
     def merge(self) -> None:
         """Gives the base module a weight with the delta weight in it. Does nothing when merged.
@@ -130,21 +200,166 @@ class LoRALayer(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
-        return f"rank={self.rank}, scaling={self.scaling:g}, merged={self.merged}"
+        shown = (f"{name} rank={one.rank}, scaling={one.scaling:g}".strip() for name, one in self.updates().items())
+        return f"{', '.join(shown)}, merged={self.merged}"
 
 
-def check_rank(base: nn.Module, rank: int) -> tuple[int, int]:
-    """In and out features of a projection. Raises `LoRAError` when it is none or cannot have this rank."""
+class MatrixLayer(AdaptedLayer):
+    """An adapted projection: how all of them compute."""
+
+    in_features: int
+    out_features: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., in_features)` to `(..., out_features)`."""
+        if self.merged:
+            return self.base(x)
+        rows = x.reshape(-1, self.in_features)
+        low, high, scaling = self.factors()
+        low_rank = functional.linear(self.dropout(rows), low)  # (rows, r)
+        # One fused product instead of a product, a scaling and a sum: nothing of size (rows, out) is made twice.
+        y = torch.addmm(self.base(rows), low_rank, high.T, alpha=scaling)
+        lengths = self.length_ratios()
+        if lengths is not None:
+            bias = self.bias
+            y = y * lengths.to(y.dtype) if bias is None else bias + (y - bias) * lengths.to(y.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+class LoRALayer(MatrixLayer, LowRank):
+    """A frozen `base` projection plus a trainable low-rank update of its matrix.
+
+    Args:
+        base: `nn.Linear`, or GPT-2's `Conv1D`, which keeps its weight as `(in_features, out_features)`.
+        rank: rank of the update.
+        scaling: the factor in `delta W = scaling * B @ A`.
+        dropout: probability with which an entry of the adapter's input is zeroed in training.
+
+    Raises:
+        LoRAError: another kind of module.
+    """
+
+    def __init__(self, base: nn.Module, *, rank: int, scaling: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        shape = features_of(base)
+        self.attach(base, dropout=dropout)
+        self.add_factors(shape, rank, scaling, _weight(base).device)
+
+    def updates(self) -> dict[str, LowRank]:
+        """This one."""
+        return {"": self}
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """A, B and the scaling."""
+        return *self.since_start(), self.scaling
+
+
+class SlicedLoRALayer(MatrixLayer):
+    """A frozen projection whose rows are several roles, with a low-rank update of its own for each adapted one.
+
+    Computes one product with all A, one under the other, and one with all B, each in its rows and its columns of a
+    matrix that is zero elsewhere: nothing is learned for the other rows, whose delta weight is exactly zero. Dropout
+    draws one mask for all roles.
+
+    Args:
+        base: as in `LoRALayer`.
+        parts: rows, rank and scaling of each role.
+        dropout: as in `LoRALayer`.
+
+    Raises:
+        LoRAError: another kind of module, or rows that its matrix has not.
+    """
+
+    def __init__(self, base: nn.Module, parts: dict[str, tuple[Rows, int, float]], *, dropout: float = 0.0) -> None:
+        super().__init__()
+        shapes = {role: features_of(base, rows=rows) for role, (rows, _, _) in parts.items()}
+        self.in_features, self.out_features = features_of(base)
+        self.attach(base, dropout=dropout)
+        self.parts = nn.ModuleDict()
+        for role, (rows, rank, scaling) in parts.items():
+            self.parts[role] = LowRank()
+            self.parts[role].add_factors(shapes[role], rank, scaling, _weight(base).device, rows=rows)
+
+    def updates(self) -> dict[str, LowRank]:
+        """Those of the roles."""
+        return cast(dict[str, LowRank], dict(self.parts.items()))
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """All A, one under the other, and all B side by side, scaled, each in its own rows."""
+        lows, highs = [], []
+        for update in self.updates().values():
+            low, high = update.since_start()
+            assert update.rows is not None
+            lows.append(low)
+            highs.append(put_rows(high.new_zeros(self.out_features, high.shape[1]), update.rows, update.scaling * high))
+        return torch.cat(lows), torch.cat(highs, dim=1), 1.0
+
+
+class EmbeddingLoRALayer(AdaptedLayer, LowRank):
+    """A frozen embedding plus a low-rank update: token `i` gets `scaling * B A[:, i]` added.
+
+    As in the LoRA paper's code A, `(rank, num_embeddings)`, starts at zero and B, `(embedding_dim, rank)`, normal.
+    There is no dropout: the input is a token.
+    """
+
+    def __init__(self, base: nn.Embedding, *, rank: int, scaling: float) -> None:
+        super().__init__()
+        shape = features_of(base)
+        self.attach(base, dropout=0.0)
+        self.add_factors(shape, rank, scaling, _weight(base).device)
+
+    def updates(self) -> dict[str, LowRank]:
+        """This one."""
+        return {"": self}
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """A, B and the scaling."""
+        return *self.since_start(), self.scaling
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids `(...)` to `(..., embedding_dim)`."""
+        y = self.base(ids)
+        if self.merged:
+            return y
+        low, high, scaling = self.factors()
+        low_rank = functional.embedding(ids, low.T, padding_idx=self.base.padding_idx)
+        # Gemma multiplies what it has looked up.
+        return y + (scaling * getattr(self.base, "embed_scale", 1.0) * functional.linear(low_rank, high)).to(y.dtype)
+
+
+def features_of(base: nn.Module, *, rows: Rows | None = None) -> tuple[int, int]:
+    """In and out features of a module, or of some of its rows. Raises `LoRAError` where these cannot be adapted."""
     if isinstance(base, nn.Linear):
         in_features, out_features = base.in_features, base.out_features
+    elif isinstance(base, nn.Embedding):
+        in_features, out_features = base.num_embeddings, base.embedding_dim
     elif type(base).__name__ == "Conv1D" and isinstance(getattr(base, "weight", None), Tensor):
         in_features, out_features = _weight(base).shape
     else:
-        raise LoRAError(f"LoRA adapts nn.Linear and Conv1D, not {type(base).__name__}.")
-    largest = min(in_features, out_features)
-    if not 1 <= rank <= largest:
-        raise LoRAError(f"rank={rank}: a {in_features} -> {out_features} projection allows 1 to {largest}.")
-    return in_features, out_features
+        raise LoRAError(f"LoRA adapts nn.Linear, Conv1D and nn.Embedding, not {type(base).__name__}.")
+    if rows is None:
+        return in_features, out_features
+    try:
+        return in_features, rows.count(out_features)
+    except PlacementError as error:
+        raise LoRAError(str(error)) from None
+
+
+def can_be_adapted(base: nn.Module) -> bool:
+    """Whether LoRA adapts a module of this kind."""
+    try:
+        features_of(base)
+    except LoRAError:
+        return False
+    return True
+
+
+def require_unquantised(base: nn.Module, reason: str) -> None:
+    """Raises `LoRAError`, with a reason that follows on the weight's type, for a base weight that is quantised."""
+    weight = _weight(base)
+    features = sorted(features_of(base))
+    if not weight.is_floating_point() or sorted(weight.shape) != features:
+        raise LoRAError(f"a quantised weight ({str(weight.dtype).removeprefix('torch.')}) {reason}.")
 
 
 def _weight(base: nn.Module) -> Tensor:
@@ -153,108 +368,21 @@ def _weight(base: nn.Module) -> Tensor:
     return weight
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
-    """Name and layer of every adapted module, in the model's order; the name is that of the base model."""
-    for name, module in model.named_modules():
-        if isinstance(module, LoRALayer):
-            yield name, module
+def rows_of_weight(base: nn.Module) -> Tensor:
+    """The base weight as `(out_features, in_features)`."""
+    weight = _weight(base).detach()
+    return weight if isinstance(base, nn.Linear) else weight.T
 
 
-def apply_lora(
-    model: nn.Module,
-    target_modules: Sequence[str],
-    *,
-    rank: RankConfig,
-    dropout: float = 0.0,
-    generator: torch.Generator | None = None,
-) -> None:
-    """Replaces each module named in `target_modules` by a `LoRALayer` around it, in place.
-
-    Raises `LoRAError`, and changes nothing, when a module does not exist, cannot be adapted or allows no such rank.
-    """
-    modules = dict(model.named_modules())
-    unknown = [name for name in target_modules if name not in modules]
-    if unknown:
-        raise LoRAError(f"no module {', '.join(unknown)} in {type(model).__name__}.")
-    for name in target_modules:  # all of them, before a layer freezes its base module
-        try:
-            check_rank(modules[name], rank.rank)
-        except LoRAError as error:
-            raise LoRAError(f"{name}: {error}") from None
-    for name in target_modules:
-        layer = LoRALayer(modules[name], rank=rank.rank, scaling=rank.scaling, dropout=dropout)
-        if not layer.lora_A.is_meta:
-            layer.reset_parameters(generator)
-        replace_module(model, name, layer.train(modules[name].training))
+def take_rows(values: Tensor, rows: Rows | None) -> Tensor:
+    """Some rows of a tensor of all rows."""
+    if rows is None:
+        return values
+    return values.unflatten(0, (-1, rows.period))[:, rows.start : rows.stop].flatten(0, 1)
 
 
-def remove_lora(model: nn.Module) -> None:
-    """Puts the base modules back, also those in whose place `load_adapter` put others; merged ones are unmerged first.
-
-    They stay frozen: what is trained next is for `set_trainable` to say.
-    """
-    unmerge(model)
-    for name, layer in list(lora_layers(model)):
-        replace_module(model, name, layer.base)
-    for name, module in replaced_modules(model).items():
-        replace_module(model, name, module)
-    model.__dict__.pop(REPLACED, None)
-
-
-def merge(model: nn.Module) -> None:
-    """Folds every delta weight into its base weight: inference then costs what the base model costs.
-
-    A merged unembedding is no longer the input embedding, so a tied model is untied until `unmerge`. Raises `LoRAError`
-    before anything is merged when a weight is quantised.
-    """
-    layers = dict(lora_layers(model))
-    for name, layer in layers.items():
-        try:
-            layer.require_mergeable()
-        except LoRAError as error:
-            raise LoRAError(f"{name}: {error}") from None
-    untied = any(_is_shared(model, layer) for layer in layers.values())
-    for layer in layers.values():
-        layer.merge()
-    if untied:
-        _set_tied(model, False)
-
-
-def unmerge(model: nn.Module) -> None:
-    """Takes every delta weight out again; base weights are bitwise what they were before `merge`."""
-    merged = [layer for _, layer in lora_layers(model) if layer.merged]
-    for layer in merged:
-        layer.unmerge()
-    if any(_is_shared(model, layer) for layer in merged):
-        _set_tied(model, True)
-
-
-def merge_and_remove(model: nn.Module) -> None:
-    """Merges for good: a plain model, without an adapter, that can be saved and used like any other."""
-    merge(model)
-    for name, layer in list(lora_layers(model)):
-        replace_module(model, name, layer.base)
-    model.__dict__.pop(REPLACED, None)
-
-
-def _is_shared(model: nn.Module, layer: LoRALayer) -> bool:
-    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    return uses[id(layer.base.weight)] > 1
-
-
-def _set_tied(model: nn.Module, tied: bool) -> None:
-    """Says in a transformers model's config, and with it in what is saved, whether its embeddings are one tensor."""
-    config = getattr(model, "config", None)
-    if hasattr(config, "tie_word_embeddings"):
-        config.tie_word_embeddings = tied
-
-
-def replaced_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The base model's own modules in whose place a loaded adapter has put its own, by name."""
-    return model.__dict__.get(REPLACED, {})
-
-
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts a module in the place of the one called `name`."""
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, module)
+def put_rows(into: Tensor, rows: Rows, values: Tensor) -> Tensor:
+    """A tensor of all rows with other values in some of them; the gradient flows into both."""
+    periods = into.unflatten(0, (-1, rows.period))
+    own = values.unflatten(0, (len(periods), -1))
+    return torch.cat([periods[:, : rows.start], own, periods[:, rows.stop :]], dim=1).flatten(0, 1)

@@ -9,23 +9,25 @@ import torch
 from torch import nn
 
 from harness.config.schema import RunConfig
+from harness.methods.adapting import apply_lora
 from harness.methods.counts import is_lora
-from harness.methods.lora import apply_lora
 from harness.methods.peft_files import save_adapter
 from harness.methods.registry import TrainedModel
+from harness.placement.select import Target
 
 is_adapter = is_lora
 
 
-def adapt(model: nn.Module, target_modules: Sequence[str], config: RunConfig) -> None:
-    """Puts LoRA layers in the place of the target modules."""
+def adapt(model: nn.Module, targets: Sequence[Target], config: RunConfig, *, ranks: Sequence[int]) -> None:
+    """Puts adapted layers in the place of the target modules."""
     assert config.rank is not None
     # Its own generator: the adapter depends on the seed and not on what was drawn before it.
     apply_lora(
         model,
-        target_modules,
-        rank=config.rank,
+        targets,
+        rank=[config.rank.at(rank) for rank in ranks],
         dropout=config.method.adapter_dropout,
+        variant=config.variant,
         generator=torch.Generator().manual_seed(config.seed),
     )
 

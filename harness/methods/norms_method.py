@@ -12,6 +12,7 @@ from harness.config.schema import RunConfig
 from harness.config.validation import ConfigError
 from harness.methods.base_part import save_part
 from harness.methods.registry import TrainedModel
+from harness.placement.select import Target
 
 FILE = "norms.safetensors"
 
@@ -19,7 +20,7 @@ FILE = "norms.safetensors"
 _NAME = re.compile(r"(.+_)?(layer_?norm|norm|ln)(\d+|_[a-z0-9]+)?", re.IGNORECASE)
 
 
-def adapt(model: nn.Module, target_modules: Sequence[str], config: RunConfig) -> None:
+def adapt(model: nn.Module, targets: Sequence[Target], config: RunConfig, *, ranks: Sequence[int]) -> None:
     """Nothing is added. Raises `ConfigError` where norms cannot be told by their names, or there are none."""
     by_type = {
         f"{path}.{leaf}"

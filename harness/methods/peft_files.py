@@ -4,37 +4,46 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import pickle
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from harness.config.schema import AlphaPolicy, RankConfig
+from harness.config.schema import AlphaPolicy, RankConfig, VariantConfig
+from harness.methods.adapting import REPLACED, apply_lora, lora_layers, remove_lora, replace_module, replaced_modules
 from harness.methods.counts import is_head
 from harness.methods.lora import (
-    REPLACED,
+    AdaptedLayer,
+    EmbeddingLoRALayer,
     LoRAError,
-    LoRALayer,
-    apply_lora,
-    check_rank,
-    lora_layers,
-    remove_lora,
-    replace_module,
-    replaced_modules,
+    SlicedLoRALayer,
+    can_be_adapted,
+    features_of,
+    put_rows,
+    take_rows,
 )
+from harness.placement.architectures import Rows
+from harness.placement.select import Target
 from harness.processes.distributed import full_tensor
 from harness.results.files import write_json_atomically
 
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
+# Ours, beside PEFT's files: which rows of a module are which role's, where its update is that of several.
+PARTS_FILE = "adapter_parts.json"
 _OLDER_ADAPTER_FILE = "adapter_model.bin"
 _PEFT_PREFIX = "base_model.model."
+_PEFT_MAGNITUDE = "lora_magnitude_vector.weight"
+_FACTOR = re.compile(r"\.lora_(embedding_)?[AB](\.weight)?$")
 
 
 def save_adapter(
@@ -52,15 +61,14 @@ def save_adapter(
 
     `peft.PeftModel.from_pretrained(base, directory)` loads it. Raises `LoRAError` when the model has no adapter.
     """
-    tensors: dict[str, Tensor] = {}
-    transposed = False
-    for name, layer in lora_layers(model):
-        tensors[f"{_PEFT_PREFIX}{name}.lora_A.weight"] = layer.lora_A
-        tensors[f"{_PEFT_PREFIX}{name}.lora_B.weight"] = layer.lora_B
-        transposed = transposed or not isinstance(layer.base, nn.Linear)
-    if not tensors:
+    layers = dict(lora_layers(model))
+    if not layers:
         raise LoRAError("the model has no LoRA layers to save.")
-    target_modules = [name for name, _ in lora_layers(model)]
+    tensors: dict[str, Tensor] = {}
+    scalings: dict[str, tuple[int, float]] = {}
+    for name, layer in layers.items():
+        named, scalings[name] = _tensors_of(layer)
+        tensors |= {f"{_PEFT_PREFIX}{name}.{leaf}": value for leaf, value in named.items()}
     # Beside the head, what an adapter loaded before brought along.
     saved_modules = [
         *head_modules,
@@ -68,24 +76,65 @@ def save_adapter(
     ]
     for name, tensor in head_state(model, saved_modules).items():
         tensors[_PEFT_PREFIX + name] = tensor
-    alpha = rank.effective_alpha
+    use_rslora = rank.alpha_policy is AlphaPolicy.rslora
+    shapes = {name: (r, _alpha(r, scaling, use_rslora=use_rslora)) for name, (r, scaling) in scalings.items()}
+    (most_have_rank, most_have_alpha), _ = Counter(shapes.values()).most_common(1)[0]
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
         "base_model_name_or_path": base_model,
         "revision": revision,
-        "r": rank.rank,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "use_rslora": rank.alpha_policy is AlphaPolicy.rslora,
+        "r": most_have_rank,
+        "lora_alpha": most_have_alpha,
+        "rank_pattern": {name: r for name, (r, _) in shapes.items() if r != most_have_rank},
+        "alpha_pattern": {name: alpha for name, (_, alpha) in shapes.items() if alpha != most_have_alpha},
+        "use_rslora": use_rslora,
+        "use_dora": any(leaf.endswith(f".{_PEFT_MAGNITUDE}") for leaf in tensors),
         "lora_dropout": dropout,
-        "target_modules": target_modules,
+        "target_modules": [*layers],
         "modules_to_save": saved_modules,
-        "fan_in_fan_out": transposed,
+        "fan_in_fan_out": any(type(layer.base).__name__ == "Conv1D" for layer in layers.values()),
         "bias": "none",
         "inference_mode": True,
     }
     write_json_atomically(directory / ADAPTER_CONFIG_FILE, config)
+    parts = {name: _parts_of(layer) for name, layer in layers.items() if isinstance(layer, SlicedLoRALayer)}
+    if parts:
+        write_json_atomically(directory / PARTS_FILE, parts)
     return save_tensors(tensors, directory / ADAPTER_FILE)
+
+
+def _tensors_of(layer: AdaptedLayer) -> tuple[dict[str, Tensor], tuple[int, float]]:
+    """The tensors of a layer by PEFT's names, as one update of the whole module; its rank and scaling.
+
+    An update of some rows is that of all rows with zeros in the others; one that starts from the weight (PiSSA) is the
+    one of twice the rank that leads from the base weight to where training has come.
+    """
+    low, high, scaling = layer.factors()
+    kind = "_embedding" if isinstance(layer, EmbeddingLoRALayer) else ""
+    leaf = "" if kind else ".weight"
+    tensors = {f"lora{kind}_A{leaf}": low, f"lora{kind}_B{leaf}": high}
+    if layer.row_squares is not None:
+        lengths = layer.row_squares.sqrt()
+        for update in layer.updates().values():
+            assert update.lora_magnitude is not None
+            own = update.lora_magnitude
+            lengths = own if update.rows is None else put_rows(lengths, update.rows, own)
+        tensors[_PEFT_MAGNITUDE] = lengths
+    return tensors, (len(low), scaling)
+
+
+def _alpha(rank: int, scaling: float, *, use_rslora: bool) -> float:
+    alpha = scaling * (math.sqrt(rank) if use_rslora else rank)
+    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
+
+
+def _parts_of(layer: AdaptedLayer) -> dict[str, Any]:
+    """What of a layer's single update in PEFT's file is whose: rows, rank and scaling by role."""
+    return {
+        role: {**asdict(cast(Rows, update.rows)), "rank": len(update.since_start()[0]), "scaling": update.scaling}
+        for role, update in layer.updates().items()
+    }
 
 
 def head_state(model: nn.Module, head_modules: Sequence[str]) -> dict[str, Tensor]:
@@ -105,12 +154,9 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> int:
 # Settings of a PEFT file under which its tensors do not mean `scaling * B @ A` on top of this base model, with the
 # values that do. null means the default everywhere.
 _SUPPORTED: dict[str, tuple[object, ...]] = {
-    "use_dora": (False,),
     "use_qalora": (False,),
     "bias": ("none",),
     "lora_bias": (False,),
-    "rank_pattern": ({},),
-    "alpha_pattern": ({},),
     # The others (pissa, olora, corda, ...) change the base weight, too.
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
     "ensure_weight_tying": (False,),
@@ -118,7 +164,10 @@ _SUPPORTED: dict[str, tuple[object, ...]] = {
     **dict.fromkeys(("monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora"), (None,)),
 }
 # Settings that are read here, and those that only say how the adapter was trained or found its targets.
-_READ = {"peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "modules_to_save"}
+_READ = {
+    *("peft_type", "task_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "lora_dropout", "use_rslora"),
+    *("use_dora", "target_modules", "modules_to_save"),
+}
 _WITHOUT_EFFECT = {
     *("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "fan_in_fan_out"),
     *("exclude_modules", "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core", "runtime_config"),
@@ -136,28 +185,30 @@ def load_adapter(model: nn.Module, directory: Path) -> list[str]:
         LoRAError: with the model as it was, when a file is missing, uses a variant that this layer does not compute, or
             does not fit the model.
     """
-    config_path = directory / ADAPTER_CONFIG_FILE
-    config = _read_adapter_config(config_path)
-    rank = RankConfig(
-        rank=config["r"],
-        alpha_policy=AlphaPolicy.rslora if config.get("use_rslora") else AlphaPolicy.fixed,
-        alpha=config["lora_alpha"],
-    )
+    config = _read_adapter_config(directory / ADAPTER_CONFIG_FILE)
     path, tensors = _read_adapter_tensors(directory)
-    parts = (".lora_A.weight", ".lora_B.weight")
-    target_modules = sorted({name.rpartition(".lora_")[0] for name in tensors if name.endswith(parts)})
-    if not target_modules:
+    names = {name.rpartition(".lora_")[0] for name in tensors if _FACTOR.search(name)}
+    if not names:
         raise LoRAError(f"{path} holds no LoRA tensors.")
-    _check_complete(model, config, target_modules, path)
-    whole_modules = _check_fits(model, target_modules, tensors, rank=rank, config=config, path=path)
+    ordered = [name for name, _ in model.named_modules() if name in names]
+    _check_complete(model, config, names, path)
+    ranks = {name: _rank_of(name, config) for name in names}
+    whole_modules = _check_fits(model, tensors, ranks=ranks, config=config, path=path)
+    targets = [each for name in ordered for each in _targets_of(name, ranks[name], directory / PARTS_FILE)]
+    variant = VariantConfig(name=str(directory), dora=bool(config.get("use_dora")))
 
     remove_lora(model)
-    ordered = [name for name, _ in model.named_modules() if name in target_modules]
-    apply_lora(model, ordered, rank=rank, dropout=config.get("lora_dropout") or 0.0)
+    apply_lora(
+        model,
+        [target for target, _ in targets],
+        rank=[rank for _, rank in targets],
+        dropout=config.get("lora_dropout") or 0.0,
+        variant=variant,
+        any_rank=True,
+    )
     with torch.no_grad():
         for name, layer in lora_layers(model):
-            layer.lora_A.copy_(tensors[f"{name}.lora_A.weight"])
-            layer.lora_B.copy_(tensors[f"{name}.lora_B.weight"])
+            _fill(layer, {leaf: tensors[f"{name}.{leaf}"] for leaf in _leaves(layer.base, config)})
     originals = {name: model.get_submodule(name) for name in whole_modules}
     model.__dict__[REPLACED] = originals
     for name, original in originals.items():
@@ -170,6 +221,63 @@ def load_adapter(model: nn.Module, directory: Path) -> list[str]:
                 setattr(own, leaf, nn.Parameter(value, requires_grad=parameter.requires_grad))
         replace_module(model, name, own)
     return ordered
+
+
+def _leaves(base: nn.Module, config: Mapping[str, Any]) -> list[str]:
+    """What PEFT calls the tensors of an adapted module, A and B first."""
+    if isinstance(base, nn.Embedding):
+        return ["lora_embedding_A", "lora_embedding_B"]
+    return ["lora_A.weight", "lora_B.weight", *([_PEFT_MAGNITUDE] if config.get("use_dora") else [])]
+
+
+def _fill(layer: AdaptedLayer, values: Mapping[str, Tensor]) -> None:
+    """Copies the tensors of a file into a layer that was made for them; a role's are cut out of the whole."""
+    low, high, *lengths = values.values()
+    first = 0
+    for update in layer.updates().values():
+        columns = slice(first, first + update.rank)
+        first += update.rank
+        update.lora_A.copy_(low[columns])
+        own = take_rows(high[:, columns], update.rows)
+        update.lora_B.copy_(own if update.rows is None else own / update.scaling)
+        for each in lengths:
+            assert update.lora_magnitude is not None
+            update.lora_magnitude.copy_(take_rows(each, update.rows))
+
+
+def _rank_of(name: str, config: Mapping[str, Any]) -> RankConfig:
+    """Rank and alpha of a module, as `peft` finds them: those of the first key that its name ends with."""
+
+    def own(pattern: str, otherwise: str) -> Any:
+        keys: Mapping[str, Any] = config.get(pattern) or {}
+        fitting = (value for key, value in keys.items() if re.match(rf"(.*\.)?({key})$", name))
+        return next(fitting, config[otherwise])
+
+    return RankConfig(
+        rank=own("rank_pattern", "r"),
+        alpha_policy=AlphaPolicy.rslora if config.get("use_rslora") else AlphaPolicy.fixed,
+        alpha=own("alpha_pattern", "lora_alpha"),
+    )
+
+
+def _targets_of(name: str, rank: RankConfig, parts_path: Path) -> list[tuple[Target, RankConfig]]:
+    """What of a module is adapted and at which rank: the module, or its roles where our own file says which."""
+    try:
+        parts = json.loads(parts_path.read_text(encoding="utf-8")).get(name, {}) if parts_path.is_file() else {}
+        found = [
+            (
+                Target(name, role, rows=Rows(part["start"], part["stop"], part["period"])),
+                RankConfig(rank=part["rank"], alpha=part["scaling"] * part["rank"]),
+            )
+            for role, part in parts.items()
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LoRAError(f"{parts_path} is not readable ({error!r}).") from error
+    if not found:
+        return [(Target(name), rank)]
+    if sum(own.rank for _, own in found) != rank.rank:
+        raise LoRAError(f"{parts_path}: the ranks of {name}'s roles do not add up to its rank, {rank.rank}.")
+    return found
 
 
 def _read_adapter_config(path: Path) -> dict[str, Any]:
@@ -215,7 +323,9 @@ def _read_adapter_tensors(directory: Path) -> tuple[Path, dict[str, Tensor]]:
         if ".original_module." in name:  # what a module to save was before training
             continue
         # Older files name the adapter, `default`, and the wrapper of a saved module.
-        plain = re.sub(r"\.(lora_[AB]|modules_to_save)\.default\.", r".\1.", name.removeprefix(_PEFT_PREFIX))
+        plain = name.removeprefix(_PEFT_PREFIX)
+        plain = re.sub(r"\.(lora_[AB]|lora_embedding_[AB]|modules_to_save)\.default\b", r".\1", plain)
+        plain = re.sub(r"\.lora_magnitude_vector(\.default)?(\.weight)?$", f".{_PEFT_MAGNITUDE}", plain)
         plain = plain.replace(".modules_to_save.", ".")
         if plain in tensors:
             raise LoRAError(f"{path} holds {plain} twice, of several adapters; save one of them alone.")
@@ -223,7 +333,7 @@ def _read_adapter_tensors(directory: Path) -> tuple[Path, dict[str, Tensor]]:
     return path, tensors
 
 
-def _check_complete(model: nn.Module, config: dict[str, Any], target_modules: Sequence[str], path: Path) -> None:
+def _check_complete(model: nn.Module, config: dict[str, Any], target_modules: Iterable[str], path: Path) -> None:
     """Raises `LoRAError` when the file lacks a module that its config names; `peft` would leave it without update."""
     targets = config.get("target_modules")
     picky = any(config.get(name) for name in ("layers_to_transform", "layers_pattern", "exclude_modules"))
@@ -238,8 +348,12 @@ def _check_complete(model: nn.Module, config: dict[str, Any], target_modules: Se
             if isinstance(targets, str)
             else any(name == target or name.endswith(f".{target}") for target in targets)
         )
-        can_be_adapted = name in layers or isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        if matches and can_be_adapted and name not in target_modules and not _is_saved(name, saved):
+        if (
+            matches
+            and (name in layers or can_be_adapted(module))
+            and name not in target_modules
+            and not _is_saved(name, saved)
+        ):
             absent.append(name)
     if absent:
         raise LoRAError(
@@ -274,33 +388,32 @@ def _base_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 def _check_fits(
     model: nn.Module,
-    target_modules: Sequence[str],
     tensors: dict[str, Tensor],
     *,
-    rank: RankConfig,
+    ranks: Mapping[str, RankConfig],
     config: dict[str, Any],
     path: Path,
 ) -> list[str]:
     """The modules that the adapter holds whole. Raises `LoRAError` when a tensor does not fit."""
-    bases = {name: module.base if isinstance(module, LoRALayer) else module for name, module in model.named_modules()}
+    bases = {
+        name: module.base if isinstance(module, AdaptedLayer) else module for name, module in model.named_modules()
+    }
     parameters = _base_parameters(model)
     expected: dict[str, tuple[int, ...] | None] = {}
-    for name in target_modules:
+    for name, rank in sorted(ranks.items()):
         if name not in bases:
             raise LoRAError(f"{path}: the model has no module {name}.")
         try:
-            in_features, out_features = check_rank(bases[name], rank.rank)
+            in_features, out_features = features_of(bases[name])
         except LoRAError as error:
             raise LoRAError(f"{path}: {name}: {error}") from None
-        expected[f"{name}.lora_A.weight"] = (rank.rank, in_features)
-        expected[f"{name}.lora_B.weight"] = (out_features, rank.rank)
+        shapes = ((rank.rank, in_features), (out_features, rank.rank), (out_features,))
+        expected |= {f"{name}.{leaf}": shape for leaf, shape in zip(_leaves(bases[name], config), shapes, strict=False)}
     whole_modules, of_the_base = [], {}
     for name in sorted(tensors.keys() - expected.keys()):
-        module, _, leaf = name.rpartition(".")
-        if leaf in ("lora_embedding_A", "lora_embedding_B"):
-            raise LoRAError(f"{path}: {module}: LoRA adapts nn.Linear and Conv1D, not Embedding.")
+        module = name.rpartition(".")[0]
         # `peft` saves the base weight of an adapted unembedding, and embeddings of another size, beside the adapter.
-        own_name = name.replace(".base_layer.", ".") if module.removesuffix(".base_layer") in target_modules else name
+        own_name = name.replace(".base_layer.", ".") if module.removesuffix(".base_layer") in ranks else name
         known = parameters.get(own_name)
         expected[name] = None if known is None else tuple(known.shape)
         if own_name == name and known is not None and _is_saved(module, _saved_modules(config)):
@@ -314,7 +427,7 @@ def _check_fits(
     ]
     if wrong:
         raise LoRAError(f"{path} does not fit the model: {'; '.join(wrong[:5])}.")
-    both = sorted(set(whole_modules) & set(target_modules))
+    both = sorted(set(whole_modules) & ranks.keys())
     if both:
         raise LoRAError(f"{path}: {', '.join(both)} is adapted and saved whole at once, which is not supported.")
     for name, known in sorted(of_the_base.items()):

@@ -26,13 +26,15 @@ import torch
 from torch import Tensor, nn
 
 from harness.config.schema import AlphaPolicy, Precision, RankConfig, RunConfig
+from harness.methods.adapting import check_rank
 from harness.methods.counts import is_head
 from harness.methods.during_training import DuringTraining, Nothing
-from harness.methods.lora import LoRAError, check_rank
+from harness.methods.lora import LoRAError
 from harness.methods.norms_method import is_norm
 from harness.methods.peft_files import ADAPTER_FILE, head_state, save_tensors
 from harness.methods.registry import TrainedModel
 from harness.placement.architectures import ARCHITECTURES, head_modules
+from harness.placement.select import Target
 from harness.results.files import write_json_atomically
 from harness.results.methods import METHODS
 from harness.results.peft_types import PeftType
@@ -55,9 +57,17 @@ class PeftMethodError(ValueError):
     """A method of the peft package that cannot be run on this model with these settings; the message says why."""
 
 
-def adapt(model: nn.Module, target_modules: Sequence[str], config: RunConfig) -> None:
+def adapt(model: nn.Module, targets: Sequence[Target], config: RunConfig, *, ranks: Sequence[int]) -> None:
     """Puts peft's layers into the model. Raises `PeftMethodError` for what the type cannot do."""
     peft = _require_peft(config)
+    parts = [str(target) for target in targets if target.rows is not None]
+    if parts:
+        raise PeftMethodError(
+            f"target_layers={config.target_layers.name if config.target_layers else None}: {', '.join(parts[:4])} are "
+            f"some of the rows of a module, and peft adapts modules whole; name the module's role (qkv), or use "
+            "method=lora."
+        )
+    target_modules = [target.module for target in targets]
     peft_config = _peft_config(peft, model, target_modules, config)
     before = {name: (value, value.data_ptr(), value._version) for name, value in model.named_parameters()}
     is_planned = any(value.is_meta for value in model.parameters())  # then nothing is drawn and nothing allocated

@@ -48,4 +48,6 @@ def learning_rates(config: RunConfig, head_modules: Sequence[str]) -> LearningRa
         Kind.BASE: trainer.learning_rate_base,
     }
     rates = {kind: trainer.learning_rate if rate is None else rate for kind, rate in own.items()}
+    if trainer.learning_rate_B is None:
+        rates[Kind.B] = rates[Kind.A] * config.variant.learning_rate_ratio
     return LearningRates(rates, head_modules)

@@ -18,6 +18,7 @@ from harness.config.schema import RunConfig
 from harness.methods.during_training import DuringTraining, Nothing
 from harness.models.loading import BaseModel, PreTrainedModel
 from harness.models.tokenizers import PreTrainedTokenizerBase
+from harness.placement.select import Target
 from harness.results.methods import METHODS
 
 
@@ -40,10 +41,10 @@ class TrainedModel:
 class MethodModule(Protocol):
     """The functions of a method's module."""
 
-    def adapt(self, model: nn.Module, target_modules: Sequence[str], config: RunConfig) -> None:
+    def adapt(self, model: nn.Module, targets: Sequence[Target], config: RunConfig, *, ranks: Sequence[int]) -> None:
         """Puts what the method adds into a model, real or on the meta device; the same for a seed, whatever was drawn.
 
-        `target_modules` is empty for a method without placement.
+        `targets` is empty for a method without placement, and `ranks`, those of the targets, for one without rank.
         """
         ...
 

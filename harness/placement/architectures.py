@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 
 class PlacementError(ValueError):
@@ -11,15 +14,51 @@ class PlacementError(ValueError):
 
 
 ATTENTION = ("q", "k", "v", "o", "qkv")
-MLP = ("up", "down", "gate")
+MLP = ("up", "down", "gate", "gate_up")
 ROLES = (*ATTENTION, *MLP)
 
 # The last matrix of a language model, from hidden states to logits. There is one, outside the blocks, so it belongs to
 # no group: an adapter on it is asked for by name (`projections: [all, lm_head]`).
 UNEMBEDDING = "lm_head"
+# The table of token embeddings, likewise one module outside the blocks and in no group.
+EMBEDDING = "embedding"
+OUTSIDE_BLOCKS = (EMBEDDING, UNEMBEDDING)
 
-# A group stands for those of its roles that an architecture has; a single role must exist.
+# A group stands for those of its roles that are matrices of an architecture; a single role must exist, as a matrix or
+# as a part of one.
 GROUPS = {"attention": ATTENTION, "mlp": MLP, "all": ROLES}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a matrix, as its outputs are numbered: those with `start <= row % period < stop`."""
+
+    start: int
+    stop: int
+    period: int
+
+    def count(self, num_rows: int) -> int:
+        """How many of `num_rows` rows these are. Raises `PlacementError` when the periods do not fill the matrix."""
+        if num_rows % self.period or not 0 <= self.start < self.stop <= self.period:
+            raise PlacementError(f"rows {self} do not divide a matrix of {num_rows} rows.")
+        return num_rows // self.period * (self.stop - self.start)
+
+    def __str__(self) -> str:
+        """`0:64 of each 192`."""
+        return f"{self.start}:{self.stop} of each {self.period}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A role that is a part of the rows of another role's matrix.
+
+    Attributes:
+        whole: that other role.
+        rows: which rows, from transformers' config of the model.
+    """
+
+    whole: str
+    rows: Callable[[Any], Rows]
 
 
 @dataclass(frozen=True)
@@ -30,7 +69,8 @@ class Architecture:
         block: the path of a block, with `{}` for its index.
         projections: the path of each role inside a block.
         head: the modules of a classifier's task head: everything that a checkpoint of the base model does not hold.
-        fused: of roles that exist only as part of another role, which one that is.
+        parts: roles that exist only as a part of the rows of another role's matrix.
+        embedding: the path of the table of token embeddings; None where it takes no adapter.
         unembedding: the path of the unembedding of the family's causal language models; None where it has none.
         optional: modules between base and head that some checkpoints lack (a pooler): there they are part of the head.
         before_blocks, after_blocks: matrices outside the blocks that every token passes.
@@ -44,7 +84,8 @@ class Architecture:
     block: str
     projections: dict[str, str]
     head: tuple[str, ...]
-    fused: dict[str, str] = field(default_factory=dict)
+    parts: dict[str, Part] = field(default_factory=dict)
+    embedding: str | None = None
     unembedding: str | None = None
     optional: tuple[str, ...] = ()
     before_blocks: tuple[str, ...] = ()
@@ -119,11 +160,31 @@ _OPT_BLOCK = {
     "up": "fc1",
     "down": "fc2",
 }
-_FUSED_QKV = {"q": "qkv", "k": "qkv", "v": "qkv"}
+
+
+def _in_turn(whole: str, roles: tuple[str, ...], sizes: Callable[[Any], tuple[int, ...]]) -> dict[str, Part]:
+    """Parts of so many rows each that follow on each other, and do so again as often as the matrix has rows."""
+
+    def part(number: int) -> Part:
+        def rows(config: Any) -> Rows:
+            ends = [0, *itertools.accumulate(sizes(config))]
+            return Rows(ends[number], ends[number + 1], ends[-1])
+
+        return Part(whole, rows)
+
+    return {role: part(number) for number, role in enumerate(roles)}
+
+
+_QKV = ("q", "k", "v")
+# All queries, then all keys, then all values.
+_THIRDS = _in_turn("qkv", _QKV, lambda config: (config.hidden_size,) * 3)
+# Query, key and value of a head, then those of the next.
+_THIRDS_OF_A_HEAD = _in_turn("qkv", _QKV, lambda config: (config.hidden_size // config.num_attention_heads,) * 3)
 _LLAMA = Architecture(
     "model.layers.{}",
     _LLAMA_BLOCK,
     ("score",),
+    embedding="model.embed_tokens",
     unembedding="lm_head",
     packs_by_positions=True,
     has_plain_logits=True,
@@ -132,23 +193,40 @@ _LLAMA = Architecture(
 # Keys are transformers' `config.model_type`. RoBERTa's head has its own dense layer; the pooler of DeBERTa is not in
 # its checkpoints and is part of the head; that of BERT is in most, and belongs to the base there.
 ARCHITECTURES: dict[str, Architecture] = {
-    "bert": Architecture("bert.encoder.layer.{}", _BERT_BLOCK, ("classifier",), optional=("bert.pooler",)),
-    "roberta": Architecture("roberta.encoder.layer.{}", _BERT_BLOCK, ("classifier",)),
+    "bert": Architecture(
+        "bert.encoder.layer.{}",
+        _BERT_BLOCK,
+        ("classifier",),
+        embedding="bert.embeddings.word_embeddings",
+        optional=("bert.pooler",),
+    ),
+    "roberta": Architecture(
+        "roberta.encoder.layer.{}",
+        _BERT_BLOCK,
+        ("classifier",),
+        embedding="roberta.embeddings.word_embeddings",
+    ),
     "deberta": Architecture(
         "deberta.encoder.layer.{}",
         {"qkv": "attention.self.in_proj", **{role: _BERT_BLOCK[role] for role in ("o", "up", "down")}},
         ("pooler", "classifier"),
-        fused=_FUSED_QKV,
+        embedding="deberta.embeddings.word_embeddings",
+        parts=_THIRDS_OF_A_HEAD,
         has_plain_attention=False,  # it has more products, and projects relative positions once a batch
     ),
     "deberta-v2": Architecture(
-        "deberta.encoder.layer.{}", _DEBERTA_BLOCK, ("pooler", "classifier"), has_plain_attention=False
+        "deberta.encoder.layer.{}",
+        _DEBERTA_BLOCK,
+        ("pooler", "classifier"),
+        embedding="deberta.embeddings.word_embeddings",
+        has_plain_attention=False,
     ),
     "gpt2": Architecture(
         "transformer.h.{}",
         _GPT2_BLOCK,
         ("score",),
-        fused=_FUSED_QKV,
+        embedding="transformer.wte",
+        parts=_THIRDS,
         unembedding="lm_head",
         packs_by_positions=True,
         has_plain_logits=True,
@@ -158,7 +236,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         "gpt_neox.layers.{}",
         _GPT_NEOX_BLOCK,
         ("score",),
-        fused=_FUSED_QKV,
+        embedding="gpt_neox.embed_in",
+        parts=_THIRDS_OF_A_HEAD,
         unembedding="lm_head",
         packs_by_positions=True,
         has_plain_logits=True,
@@ -167,6 +246,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "model.decoder.layers.{}",
         _OPT_BLOCK,
         ("score",),
+        embedding="model.decoder.embed_tokens",
         unembedding="lm_head",
         before_blocks=("model.decoder.project_in",),
         after_blocks=("model.decoder.project_out",),

@@ -1,6 +1,6 @@
-"""Placement: from the names of a model's modules to the names of those that get an adapter.
+"""Placement: from the names of a model's modules to the targets that get an adapter, each a module or some of its rows.
 
-Names in, names out: nothing here knows torch. A base model is described by where its blocks are and what the
+Names in, targets out: nothing here knows torch. A base model is described by where its blocks are and what the
 projections inside one block are called; a placement asks for projections by role (`q`, `v`, `up`, ...) and for
 blocks by index. Names are compared whole: a request that selects nothing is an error, never a smaller adapter.
 """
@@ -9,36 +9,63 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from harness.placement.architectures import (
+    EMBEDDING,
     GROUPS,
+    OUTSIDE_BLOCKS,
     ROLES,
     UNEMBEDDING,
     Architecture,
     PlacementError,
+    Rows,
     find_architecture,
     head_modules,
 )
 
 
-def select_modules(
+@dataclass(frozen=True)
+class Target:
+    """What gets an adapter of its own.
+
+    Attributes:
+        module: the module's name.
+        role: which projection of its block it is; None where it was named by an expression.
+        block: the index of its block; None outside the blocks, and where it was named by an expression.
+        rows: the rows of the module's matrix; None for all of them.
+    """
+
+    module: str
+    role: str | None = None
+    block: int | None = None
+    rows: Rows | None = None
+
+    def __str__(self) -> str:
+        """The module's name, with the role in brackets where other rows of it are other roles."""
+        return self.module if self.rows is None else f"{self.module}[{self.role}]"
+
+
+def select_targets(
     module_names: Iterable[str],
     *,
     model_type: str,
+    config: Any = None,
     projections: Sequence[str] = (),
     blocks: Any = "all",
     modules: Sequence[str] = (),
     language_model: bool = False,
     head: Sequence[str] | None = None,
-) -> list[str]:
-    """The names of the modules that get an adapter, in the model's own order.
+) -> list[Target]:
+    """What gets an adapter, in the model's own order; parts of a module in the order of their rows.
 
     Args:
         module_names: every name in `model.named_modules()`.
         model_type: transformers' name of the architecture, a key of `ARCHITECTURES`.
-        projections: roles or groups of roles; see `ROLES` and `GROUPS`. On a language model also `lm_head`, the
-            unembedding, which is one module whatever `blocks` says.
+        config: transformers' config of the model, from which the rows of roles are read that share a matrix.
+        projections: roles or groups of roles; see `ROLES` and `GROUPS`. Also `embedding`, and on a language model
+            `lm_head`, the unembedding: each is one module whatever `blocks` says.
         blocks: `all`, `first_half`, `last_half`, `first_N`, `last_N` or a list of indices.
         modules: instead of projections, regular expressions over whole names, each matching at least one, and none a
             part of the task head.
@@ -50,7 +77,7 @@ def select_modules(
         PlacementError: a role, block or expression that selects nothing here, with a list of what there is.
 
     >>> names = [f"bert.encoder.layer.{i}.attention.self.{p}" for i in (0, 1) for p in ("query", "key", "value")]
-    >>> select_modules(names, model_type="bert", projections=["q"], blocks="last_1")
+    >>> [str(target) for target in select_targets(names, model_type="bert", projections=["q"], blocks="last_1")]
     ['bert.encoder.layer.1.attention.self.query']
     """
     names = list(module_names)
@@ -58,29 +85,42 @@ def select_modules(
     if modules:
         if head is None:
             head = head_modules(model_type, language_model=language_model)
-        return _match_expressions(names, modules, head)
+        return [Target(name) for name in _match_expressions(names, modules, head)]
     if not projections:
         raise PlacementError("target_layers: neither projections nor modules are given.")
-    present = set(names)
-    num_blocks = _count_blocks(architecture, names)
+    num_blocks = count_blocks(names, model_type=model_type)
     if num_blocks == 0:
         raise PlacementError(
             f"target_layers: a {model_type} model has blocks named {architecture.block}, and there is none here; names "
             f"here are like {_examples(names)}."
         )
     roles = _resolve_roles(projections, model_type, architecture, language_model)
-    wanted = {
-        f"{architecture.block.format(block)}.{architecture.projections[role]}"
+    targets = [
+        _target_in_block(architecture, role, block, config)
         for block in resolve_blocks(blocks, num_blocks)
         for role in roles
-        if role != UNEMBEDDING
-    }
-    if UNEMBEDDING in roles and architecture.unembedding is not None:
-        wanted.add(architecture.unembedding)
-    absent = sorted(wanted - present)
+        if role not in OUTSIDE_BLOCKS
+    ]
+    outside = {EMBEDDING: architecture.embedding, UNEMBEDDING: architecture.unembedding}
+    targets += [Target(path, role) for role, path in outside.items() if role in roles and path is not None]
+    order = {name: number for number, name in enumerate(names)}
+    absent = sorted({target.module for target in targets} - order.keys())
     if absent:
         raise PlacementError(f"target_layers: this {model_type} model has no module {', '.join(absent)}.")
-    return [name for name in names if name in wanted]
+    return sorted(targets, key=lambda target: (order[target.module], target.rows.start if target.rows else 0))
+
+
+def _target_in_block(architecture: Architecture, role: str, block: int, config: Any) -> Target:
+    part = architecture.parts.get(role)
+    path = architecture.projections[role if part is None else part.whole]
+    rows = None if part is None else part.rows(config)
+    return Target(f"{architecture.block.format(block)}.{path}", role, block, rows)
+
+
+def count_blocks(module_names: Iterable[str], *, model_type: str) -> int:
+    """How many blocks there are among the names of a model's modules. Raises `PlacementError` for an unknown type."""
+    pattern = re.compile(find_architecture(model_type).block_pattern)
+    return len({int(match.group(1)) for match in map(pattern.fullmatch, _ancestors(module_names)) if match})
 
 
 def resolve_blocks(blocks: Any, num_blocks: int) -> list[int]:
@@ -129,7 +169,7 @@ def block_problems(blocks: Any) -> list[str]:
 
 def canonical_projections(projections: Sequence[str]) -> list[str]:
     """Roles in a fixed order: modules get their adapters in the model's own order, whatever the order here."""
-    known = (*ROLES, *GROUPS, UNEMBEDDING)
+    known = (*ROLES, *GROUPS, UNEMBEDDING, EMBEDDING)
     return sorted(projections, key=known.index)
 
 
@@ -138,7 +178,7 @@ def projection_problems(projections: Sequence[str], *, language_model: bool = Fa
 
     `lm_head` exists on language models alone.
     """
-    known = (*ROLES, UNEMBEDDING, *GROUPS) if language_model else (*ROLES, *GROUPS)
+    known = (*ROLES, EMBEDDING, *((UNEMBEDDING,) if language_model else ()), *GROUPS)
     unknown = [role for role in projections if role not in known]
     if UNEMBEDDING in unknown:
         return [
@@ -159,7 +199,9 @@ def _resolve_roles(
     if problems:
         raise PlacementError(problems[0])
     roles: list[str] = []
-    has = [*architecture.projections]
+    has = [*architecture.parts, *architecture.projections]
+    if architecture.embedding is not None:
+        has.append(EMBEDDING)
     if language_model and architecture.unembedding is not None:
         has.append(UNEMBEDDING)
     for name in projections:
@@ -167,23 +209,19 @@ def _resolve_roles(
             roles += [role for role in GROUPS[name] if role in architecture.projections]
         elif name in has:
             roles.append(name)
-        elif name in architecture.fused:
-            whole = architecture.fused[name]
-            problems.append(f"{name} is fused with others into {whole} ({architecture.projections[whole]})")
         else:
             problems.append(f"{name} does not exist")
+    problems += [
+        f"{part} is a part of {architecture.parts[part].whole}, which is adapted whole"
+        for part in roles
+        if part in architecture.parts and architecture.parts[part].whole in roles
+    ]
     if problems:
         raise PlacementError(
             f"target_layers.projections={list(projections)} on {model_type}: {'; '.join(problems)}. "
             f"It has: {', '.join(has)} (and the groups {', '.join(GROUPS)})."
         )
     return roles
-
-
-def _count_blocks(architecture: Architecture, names: Sequence[str]) -> int:
-    pattern = re.compile(architecture.block_pattern)
-    indices = {int(match.group(1)) for match in map(pattern.fullmatch, _ancestors(names)) if match}
-    return len(indices)
 
 
 def _ancestors(names: Iterable[str]) -> set[str]:

@@ -22,6 +22,7 @@ class Method:
         weights_dir: the folder in a run's folder that holds what was trained.
         uses_rank: whether it has a rank, and with it alpha and adapter dropout.
         uses_placement: whether target layers say where it acts.
+        has_variants: whether `variant` changes it.
         trains_base: whether the weights of the base model change, so that they are held in float32 and a run of it can
             be the base of other runs.
         trains_part_of_base: whether it trains some of the base model's own parameters, which count as its adapter.
@@ -35,6 +36,7 @@ class Method:
     weights_dir: str
     uses_rank: bool = False
     uses_placement: bool = False
+    has_variants: bool = False
     trains_base: bool = False
     trains_part_of_base: bool = False
     needs_head: bool = False
@@ -49,6 +51,7 @@ METHODS: dict[str, Method] = {
         weights_dir="adapter",
         uses_rank=True,
         uses_placement=True,
+        has_variants=True,
     ),
     "full": Method(
         "full fine-tuning", "harness.methods.full_method", trains="everything", weights_dir="model", trains_base=True
