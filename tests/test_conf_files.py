@@ -28,6 +28,7 @@ from harness.config.schema import (
     Task,
     TrackingConfig,
     TrainerConfig,
+    VariantConfig,
 )
 from harness.config.validation import ConfigError
 from harness.content.assets import ASSETS
@@ -46,6 +47,7 @@ SCHEMAS = {
     "rank": RankConfig,
     "target_layers": TargetLayersConfig,
     "trainer": TrainerConfig,
+    "variant": VariantConfig,
     "tracking": TrackingConfig,
 }
 # Its files hold no values: each places a dataset under `evaluate_also`.
@@ -327,7 +329,7 @@ def test_each_method_brings_its_learning_rate() -> None:
 
 
 def test_a_stray_key_is_an_error_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"^stray: no such setting\. Known here: allow_busy_device, .*, trainer\.$"):
+    with pytest.raises(ConfigError, match=r"^stray: no such setting\. Known here: allow_busy_device, .*, variant\.$"):
         _compose(*LORA, "+stray.key=1")
     with pytest.raises(ConfigError, match=r"^lora_rank: no such setting\. Known here: .*, rank, "):
         _compose(*LORA, "++lora_rank=8")
@@ -378,8 +380,7 @@ def test_a_model_of_the_hub_says_its_size_and_what_it_needs(name: str) -> None:
     comment = (CONF / name).read_text(encoding="utf-8").splitlines()[0]
     assert re.search(r": (?:\w+, )?\d+ blocks, width \d+, [\d.]+[MB] parameters\.", comment), comment
     model_type = MODEL_TYPES[Path(name).stem]
-    # Whoever asks for q here gets an error: the file says it first.
-    assert ("target_layers=qkv" in comment) is ("qkv" in ARCHITECTURES[model_type].projections)
+    assert ("lie in one matrix, qkv" in comment) is ("qkv" in ARCHITECTURES[model_type].projections)
     gated = _raw(name)["hub_id"].startswith(("meta-llama/", "google/gemma"))
     assert ("Gated: needs `hf auth login`." in comment) is gated
     assert set(_raw(name)) <= {"name", "hub_id", "revision", "attention"}

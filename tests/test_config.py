@@ -77,7 +77,7 @@ def test_a_resolved_config_is_read_back_to_the_letter(text: str) -> None:
 
 # ---------------------------------------------------------------- what is wrong, and how it is said
 
-KNOWN_ROLES = "q, k, v, o, qkv, up, down, gate, attention, mlp, all"
+KNOWN_ROLES = "q, k, v, o, qkv, up, down, gate, gate_up, embedding, attention, mlp, all"
 BLOCKS = "all, first_half, last_half, first_N, last_N (N from 1), or a list of indices such as [0,2,5]"
 NAMES = "letters, digits, '.', '_' and '-' only, beginning with a letter or digit"
 SOURCES = (
@@ -320,7 +320,7 @@ def test_every_problem_is_reported_at_once() -> None:
             ["allow_busy_device", "dataset", "device", "evaluate_also", "method", "model", "num_threads"],
         ),
         ("model.hub", ["asset", "attention", "dropout", "dtype", "hub_id", "name", "path", "quantization", "revision"]),
-        ("rank.r", ["alpha", "alpha_per_rank", "alpha_policy", "rank"]),
+        ("rank.r", ["alpha", "alpha_per_rank", "alpha_policy", "pattern", "rank"]),
         ("target_layers.layers", ["blocks", "modules", "name", "projections"]),
         ("tracking.group", ["entity", "log_every", "progress", "project", "wandb"]),
     ],
@@ -332,7 +332,7 @@ def test_an_unknown_setting_is_an_error_that_lists_those_that_exist(key: str, kn
 
 def test_a_composed_config_is_checked_like_any_other() -> None:
     assert from_composed(OmegaConf.create(_values())) == _config()
-    with pytest.raises(ConfigError, match=r"^stray: no such setting\. Known here: .*, trainer\.$"):
+    with pytest.raises(ConfigError, match=r"^stray: no such setting\. Known here: .*, variant\.$"):
         from_composed(OmegaConf.create(_values({"stray": 1})))
     with pytest.raises(ConfigError, match=r"^a config is a mapping, got list$"):
         from_composed(OmegaConf.create([1]))  # type: ignore[arg-type]

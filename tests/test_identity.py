@@ -101,6 +101,8 @@ def _another(hint: Any, value: Any) -> Any:
         return next(member for member in hint if member is not value)
     if hint is ScratchConfig:
         return ScratchConfig(asset="newsgroups_20", file="x")
+    if hint == dict[str, int]:
+        return {"q": 3}
     if typing.get_origin(hint) is dict:
         return {"x": DatasetConfig(name="x", asset="friends", train_file="friends-transcripts.tab")}
     assert typing.get_origin(hint) is list, hint
@@ -130,6 +132,11 @@ def test_every_setting_without_effect_exists() -> None:
     assert {*LEAVES, *groups} >= SETTINGS_WITHOUT_EFFECT
     assert set(LEAVES) >= OF_CONTENT
     assert "trainer.eval_batch_size" in NOT_SCIENTIFIC and "trainer.batch_size" not in NOT_SCIENTIFIC
+
+
+def test_the_order_of_ranks_for_some_targets_means_nothing() -> None:
+    one, other = (_replaced(_config(), "rank.pattern", pattern) for pattern in ({"q": 1, "v": 2}, {"v": 2, "q": 1}))
+    assert _run_id(one) == _run_id(other) != _run_id(_config())
 
 
 @pytest.mark.parametrize("name", sorted(LEAVES.keys() - OF_CONTENT))

@@ -297,13 +297,16 @@ def test_a_classifier_has_no_unembedding(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", [name for name in ARCHITECTURES if name not in LANGUAGE_MODELS])
 def test_an_encoder_has_no_unembedding(model_type: str) -> None:
-    with pytest.raises(PlacementError, match=r": lm_head does not exist\. It has: [a-z, ]*down \(and the groups"):
+    with pytest.raises(
+        PlacementError, match=r": lm_head does not exist\. It has: [a-z, ]*down, embedding \(and the groups"
+    ):
         select_targets(_names(model_type), model_type=model_type, projections=["lm_head"], language_model=True)
 
 
 def test_what_a_language_model_has_includes_its_unembedding() -> None:
     with pytest.raises(
-        PlacementError, match=r"gate does not exist\. It has: q, k, v, qkv, o, up, down, lm_head \(and the groups"
+        PlacementError,
+        match=r"gate does not exist\. It has: q, k, v, qkv, o, up, down, embedding, lm_head \(and the groups",
     ):
         _select_lm("gpt_neox", "gate")
     assert projection_problems(["all", "lm_head"], language_model=True) == []
@@ -516,12 +519,16 @@ def test_expressions_match_whole_names_and_may_overlap() -> None:
         (
             "bert",
             ["gate"],
-            r"gate does not exist\. It has: q, k, v, o, up, down \(and the groups attention, mlp, all\)\.",
+            r"gate does not exist\. It has: q, k, v, o, up, down, embedding \(and the groups attention, mlp, all\)\.",
         ),
-        ("bert", ["qkv"], r"qkv does not exist\. It has: q, k, v, o, up, down "),
-        ("gpt2", ["q", "qkv"], r"q is a part of qkv, which is adapted whole\. It has: q, k, v, qkv, o, up, down "),
-        ("gpt2", ["gate"], r"gate does not exist\. It has: q, k, v, qkv, o, up, down "),
-        ("llama", ["q", "qkv", "v"], r"on llama: qkv does not exist\. It has: q, k, v, o, gate, up, down "),
+        ("bert", ["qkv"], r"qkv does not exist\. It has: q, k, v, o, up, down, embedding "),
+        (
+            "gpt2",
+            ["q", "qkv"],
+            r"q is a part of qkv, which is adapted whole\. It has: q, k, v, qkv, o, up, down, embedding ",
+        ),
+        ("gpt2", ["gate"], r"gate does not exist\. It has: q, k, v, qkv, o, up, down, embedding "),
+        ("llama", ["q", "qkv", "v"], r"on llama: qkv does not exist\. It has: q, k, v, o, gate, up, down, embedding "),
     ],
 )
 def test_a_role_that_the_model_lacks_is_an_error_that_lists_what_it_has(

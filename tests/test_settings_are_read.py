@@ -39,6 +39,7 @@ from harness.config.schema import (
     Task,
     TrackingConfig,
     TrainerConfig,
+    VariantConfig,
 )
 from harness.config.validation import ConfigError, find_problems
 from harness.content.identity import identify
@@ -58,6 +59,7 @@ GROUPS: dict[type, str] = {
     MethodConfig: "method.",
     RankConfig: "rank.",
     TargetLayersConfig: "target_layers.",
+    VariantConfig: "variant.",
     TrainerConfig: "trainer.",
     TrackingConfig: "tracking.",
 }
@@ -75,7 +77,7 @@ NOT_READING = (
 CACHE_KEYS = ("_settings", "_tokenising_settings")
 PROPERTIES = ("effective_alpha", "scaling", "effective_momentum")
 # They name things, in the readable part of the run id and in every table.
-LABELS = {"model.name", "dataset.name", "target_layers.name"}
+LABELS = {"model.name", "dataset.name", "target_layers.name", "variant.name"}
 
 TASKS: dict[str, Values] = {
     "classification": {"metrics": ["accuracy", "f1"], "best_metric": "accuracy", "line_columns": ["text", "label"]},
@@ -117,6 +119,7 @@ SPECIAL = {
 OTHERS: dict[str, Any] = {
     "method.name": "full",
     "method.peft": {"rank_dropout": 0.5},
+    "rank.pattern": {"q": 3},
     "model.attention": "eager",
     "dataset.text_columns": ["other"],
     "dataset.metrics": {

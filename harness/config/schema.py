@@ -538,7 +538,7 @@ class VariantConfig:
         learning_rate_ratio: the learning rate of B over that of A (LoRA+: Hayou et al. 2024, arXiv 2402.12354).
     """
 
-    name: str = "plain"
+    name: str = field(default="plain", metadata=_OF_LORA)
     dora: bool = field(default=False, metadata=_OF_LORA)
     init: Init = field(default=Init.kaiming, metadata=_OF_LORA)
     learning_rate_ratio: float = field(default=1.0, metadata=_OF_LORA)

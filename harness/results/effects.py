@@ -25,7 +25,6 @@ DATA_SOURCE = (
 SETTINGS_WITHOUT_EFFECT = {
     "dataset.generation.batch_size",
     "method.learning_rate",  # only what trainer.learning_rate falls back to
-    "variant.name",  # what it stands for is in the other settings of variant
     "trainer.eval_batch_size",
     "trainer.checkpoint_every",
     "tracking",
