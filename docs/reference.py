@@ -342,8 +342,8 @@ def methods_page() -> str:
             "",
             "`ARCHITECTURES` in `harness/placement/architectures.py`, by transformers' `model_type`. Projections are",
             "the roles that `target_layers.projections` may name, and parts roles that are some of the rows of another",
-            "one's matrix, with an adapter of their own. Causal LM: it can be a language model. Packs: documents packed",
-            "into one example do not see each other.",
+            "one's matrix, with an adapter of their own. Causal LM: it can be a language model. Packs: documents",
+            "packed into one example do not see each other.",
             "",
             *_table(
                 ("model type", "block", "projections", "parts", "task head", "causal LM", "packs"),
