@@ -50,6 +50,8 @@ CAME_LATER: dict[str, Any] = {
     "config.dataset.generation.no_repeat_ngram_size": 0,
     "config.dataset.generation.batch_size": 32,
     "config.trainer.label_smoothing": 0.0,
+    "config.trainer.optimizer": "adamw",
+    "config.trainer.lion_beta2": 0.99,
 }
 # The order of runs where no sweep file gives one: equal settings side by side, the placement before the rank.
 _ORDER = (
