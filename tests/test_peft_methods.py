@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,6 +182,7 @@ def test_a_type_trains_adapter_and_head_alone_and_is_saved_as_peft_reads_it(
     assert metrics["peak_memory_bytes"] > 0 and "train_flops" not in metrics
     losses = one.losses()
     assert losses[-1] < losses[0]
+    assert type(model) is type(base)
 
     kept = {each.replace(".base_layer.", "."): value for each, value in model.named_parameters()}
     changed = {each for each, value in weights.items() if not torch.equal(kept[each], value)}
@@ -200,6 +202,59 @@ def test_a_type_trains_adapter_and_head_alone_and_is_saved_as_peft_reads_it(
     loaded = read_by_peft(base, adapter_dir)
     assert torch.allclose(logits(loaded), logits(model), atol=1e-5, rtol=0)
     assert not torch.allclose(logits(loaded), before, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "model"), [("LORA", "gpt2"), ("IA3", "gpt2"), ("ADALORA", "llama"), ("OFT", "llama")])
+def test_a_language_model_has_no_head_and_is_saved_as_peft_reads_it(
+    name: str, model: str, folder: Path, tmp_path: Path
+) -> None:
+    config = of_type(PEFT_TYPES[name], folder, tmp_path, model=model)
+    one = ran(config)
+    assert one.result.metrics["num_head_params"] == 0
+    assert one.losses()[-1] < one.losses()[0]
+    base = fresh_base(config)
+    before = logits(base)
+    loaded = read_by_peft(base, one.dir / "adapter")
+    assert torch.allclose(logits(loaded), logits(one.prepared.model), atol=1e-5, rtol=0)
+    assert not torch.allclose(logits(loaded), before, atol=1e-4, rtol=0)
+
+
+def test_the_best_step_comes_back_whole(folder: Path, tmp_path: Path) -> None:
+    """VeRA's layers share matrices that do not train, which no state of a step needs to hold."""
+    one = ran(config := of_type(PEFT_TYPES["VERA"], folder, tmp_path, trainer={"eval_every": 1}))
+    assert one.result.metrics["best_step"] < 6  # among equal accuracies the earliest
+    assert one.result.metrics["val_nll"] != one.result.metrics["val_nll_last"]
+    loaded = read_by_peft(fresh_base(config), one.dir / "adapter")
+    assert torch.allclose(logits(loaded), logits(one.prepared.model), atol=1e-5, rtol=0)
+
+
+# ---------------------------------------------------------------- the page that lists them
+
+
+PAGE = (ROOT / "docs/how-to/peft-methods.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", USABLE)
+def test_the_page_says_what_a_type_is_called_and_whether_it_takes_conv1d(
+    name: str, folder: Path, tmp_path: Path
+) -> None:
+    kind = PEFT_TYPES[name]
+    try:
+        takes_conv1d = bool(plan(of_type(kind, folder, tmp_path, model="gpt2")).targets)
+    except PeftMethodError:
+        takes_conv1d = False
+    rank = "`rank=r8`" if kind.alpha else f"`method.peft.{kind.rank}`" if kind.rank else "none"
+    assert f"| `{name}` | `{kind.method}` | {rank} | {'yes' if takes_conv1d else 'no'} |\n" in PAGE
+
+
+def test_the_page_has_the_reason_of_every_refusal_and_every_preset() -> None:
+    refused = [f"| `{name}` | {kind.refused} |" for name, kind in PEFT_TYPES.items() if kind.refused]
+    assert [line for line in PAGE.splitlines() if line in refused] == refused
+    listed = re.findall(r"^\| `([A-Z0-9_]+)` \|", PAGE, flags=re.MULTILINE)
+    assert sorted(listed) == sorted(PEFT_TYPES)
+    for path in (ROOT / "conf/method").glob("*.yaml"):
+        if path.stem in METHODS and METHODS[path.stem].peft is not None:
+            assert f"`{path.stem}`" in PAGE.partition("## Settings")[0]
 
 
 # ---------------------------------------------------------------- what a table calls them
@@ -319,6 +374,10 @@ REFUSED: list[tuple[Values, str]] = [
         {"method": {"name": "ln_tuning"}},
         "method=ln_tuning takes no target_layers: it adapts no projections; leave target_layers=... out",
     ),
+    (
+        {"method": {"name": "loha"}, "rank": {**RANK, "pattern": {"v": 2}}},
+        "rank.pattern={'v': 2}: is read ",
+    ),
     ({"method": {"name": "ia3"}, "shard_model": True}, "shard_model=true: the layers of peft (method=ia3) are not"),
     (
         {"method": {"name": "lora", "peft": {"r": 4}}, "rank": RANK},
@@ -349,7 +408,7 @@ def test_a_type_that_cannot_be_carried_is_refused_with_the_reason(name: str, fol
 NOT_PLANNED: list[tuple[Values, str]] = [
     (
         {"method": {"name": "ia3", "peft": {"rr": 3}}},
-        f"method.peft.rr=3: IA3Config of peft {peft.__version__} has no such field; it has auto_mapping, ",
+        f"method.peft.rr=3: IA3Config of peft {peft.__version__} has no such field; it has exclude_modules, ",
     ),
     (
         {"method": {"name": "loha"}, "rank": {"rank": 65, "alpha": 8}},
@@ -472,6 +531,13 @@ def test_alpha_policies_give_the_scaling_that_they_give_our_own(
     assert layer.scaling["default"] == config.rank.scaling
 
 
+def test_parts_of_a_fused_matrix_are_refused(folder: Path, tmp_path: Path) -> None:
+    targets = {"name": "q", "projections": ["q"]}
+    config = from_dict(values_of(folder, tmp_path, model="gpt2", method={"name": "ia3"}, target_layers=targets))
+    with pytest.raises(PeftMethodError, match="are some of the rows of a module, and peft adapts modules whole; name"):
+        plan(config)
+
+
 # ---------------------------------------------------------------- AdaLoRA
 
 
@@ -482,8 +548,15 @@ def of_adalora(folder: Path, runs_dir: Path, **trainer: Any) -> RunConfig:
     return from_dict(values)
 
 
-def test_adalora_ends_at_its_budget_and_says_which_rank_each_module_has(folder: Path, tmp_path: Path) -> None:
-    one = ran(of_adalora(folder, tmp_path))
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORA_HARNESS_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        return ran(of_adalora(folder, tmp_path_factory.mktemp("undisturbed")))
+
+
+def test_adalora_ends_at_its_budget_and_says_which_rank_each_module_has(undisturbed: Ran) -> None:
+    one = undisturbed
     # 12 modules began with 6 and end with 4 on average. That is what is left of the last step; the best may be earlier.
     left = {
         name: int((value != 0).sum()) for name, value in one.prepared.model.named_parameters() if ".lora_E." in name
@@ -534,9 +607,10 @@ def test_rehearsing_leaves_no_trace_in_the_allocation(
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, 7])
-def test_a_resumed_adalora_is_the_undisturbed_one_bitwise(stop_at: int, folder: Path, tmp_path: Path) -> None:
+def test_a_resumed_adalora_is_the_undisturbed_one_bitwise(
+    stop_at: int, undisturbed: Ran, folder: Path, tmp_path: Path
+) -> None:
     """Stopped before ranks are taken away, while they are, and after it."""
-    undisturbed = ran(of_adalora(folder, tmp_path / "undisturbed"))
     config = of_adalora(folder, tmp_path / "stopped")
 
     def stop(self: RunCallbacks, step: int) -> bool:
@@ -554,8 +628,7 @@ def test_a_resumed_adalora_is_the_undisturbed_one_bitwise(stop_at: int, folder: 
         with pytest.raises(PreemptedError):
             run(config)
     resumed = ran(config)
-    (adapter,) = (one.dir / "adapter" for one in [resumed])
-    ours, theirs = (load_file(path / "adapter_model.safetensors") for path in (adapter, undisturbed.dir / "adapter"))
+    ours, theirs = (load_file(one.dir / "adapter" / "adapter_model.safetensors") for one in (resumed, undisturbed))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert resumed.losses() == undisturbed.losses()
 

@@ -297,7 +297,7 @@ def _peft_type_problem(peft_type: Any) -> str:
 
 
 # Fields of peft's configs that follow from the run.
-_PEFT_FIELDS_OF_THE_RUN = {
+PEFT_FIELDS_OF_THE_RUN = {
     "auto_mapping": "is made when the adapter is saved",
     "base_model_name_or_path": "follows from model",
     "inference_mode": "is false in training and true in what is saved",
@@ -320,7 +320,7 @@ def _peft_problems(config: RunConfig, method: Method) -> list[str]:
             f"method.peft.peft_type={settings['peft_type']}: method={name} is {kind.name}; leave it out, or say "
             f"method=peft."
         )
-    for field, why in _PEFT_FIELDS_OF_THE_RUN.items():
+    for field, why in PEFT_FIELDS_OF_THE_RUN.items():
         if field in settings and not (field == "rank_pattern" and kind.name != "ADALORA"):
             problems.append(f"method.peft.{field}={_shown(settings[field])}: {why}; leave it out.")
     if config.method.adapter_dropout != 0:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.config.schema import AlphaPolicy, Precision, RankConfig, RunConfig
+from harness.config.validation import PEFT_FIELDS_OF_THE_RUN
 from harness.methods.adapting import check_rank
 from harness.methods.counts import is_head
 from harness.methods.during_training import DuringTraining, Nothing
@@ -158,11 +159,12 @@ def _peft_config(peft: Any, model: nn.Module, target_modules: Sequence[str], con
     if config_class is None:
         raise PeftMethodError(f"method={config.method.name}: peft {peft.__version__} has no {kind.name}; update it.")
     known = {field.name for field in dataclasses.fields(config_class) if field.init}
+    settable = sorted(known - {"peft_type", *PEFT_FIELDS_OF_THE_RUN} | ({"rank_pattern"} & known))
     for name, value in config.method.peft.items():
         if name not in known:
             raise PeftMethodError(
                 f"method.peft.{name}={value}: {config_class.__name__} of peft {peft.__version__} has no such field; it "
-                f"has {', '.join(sorted(known))}."
+                f"has {', '.join(settable)}."
             )
     values: dict[str, Any] = dict(config.method.peft)
     modules = dict(model.named_modules())
