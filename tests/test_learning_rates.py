@@ -15,8 +15,8 @@ from analysis.recipes import recipe_differences
 from harness.config.schema import ModelConfig, Optimizer, RankConfig, TinyModel
 from harness.config.validation import ConfigError
 from harness.content.identity import identify
+from harness.methods.adapting import apply_lora
 from harness.methods.counts import set_trainable
-from harness.methods.lora import apply_lora
 from harness.methods.rates import Kind, LearningRates, learning_rates
 from harness.models.loading import load_model
 from harness.run import run
@@ -63,6 +63,11 @@ def test_base_and_head_of_full_fine_tuning(rows: Path, tmp_path: Path) -> None: 
     own = {"learning_rate": 1e-4, "learning_rate_base": 2e-5}
     rates = learning_rates(config(rows, tmp_path, "full", trainer=own), ["classifier"])
     assert rates.of_kind == {Kind.A: 1e-4, Kind.B: 1e-4, Kind.HEAD: 1e-4, Kind.BASE: 2e-5}
+    # B does not follow A unless a ratio says so.
+    own = {"learning_rate": 1e-4, "learning_rate_A": 2e-5}
+    assert learning_rates(config(rows, tmp_path, trainer=own), []).of_kind[Kind.B] == 1e-4
+    plus = learning_rates(config(rows, tmp_path, trainer=own, variant={"learning_rate_ratio": 16.0}), [])
+    assert (plus.of_kind[Kind.A], plus.of_kind[Kind.B]) == (2e-5, 16 * 2e-5)
     # A module whose name begins as that of the head does is none of it.
     assert rates.kind("classifier2.weight") is Kind.BASE
 

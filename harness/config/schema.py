@@ -570,7 +570,8 @@ class TrainerConfig:
     Attributes:
         optimizer: how gradients become steps.
         learning_rate: after warm-up; falls back to that of the method.
-        learning_rate_A: of the A of adapters; null for `learning_rate`, as for the three below it.
+        learning_rate_A: of the A of adapters, and of DoRA's magnitudes; null for `learning_rate`, as for the three
+            below it.
         learning_rate_B: of the B of adapters.
         learning_rate_head: of the task head.
         learning_rate_base: of the base model's own parameters.

@@ -13,7 +13,7 @@ from harness.methods.counts import is_head, is_lora
 class Kind(StrEnum):
     """What a parameter is to a method."""
 
-    A = "A"
+    A = "A"  # and DoRA's magnitudes
     B = "B"
     HEAD = "head"
     BASE = "base"
@@ -48,6 +48,6 @@ def learning_rates(config: RunConfig, head_modules: Sequence[str]) -> LearningRa
         Kind.BASE: trainer.learning_rate_base,
     }
     rates = {kind: trainer.learning_rate if rate is None else rate for kind, rate in own.items()}
-    if trainer.learning_rate_B is None:
+    if config.variant.learning_rate_ratio != 1:  # validation refuses a rate of B beside it
         rates[Kind.B] = rates[Kind.A] * config.variant.learning_rate_ratio
     return LearningRates(rates, head_modules)
