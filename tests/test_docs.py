@@ -498,6 +498,8 @@ def _another(value: Any) -> Any:
             return value + 1
         case list():
             return [*value, "o"]
+        case dict():
+            return {**value, "v": 2}
         case None:
             return 3
     members = getattr(type(value), "__members__", {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import warnings
@@ -12,7 +13,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -164,6 +165,14 @@ def test_every_type_of_the_installed_peft_is_described() -> None:
     }
 
 
+@pytest.mark.parametrize("name", [name for name in USABLE if PEFT_TYPES[name].uses_placement])
+def test_a_type_takes_quantised_weights_if_peft_has_layers_for_them(name: str) -> None:
+    (tuner,) = (kind for each, kind in PEFT_TYPE_TO_TUNER_MAPPING.items() if each.value == name)
+    folder = Path(inspect.getfile(tuner)).parent
+    has_layers = (folder / "bnb.py").is_file() or "resolve_quantization_backend(" in (folder / "model.py").read_text()
+    assert PEFT_TYPES[name].takes_quantized == has_layers
+
+
 @pytest.mark.parametrize("name", USABLE)
 def test_a_type_trains_adapter_and_head_alone_and_is_saved_as_peft_reads_it(
     name: str, folder: Path, tmp_path: Path
@@ -244,7 +253,8 @@ def test_the_page_says_what_a_type_is_called_and_whether_it_takes_conv1d(
     except PeftMethodError:
         takes_conv1d = False
     rank = "`rank=r8`" if kind.alpha else f"`method.peft.{kind.rank}`" if kind.rank else "none"
-    assert f"| `{name}` | `{kind.method}` | {rank} | {'yes' if takes_conv1d else 'no'} |\n" in PAGE
+    yes = {True: "yes", False: "no"}
+    assert f"| `{name}` | `{kind.method}` | {rank} | {yes[takes_conv1d]} | {yes[kind.takes_quantized]} |\n" in PAGE
 
 
 def test_the_page_has_the_reason_of_every_refusal_and_every_preset() -> None:
@@ -529,6 +539,17 @@ def test_alpha_policies_give_the_scaling_that_they_give_our_own(
     layer = model.get_submodule("bert.encoder.layer.0.attention.self.query")
     assert (layer.r["default"], layer.lora_alpha["default"], layer.scaling["default"]) == expected
     assert layer.scaling["default"] == config.rank.scaling
+
+
+def test_a_type_without_layers_for_quantised_weights_is_refused(folder: Path, tmp_path: Path) -> None:
+    values = values_of(folder, tmp_path, method={"name": "loha"}, rank=RANK)
+    values["model"] = {"name": "saved", "path": "x", "quantization": "nf4"}
+    with pytest.raises(ConfigError) as caught:
+        from_dict(values)
+    assert caught.value.problems == [
+        "model.quantization=nf4: peft has no layers of method=loha for quantised weights; set model.quantization=none, "
+        "or use method=lora."
+    ]
 
 
 def test_parts_of_a_fused_matrix_are_refused(folder: Path, tmp_path: Path) -> None:

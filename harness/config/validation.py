@@ -328,6 +328,11 @@ def _peft_problems(config: RunConfig, method: Method) -> list[str]:
             f"method.adapter_dropout={config.method.adapter_dropout}: is read by method=lora; set one of the rates "
             f"that {kind.name} has in peft (method.peft.lora_dropout, module_dropout, ...), and this to 0."
         )
+    if config.model.quantization is not Quantization.none and not kind.takes_quantized:
+        problems.append(
+            f"model.quantization={config.model.quantization}: peft has no layers of method={name} for quantised "
+            "weights; set model.quantization=none, or use method=lora."
+        )
     problems += _peft_rank_problems(config, method)
     if config.target_layers is not None:
         problems += _target_layers_problems(config.target_layers, config.dataset.task)

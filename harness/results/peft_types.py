@@ -20,6 +20,7 @@ class PeftType:
         alpha: the field whose value divided by the rank is the scaling, as alpha is for LoRA: with it the setting
             `rank` says both. None where there is no such field; the rank is then set by its own name.
         uses_placement: whether it adapts projections, which target layers can name.
+        takes_quantized: whether peft has layers of it for weights that are held quantised (bitsandbytes).
         refused: why a run cannot have it, empty where it can.
     """
 
@@ -28,6 +29,7 @@ class PeftType:
     rank: str | None = None
     alpha: str | None = None
     uses_placement: bool = True
+    takes_quantized: bool = False
     refused: str = ""
 
     @property
@@ -47,37 +49,37 @@ _FROM_WEIGHTS = (
 )
 
 _TYPES = (
-    PeftType("LORA", "LoRA of peft", rank="r", alpha="lora_alpha"),
-    PeftType("ADALORA", "AdaLoRA", rank="target_r", alpha="lora_alpha"),
+    PeftType("LORA", "LoRA of peft", rank="r", alpha="lora_alpha", takes_quantized=True),
+    PeftType("ADALORA", "AdaLoRA", rank="target_r", alpha="lora_alpha", takes_quantized=True),
     PeftType("BEFT", "BEFT"),
-    PeftType("BOFT", "BOFT"),
+    PeftType("BOFT", "BOFT", takes_quantized=True),
     PeftType("C3A", "C3A"),
     PeftType("DEFT", "DEFT", rank="r"),
     PeftType("DELORA", "DeLoRA", rank="r"),
     PeftType("FOURIERFT", "FourierFT"),
     PeftType("GLORA", "GLoRA", rank="r"),
     PeftType("GRALORA", "GraLoRA", rank="r"),
-    PeftType("HIRA", "HiRA", rank="r"),
+    PeftType("HIRA", "HiRA", rank="r", takes_quantized=True),
     PeftType("HRA", "HRA", rank="r"),
-    PeftType("IA3", "(IA)^3"),
+    PeftType("IA3", "(IA)^3", takes_quantized=True),
     PeftType("LILY", "Lily", rank="r"),
-    PeftType("LN_TUNING", "tuning of the norms", uses_placement=False),
+    PeftType("LN_TUNING", "tuning of the norms", uses_placement=False, takes_quantized=True),
     PeftType("LOHA", "LoHa", rank="r", alpha="alpha"),
     PeftType("LOKR", "LoKr", rank="r", alpha="alpha"),
-    PeftType("MISS", "MiSS", rank="r"),
-    PeftType("OFT", "OFT"),
+    PeftType("MISS", "MiSS", rank="r", takes_quantized=True),
+    PeftType("OFT", "OFT", takes_quantized=True),
     PeftType("OSF", "OSF"),
     PeftType("PEANUT", "PEANuT", rank="r"),
     PeftType("PSOFT", "PSOFT", rank="r"),
-    PeftType("PVERA", "PVeRA", rank="r"),
-    PeftType("RANDLORA", "RandLoRA", rank="r"),
-    PeftType("ROAD", "RoAd"),
+    PeftType("PVERA", "PVeRA", rank="r", takes_quantized=True),
+    PeftType("RANDLORA", "RandLoRA", rank="r", takes_quantized=True),
+    PeftType("ROAD", "RoAd", takes_quantized=True),
     PeftType("SUPERTUNING", "Supertuning"),
     PeftType("TINYLORA", "TinyLoRA", rank="r"),
-    PeftType("TRAINABLE_TOKENS", "trainable tokens", uses_placement=False),
+    PeftType("TRAINABLE_TOKENS", "trainable tokens", uses_placement=False, takes_quantized=True),
     PeftType("UNILORA", "Uni-LoRA", rank="r"),
     PeftType("VBLORA", "VB-LoRA", rank="r"),
-    PeftType("VERA", "VeRA", rank="r"),
+    PeftType("VERA", "VeRA", rank="r", takes_quantized=True),
     PeftType("WAVEFT", "WaveFT"),
     PeftType("ADAMSS", "AdaMSS", refused=_FROM_WEIGHTS),
     PeftType("FROD", "FRoD", refused=_FROM_WEIGHTS),
