@@ -15,13 +15,13 @@ from pathlib import Path
 from types import FrameType
 
 import hydra
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from harness.config.composing import from_composed, register
+from harness.commands import Request, carry_out, find_request
+from harness.config.composing import compose, from_composed, register
 from harness.config.folders import CONF_DIR, OwnFolders, find_own, use_own
 from harness.config.overrides import came_from_composing, explain_refusal, literal_texts
 from harness.config.schema import RunConfig
@@ -42,6 +42,7 @@ def main() -> int:
     try:
         load_extensions()
         own = find_own(sys.argv[1:])
+        request = find_request(sys.argv[1:])
     except (ExtensionError, ConfigError) as error:
         _print_problem(error)
         return 2
@@ -49,6 +50,8 @@ def main() -> int:
     for line in own.describe():
         logger.info(line)
     register()
+    if request is not None:
+        return _carry_out(request)
     # A run hears the signal itself, in every phase; this is for the seconds before it begins.
     heard_before = signal.signal(signal.SIGTERM, _stop_before_a_run)
     exit_codes: list[int] = []
@@ -110,13 +113,38 @@ def main() -> int:
         if not isinstance(error, HydraException) and (started or not came_from_composing(error)):
             raise
         overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
-        _print_problem(explain_refusal(error, overrides, compose=_compose))
+        _print_problem(explain_refusal(error, overrides, compose=compose))
         return 2
     finally:
         sys.argv = typed
         use_own(OwnFolders())
         signal.signal(signal.SIGTERM, heard_before)
     return max(exit_codes, default=0)
+
+
+def _carry_out(request: Request) -> int:
+    """Does what is asked of runs that have ended, and returns the exit code."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _print_problem(f"{request.command}: runs in one process; start it without accelerate launch or torchrun.")
+        return 2
+    try:
+        carry_out(request)
+    except ConfigError as error:
+        _print_problem(error)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        from harness.run import USER_ERRORS
+
+        if not isinstance(error, USER_ERRORS):
+            raise
+        _print_problem(error)
+        return 2
+    finally:
+        use_own(OwnFolders())
+    return 0
 
 
 def _record_single_run(config: RunConfig, identity: Identity) -> None:
@@ -130,13 +158,6 @@ def _record_single_run(config: RunConfig, identity: Identity) -> None:
 def _stop_before_a_run(number: int, frame: FrameType | None) -> None:
     print("stopped before a run began; the same command starts it", file=sys.stderr)
     sys.exit(75)
-
-
-def _compose(overrides: list[str]) -> object:
-    """Composes a part of the overrides, to find the one that is at fault."""
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
-        return hydra.compose("config", overrides)
 
 
 def _print_problem(problem: Exception | str) -> None:

@@ -19,13 +19,17 @@ COMMANDS = {
     "run": "one run: lora-harness run rank=r8 target_layers=qv",
     "sweep": "many runs: lora-harness sweep demo, or lora-harness sweep rank=r1,r8 target_layers=qv",
     "report": "tables, figures and a page of a sweep",
+    "evaluate": "score runs that have ended: lora-harness evaluate RUN_ID RUN_ID split=val",
+    "export": "merge what a run trained into its base model: lora-harness export RUN_ID to=DIR",
     "status": "how far a sweep is, also while it runs",
     "init": "write a small project with its own dataset and sweep",
 }
 OF_ANALYSIS = ("report", "status")
+OF_ENDED_RUNS = ("evaluate", "export")
 _EPILOG = """\
 run is `python -m harness`, sweep is `python -m harness -m`, and both take Hydra's flags (run --help lists every
-setting); report and status are those of `python -m analysis`.
+setting); evaluate and export are `python -m harness evaluate=RUN_ID,RUN_ID` and `export=RUN_ID to=DIR`; report and
+status are those of `python -m analysis`.
 
 Own configs: conf/ and sweeps/ below the current folder, or --config-dir DIR after run or sweep. DIR/dataset/mine.yaml
 is dataset=mine, DIR/sweeps/mine.yaml is the sweep mine.
@@ -107,6 +111,8 @@ def _as_typed_to_harness(command: str, arguments: Sequence[str]) -> list[str]:
 
     >>> _as_typed_to_harness("sweep", ["demo", "seed=0,1", "--config-dir", "mine"])
     ['-m', '--config-dir', 'mine', 'sweeps=demo', 'seed=0,1']
+    >>> _as_typed_to_harness("evaluate", ["RUN_ID", "OTHER_ID", "split=val"])
+    ['evaluate=RUN_ID,OTHER_ID', 'split=val']
     """
     flags: list[str] = ["-m"] if command == "sweep" else []
     settings: list[str] = []
@@ -118,6 +124,9 @@ def _as_typed_to_harness(command: str, arguments: Sequence[str]) -> list[str]:
             settings.append(word)
     if command == "sweep" and settings and "=" not in settings[0]:
         settings[0] = f"sweeps={settings[0]}"
+    if command in OF_ENDED_RUNS and not any(setting.startswith(f"{command}=") for setting in settings):
+        run_ids = [setting for setting in settings if "=" not in setting]
+        settings = [f"{command}={','.join(run_ids)}", *(setting for setting in settings if "=" in setting)]
     return [*flags, *settings]
 
 

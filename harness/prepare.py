@@ -66,9 +66,8 @@ def prepare(config: RunConfig, identity: Identity | None = None) -> PreparedRun:
     What was loaded is what `identity` stands for: files that were edited in between raise `ContentError`.
     """
     identity = identity or identify(config)
-    # PyTorch's own choice knows nothing of a container's quota.
-    torch.set_num_threads(config.num_threads or min(torch.get_num_threads(), available_cores()))
-    accelerator = _accelerator(config)
+    set_threads(config)
+    accelerator = build_accelerator(config)
     companions = Companions(accelerator, identity.run_id)
     try:
         return _prepare(config, identity, accelerator, companions)
@@ -83,7 +82,7 @@ def _prepare(config: RunConfig, identity: Identity, accelerator: Accelerator, co
     base = base_model(config)
     require_optimizer(config.trainer, accelerator.device)
     tokenizer = load_tokenizer(base)
-    too_long = _length_problems(config, configs.max_tokens(base, tokenizer))
+    too_long = length_problems(config, configs.max_tokens(base, tokenizer))
     if too_long:
         raise ConfigError(too_long)
     family = find_family(config.dataset.task)
@@ -124,7 +123,7 @@ def _prepare(config: RunConfig, identity: Identity, accelerator: Accelerator, co
     )
 
 
-def _length_problems(config: RunConfig, max_tokens: int) -> list[str]:
+def length_problems(config: RunConfig, max_tokens: int) -> list[str]:
     """What is longer than the model reads."""
     named = {"dataset": config.dataset} | {f"evaluate_also.{name}": also for name, also in config.evaluate_also.items()}
     problems = [
@@ -179,7 +178,14 @@ def wanted_generation_metrics(config: RunConfig) -> list[str]:
     return [name for name in config.dataset.metrics if name in scores_of(of="generated")]
 
 
-def _accelerator(config: RunConfig) -> Accelerator:
+def set_threads(config: RunConfig) -> None:
+    """Gives PyTorch the threads of a run."""
+    # PyTorch's own choice knows nothing of a container's quota.
+    torch.set_num_threads(config.num_threads or min(torch.get_num_threads(), available_cores()))
+
+
+def build_accelerator(config: RunConfig) -> Accelerator:
+    """The device of a run and the precision that it computes in. Raises `ConfigError` for a device that is not here."""
     if config.device is Device.cuda and not torch.cuda.is_available():
         raise ConfigError(["device=cuda: PyTorch sees no CUDA device here; use device=auto or device=cpu."])
     if config.device is Device.mps and not torch.backends.mps.is_available():

@@ -47,6 +47,11 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         ("sweep sweeps=demo", 75, "-m sweeps=demo"),
         ("sweep rank=r1,r8 target_layers=qv", 75, "-m rank=r1,r8 target_layers=qv"),
         ("sweep --config-dir", 75, "-m --config-dir"),
+        ("evaluate A B split=val", 75, "evaluate=A,B split=val"),
+        ("evaluate --config-dir mine A,B dataset=mine", 75, "--config-dir mine evaluate=A,B dataset=mine"),
+        ("evaluate evaluate=A", 75, "evaluate=A"),
+        ("export A to=model", 75, "export=A to=model"),
+        ("export", 75, "export="),
         ("report --sweep demo --margin 0.01", 2, "lora-harness report --sweep demo --margin 0.01"),
         ("status", 2, "lora-harness status"),
     ],
@@ -62,7 +67,7 @@ def test_a_command_that_does_not_exist(
     monkeypatch: pytest.MonkeyPatch, called: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(monkeypatch, "reprot", "--sweep", "demo") == 2
-    assert capsys.readouterr().err == "error: reprot: no such command. There are: run, sweep, report, status, init.\n"
+    assert capsys.readouterr().err == f"error: reprot: no such command. There are: {', '.join(cli.COMMANDS)}.\n"
     assert called == []
 
 
@@ -77,7 +82,7 @@ def test_help_has_a_line_for_each_command(
     assert code == 0
     printed = capsys.readouterr().out
     for name, line in cli.COMMANDS.items():
-        assert f"\n  {name:<6}  {line}\n" in printed
+        assert f"\n  {name:<8}  {line}\n" in printed
     assert max(map(len, printed.splitlines())) <= 120
 
 
@@ -107,8 +112,8 @@ def test_options_that_do_not_exist(monkeypatch: pytest.MonkeyPatch, options: lis
 @pytest.mark.parametrize(
     ("line", "offers"),
     [
-        ("lora-harness ", ["run ", "sweep ", "report ", "status ", "init "]),
-        ("", ["run ", "sweep ", "report ", "status ", "init "]),
+        ("lora-harness ", [f"{name} " for name in cli.COMMANDS]),
+        ("", [f"{name} " for name in cli.COMMANDS]),
         ("lora-harness re", ["report "]),
         ("lora-harness nope x", []),
         ("lora-harness init ", []),

@@ -32,7 +32,8 @@ from analysis import figures
 from analysis.__main__ import _parser
 from analysis.__main__ import main as analyse
 from harness.__main__ import main
-from harness.cli import OF_ANALYSIS, _as_typed_to_harness
+from harness.cli import OF_ANALYSIS, OF_ENDED_RUNS, _as_typed_to_harness
+from harness.commands import dataset_preset, find_request
 from harness.config.composing import from_composed, register
 from harness.config.folders import CONF_DIR, find_own, use_own
 from harness.config.schema import ModelConfig, RankConfig, RunConfig, ScratchConfig, TargetLayersConfig, TinyModel
@@ -189,6 +190,10 @@ def runs_of(words: list[str]) -> list[list[str]]:
 
 def check_harness(words: list[str]) -> None:
     """Composes and validates what stands behind `-m harness`."""
+    request = find_request(words)
+    if request is not None:
+        dataset_preset(request.dataset)
+        return
     if "--cfg" in words:
         words = words[: words.index("--cfg")]
     if "--config-dir" in words:
@@ -229,7 +234,7 @@ def test_every_command_is_one_that_works(page: str, project: Any) -> None:
             continue
         words = shlex.split(command)
         try:
-            if words[0] == "lora-harness" and words[1] in ("run", "sweep"):
+            if words[0] == "lora-harness" and words[1] in ("run", "sweep", *OF_ENDED_RUNS):
                 check_harness(_as_typed_to_harness(words[1], words[2:]))
             elif "harness" in words and words[0] in ("python", "accelerate", "torchrun"):
                 check_harness(words[words.index("harness") + 1 :])

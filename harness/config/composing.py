@@ -11,7 +11,9 @@ import re
 from dataclasses import asdict, fields, is_dataclass, replace
 from typing import Any, cast
 
+import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -21,6 +23,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from harness.config.folders import CONF_DIR
 from harness.config.schema import MethodConfig, RunConfig
 from harness.config.validation import ConfigError, find_problems
 from harness.results.methods import ANY_PEFT, METHODS
@@ -33,6 +36,13 @@ def register() -> None:
     # peft knows the names of its fields, and says so where one does not exist: here each is accepted without a `+`.
     OmegaConf.set_struct(schema.method.peft, False)
     ConfigStore.instance().store(name="schema", node=schema)
+
+
+def compose(overrides: list[str]) -> DictConfig:
+    """What Hydra composes from overrides, without running anything. Raises what Hydra and OmegaConf raise."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
+        return hydra.compose("config", overrides)
 
 
 def from_composed(composed: DictConfig) -> RunConfig:

@@ -45,7 +45,7 @@ def find_content(config: RunConfig) -> dict[str, str]:
     found = _dataset_content("dataset", config.dataset)
     for name, dataset in config.evaluate_also.items():
         found |= _dataset_content(f"evaluate_also.{name}", dataset)
-    return found | _model_content(config)
+    return found | model_content(config)
 
 
 def require_content(config: RunConfig, content: Mapping[str, str]) -> None:
@@ -111,7 +111,8 @@ def is_pinned(model: ModelConfig, content: Mapping[str, str]) -> bool:
     )
 
 
-def _model_content(config: RunConfig) -> dict[str, str]:
+def model_content(config: RunConfig) -> dict[str, str]:
+    """The part of `find_content` that is the base model's. Raises `ModelError`."""
     model = base_model(config)
     if model.path is not None:
         folder = Path(model.path).expanduser()

@@ -43,6 +43,11 @@ def load_part(model: nn.Module, path: Path) -> list[str]:
         raise ModelError(f"{path} does not fit the model: {'; '.join(wrong[:5])}{more}.")
     with torch.no_grad():
         for name, value in tensors.items():
-            parameters[name].data = parameters[name].data.float()  # as it was trained, whatever the base is held in
+            # As it was trained, whatever the base is held in; the base's own tensor stays as it is.
+            parameters[name].data = parameters[name].data.to(torch.float32, copy=True)
             copy_into(parameters[name], value)
     return list(tensors)
+
+
+def keep(model: nn.Module) -> None:
+    """To merge is to do nothing: what was trained is the model's own."""

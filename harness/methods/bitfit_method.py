@@ -9,7 +9,7 @@ from torch import nn
 
 from harness.config.schema import RunConfig
 from harness.config.validation import ConfigError
-from harness.methods.base_part import save_part
+from harness.methods.base_part import keep, load_part, save_part
 from harness.methods.counts import is_head
 from harness.methods.norms_method import is_norm
 from harness.methods.registry import TrainedModel
@@ -41,5 +41,14 @@ def is_adapter(name: str) -> bool:
 
 
 def save(trained: TrainedModel, directory: Path) -> int:
-    """Writes biases and head; `harness.methods.base_part.load_part` reads them."""
+    """Writes biases and head."""
     return save_part(trained, directory / FILE)
+
+
+def load(model: nn.Module, directory: Path, config: RunConfig, *, head: Sequence[str]) -> None:
+    """Reads what `save` wrote."""
+    adapt(model, (), config, ranks=())
+    load_part(model, directory / FILE)
+
+
+merge = keep

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from harness.config.schema import RunConfig
+from harness.methods.base_part import keep
 from harness.methods.registry import TrainedModel
 from harness.models.saving import save_model
 from harness.placement.select import Target
@@ -31,3 +32,6 @@ def save(trained: TrainedModel, directory: Path) -> int:
         own_settings=trained.base.own_settings,
         label_names=trained.label_names,
     )
+
+
+merge = keep

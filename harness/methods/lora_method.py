@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from harness.config.schema import RunConfig
-from harness.methods.adapting import apply_lora
+from harness.methods.adapting import apply_lora, merge_and_remove
 from harness.methods.counts import is_lora
-from harness.methods.peft_files import save_adapter
+from harness.methods.peft_files import load_adapter, save_adapter
 from harness.methods.registry import TrainedModel
 from harness.placement.select import Target
 
@@ -46,3 +46,11 @@ def save(trained: TrainedModel, directory: Path) -> int:
         revision=trained.base.revision,
         task_type="CAUSAL_LM" if config.dataset.task.is_language else "SEQ_CLS",
     )
+
+
+def load(model: nn.Module, directory: Path, config: RunConfig, *, head: Sequence[str]) -> None:
+    """Reads what `save` wrote."""
+    load_adapter(model, directory)
+
+
+merge = merge_and_remove

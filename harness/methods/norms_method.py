@@ -10,7 +10,7 @@ from torch import nn
 
 from harness.config.schema import RunConfig
 from harness.config.validation import ConfigError
-from harness.methods.base_part import save_part
+from harness.methods.base_part import keep, load_part, save_part
 from harness.methods.registry import TrainedModel
 from harness.placement.select import Target
 
@@ -53,5 +53,13 @@ def is_adapter(name: str) -> bool:
 
 
 def save(trained: TrainedModel, directory: Path) -> int:
-    """Writes norms and head; `harness.methods.base_part.load_part` reads them."""
+    """Writes norms and head."""
     return save_part(trained, directory / FILE)
+
+
+def load(model: nn.Module, directory: Path, config: RunConfig, *, head: Sequence[str]) -> None:
+    """Reads what `save` wrote."""
+    load_part(model, directory / FILE)
+
+
+merge = keep

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from harness.config.schema import AlphaPolicy, Precision, RankConfig, RunConfig
@@ -130,6 +131,31 @@ def save(trained: TrainedModel, directory: Path) -> int:
     directory.mkdir(parents=True, exist_ok=True)
     saved.save_pretrained(str(directory))
     return save_tensors(_without_aliases(state | head), directory / ADAPTER_FILE)
+
+
+def load(model: nn.Module, directory: Path, config: RunConfig, *, head: Sequence[str]) -> None:
+    """Reads what `save` wrote, by peft itself. Raises `PeftMethodError` where peft cannot."""
+    peft = _require_peft(config)
+    for name, value in model.named_parameters():
+        if is_head(name, head):
+            value.data = value.data.float()  # as it was trained, whatever the base is held in
+    try:
+        with _refusals_explained(config), _seeded(config.seed), _noise_left_out():
+            model.__dict__[_HELD] = peft.PeftModel.from_pretrained(model, str(directory), _ADAPTER)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise PeftMethodError(f"method={config.method.name}: peft cannot read {directory}: {error}") from error
+
+
+def merge(model: nn.Module) -> None:
+    """Merges by peft itself. Raises `PeftMethodError` for a type that cannot be merged."""
+    held = _held(model)
+    kind = str(held.peft_config[_ADAPTER].peft_type.value)
+    try:
+        with _noise_left_out():
+            held.merge_and_unload()
+    except _REFUSALS as error:
+        raise PeftMethodError(f"{kind} of peft cannot be merged into its base model: {error}") from error
+    del model.__dict__[_HELD]
 
 
 # ---------------------------------------------------------------- peft's config

@@ -60,6 +60,24 @@ class MethodModule(Protocol):
         ...
 
 
+class SavedMethod(Protocol):
+    """The functions of a method's module that `evaluate=` and `export=` need; without them a run trains all the same.
+
+    Where the method trains the base itself, what it saved is a model, and `load` is not asked for.
+    """
+
+    def load(self, model: nn.Module, directory: Path, config: RunConfig, *, head: Sequence[str]) -> None:
+        """Puts what `save` wrote into a base model as it was loaded, whose head has the right shape.
+
+        A parameter may be given another tensor; into the one that it has, nothing may be written.
+        """
+        ...
+
+    def merge(self, model: nn.Module) -> None:
+        """Makes a plain model, without an adapter, of what `load` left."""
+        ...
+
+
 def find_method_module(name: str) -> MethodModule:
     """The module of a method, by the method's name in `METHODS`."""
     return cast(MethodModule, importlib.import_module(METHODS[name].module))

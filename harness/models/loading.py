@@ -59,11 +59,14 @@ class BaseModel:
     revision: str | None
 
 
-def load_model(config: ModelConfig, *, num_labels: int | None, pad_token_id: int, seed: int) -> BaseModel:
+def load_model(
+    config: ModelConfig, *, num_labels: int | None, pad_token_id: int, seed: int, keeps_head: bool = False
+) -> BaseModel:
     """The base model in `config.dtype` with a fresh head of `num_labels` outputs, drawn from `seed`.
 
     The head is the same for every method at a seed, also where the checkpoint holds one: runs start equal. With
-    `num_labels` None, the language model as it is.
+    `num_labels` None, the language model as it is. With `keeps_head` the head is that of the checkpoint, which must
+    have it.
 
     Raises:
         ModelError: a source that cannot be read, or a checkpoint that lacks a tensor of the base model.
@@ -78,7 +81,7 @@ def load_model(config: ModelConfig, *, num_labels: int | None, pad_token_id: int
             model = auto_class(num_labels).from_config(model_config, dtype=dtype, attn_implementation=config.attention)
             head, notes = _head(model_config, num_labels), list[str]()
         else:
-            model, head, notes = _load_weights(config, model_config, dtype, num_labels, seed)
+            model, head, notes = _load_weights(config, model_config, dtype, num_labels, None if keeps_head else seed)
     if num_labels is None:
         # Where padding is the end-of-text token, that token is read and learned like any other.
         model.get_input_embeddings().padding_idx = None
@@ -112,9 +115,9 @@ def _head(model_config: PreTrainedConfig, num_labels: int | None) -> tuple[str, 
 
 
 def _load_weights(
-    config: ModelConfig, model_config: PreTrainedConfig, dtype: torch.dtype, num_labels: int | None, seed: int
+    config: ModelConfig, model_config: PreTrainedConfig, dtype: torch.dtype, num_labels: int | None, seed: int | None
 ) -> tuple[PreTrainedModel, tuple[str, ...], list[str]]:
-    """The model, its head and notes, as `BaseModel` has them."""
+    """The model, its head and notes, as `BaseModel` has them; without a seed, the head is the checkpoint's."""
     head = _head(model_config, num_labels)
     try:
         model, report = auto_class(num_labels).from_pretrained(
@@ -144,7 +147,9 @@ def _load_weights(
             "trained with the head and cannot be quantised; set model.quantization=none."
         )
     fresh = (*optional, *head)
-    _check_loaded(config, model_config, report, fresh)
+    _check_loaded(config, model_config, report, () if seed is None else fresh)
+    if seed is None:
+        return model, fresh, []
     found = {name for name in model.state_dict() if _is_inside(name, fresh)} - set(report["missing_keys"])
     if fresh:
         _redraw(model, fresh, seed)

@@ -1,0 +1,231 @@
+"""Scores of runs that have ended, on any split and any dataset with their labels: one base, many runs' weights.
+
+A run is scored as it scored itself: its evaluation batches, precision, device and threads. On its own val or test the
+numbers are then those of its result, to the bit where device and versions are the same.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from harness.config.composing import to_dict
+from harness.config.schema import RunConfig, Task
+from harness.config.validation import ConfigError
+from harness.content.digests import find_content
+from harness.models import configs
+from harness.models.tokenizers import check_vocabulary
+from harness.prepare import build_accelerator, length_problems, set_threads
+from harness.processes.stopping import StopRequest
+from harness.results.files import PREDICTIONS_DIR, write_atomically
+from harness.results.methods import METHODS
+from harness.results.metrics import SCORES
+from harness.saved import Base, SavedRun, by_base
+from harness.tasks.families import TaskData, find_family
+from harness.tasks.predictions import write_predictions
+
+SCORES_FILE = "scores.csv"
+
+logger = logging.getLogger("harness")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The scores of one run on one split, by name without the split; a score that does not exist is absent."""
+
+    saved: SavedRun
+    split: str
+    num_examples: int
+    scores: dict[str, float]
+
+
+def evaluate(
+    runs: Sequence[SavedRun], *, splits: Sequence[str], own_data: bool, folder: Path | None = None
+) -> list[Scored]:
+    """Scores each run on each split; what classifiers and regressions predict is written below `folder`.
+
+    Args:
+        runs: with the dataset in their configs that they are to be scored on.
+        splits: of that dataset.
+        own_data: whether it is the one that the run was trained on, which must then be unchanged.
+        folder: `<run_id>/predictions/<split>.parquet` is written there, in the form of a run's own predictions.
+
+    Raises:
+        ConfigError: for a dataset that a run has no labels for, or whose content has changed since.
+        ModelError, DataError, LoRAError, PeftMethodError: as training raises them.
+    """
+    if own_data:
+        _require_own_content(runs)
+    scored: dict[tuple[str, str], Scored] = {}
+    for group in by_base(runs):
+        base = Base(group[0])
+        datasets: dict[str, TaskData] = {}
+        for saved in group:
+            key = str(to_dict(saved.config)["dataset"])
+            if key not in datasets:
+                datasets[key] = _load_data(base, saved.config, splits)
+            _require_labels(saved, datasets[key])
+            for split, found in _evaluate_one(base, saved, datasets[key], splits, folder).items():
+                scored[saved.run_id, split] = found
+                if own_data:
+                    _compare(found)
+        del base  # before the next one is loaded
+    return [scored[saved.run_id, split] for saved in runs for split in splits]
+
+
+def _require_own_content(runs: Sequence[SavedRun]) -> None:
+    problems = []
+    for saved in runs:
+        found = find_content(saved.config)
+        changed = [
+            name
+            for name in sorted({*found, *(saved.content or {})})
+            if name.startswith("dataset.") and saved.content is not None and saved.content.get(name) != found.get(name)
+        ]
+        if changed:
+            problems.append(
+                f"{saved.run_id}: {', '.join(changed)}: changed since the run, so its own data are not there any more; "
+                "put them back, or name what is to be scored (dataset=NAME, or dataset.test_file=FILE)."
+            )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _load_data(base: Base, config: RunConfig, splits: Sequence[str]) -> TaskData:
+    too_long = length_problems(config, configs.max_tokens(base.model_config, base.tokenizer))
+    if too_long:
+        raise ConfigError(too_long)
+    data = find_family(config.dataset.task).load(config.dataset, base.tokenizer)
+    batches = (
+        batch.inputs["input_ids"]
+        for split in splits
+        for batch in getattr(data, split).batches(config.trainer.eval_batch_size)
+    )
+    check_vocabulary(base.model_config, base.base.model, base.tokenizer, batches)
+    return data
+
+
+def _require_labels(saved: SavedRun, data: TaskData) -> None:
+    """Raises `ConfigError` where the classes of a dataset are not those of the run's head, in their order."""
+    if saved.label_names == data.label_names:
+        return
+    raise ConfigError(
+        [
+            f"{saved.run_id}: dataset={saved.config.dataset.name} has the classes {_named(data.label_names)}, and the "
+            f"run was trained on {_named(saved.label_names)}; give rows with the run's labels. To score a file that "
+            "lacks some of them, keep the run's training rows: dataset.test_file=FILE alone."
+        ]
+    )
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:8])) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
+
+
+def _evaluate_one(
+    base: Base, saved: SavedRun, data: TaskData, splits: Sequence[str], folder: Path | None
+) -> dict[str, Scored]:
+    config = replace(saved.config, save_predictions=folder is not None)
+    set_threads(config)
+    accelerator = build_accelerator(config)
+    objective = find_family(config.dataset.task).build_objective(config, data, {}, StopRequest())
+    found = {}
+    with base.holding(saved, accelerator) as model, accelerator.autocast():
+        for name in splits:
+            split = getattr(data, name)
+            evaluation = objective.evaluate_split(model, split)
+            found[name] = Scored(saved, name, len(split), evaluation.scores)
+            logger.info("%s: %s scored, %d examples", saved.run_id, name, len(split))
+            if folder is not None and evaluation.logits is not None:
+                path = folder / saved.run_id / PREDICTIONS_DIR / f"{name}.parquet"
+                write_predictions(path, split, evaluation.logits, data.label_names)
+    return found
+
+
+def _compare(found: Scored) -> None:
+    """Says where scores on a run's own val or test differ from those of its result."""
+    recorded = found.saved.result.metrics
+    differing = [
+        f"{name} {value!r} and not {recorded[f'{found.split}_{name}']!r}"
+        for name, value in found.scores.items()
+        if recorded.get(f"{found.split}_{name}", value) != value
+    ]
+    if differing:
+        logger.warning(
+            "%s: on its own %s the scores differ from those of result.json (%s): another device, version of PyTorch, "
+            "batch size or number of threads or processes than that of the run",
+            found.saved.run_id,
+            found.split,
+            ", ".join(differing),
+        )
+
+
+# ---------------------------------------------------------------- tables
+
+
+def rows(scored: Sequence[Scored]) -> list[dict[str, Any]]:
+    """A row for each run and split: which run it is, and its scores unrounded; what does not exist is None."""
+    names = list(dict.fromkeys(name for each in scored for name in each.scores))
+    return [
+        {
+            **_described(each.saved),
+            "dataset": each.saved.config.dataset.name,
+            "split": each.split,
+            "examples": each.num_examples,
+            **{name: each.scores.get(name) for name in names},
+        }
+        for each in scored
+    ]
+
+
+def _described(saved: SavedRun) -> dict[str, Any]:
+    config = saved.config
+    kind = METHODS[config.method.name].peft
+    own_rank = config.method.peft.get(kind.rank) if kind is not None and kind.rank is not None else None
+    return {
+        "run_id": saved.run_id,
+        "method": config.method.name,
+        "rank": own_rank if config.rank is None else config.rank.rank,
+        "target_layers": None if config.target_layers is None else config.target_layers.name,
+        "seed": config.seed,
+    }
+
+
+def write_scores(path: Path, scored: Sequence[Scored]) -> None:
+    """Writes the rows as CSV."""
+    table = rows(scored)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(table[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    write_atomically(path, text.getvalue().encode())
+
+
+def as_text(scored: Sequence[Scored]) -> str:
+    """The rows as a table of aligned columns."""
+    table = rows(scored)
+    shown = [list(table[0]), *([_shown(name, value) for name, value in row.items()] for row in table)]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in shown)
+
+
+def _shown(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if name not in SCORES:
+        return str(value)
+    metric = SCORES[name].metric
+    return format(value / metric.display_divisor, metric.format)
+
+
+def require_task(run: Mapping[str, Any], dataset: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` where a dataset has another kind of task than the run that is to be scored on it."""
+    had, has = run["dataset"]["task"], dataset.get("task", Task.classification)
+    known = {str(task): task for task in Task}  # what is no task, the schema refuses
+    if had != has and {had, has} <= known.keys() and not (known[had].is_language and known[has].is_language):
+        raise ConfigError([f"dataset.task={has}: the run was trained for {had}; give a dataset of that task."])

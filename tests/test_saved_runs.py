@@ -1,0 +1,373 @@
+"""Runs that have ended: scored again to the bit by `evaluate=`, swapped on one base, merged by `export=`; refusals."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import pytest
+import torch
+from test_run import WORDS, config, rows  # noqa: F401
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from harness import saved as saved_module
+from harness.__main__ import main
+from harness.config.schema import ModelConfig, RunConfig, TinyModel
+from harness.models.loading import load_model
+from harness.models.saving import save_model
+from harness.models.tokenizers import load_tokenizer
+from harness.prepare import build_accelerator
+from harness.results.schema import RunResult, Status
+from harness.run import run
+from harness.saved import Base, by_base, find_saved
+
+PLACED = {"name": "qv", "projections": ["q", "v"]}
+RANK = {"rank": 6, "alpha": 16.0}
+PEFT = {
+    "ia3": {"name": "ia3"},
+    "adalora": {"name": "adalora", "peft": {"tinit": 1, "tfinal": 2}},
+    "vera": {"name": "vera", "peft": {"r": 8}},
+}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("lora", {"rank": RANK}),
+    # A part of a fused matrix, on another base.
+    "slices": ("lora", {"model": {"name": "tiny_gpt2", "tiny": "gpt2"}, "rank": {"rank": 3, "alpha": 16.0}}),
+    "dora": ("lora", {"variant": {"name": "dora", "dora": True}}),
+    "pissa": ("lora", {"variant": {"name": "pissa", "init": "pissa"}}),
+    "embedding": ("lora", {"target_layers": {"name": "x", "projections": ["q", "embedding"]}}),
+    "full": ("full", {}),
+    "head_only": ("head_only", {}),
+    "bitfit": ("bitfit", {}),
+    "norms": ("norms", {}),
+    "ia3": ("ia3", {"method": PEFT["ia3"], "target_layers": PLACED}),
+    "adalora": ("adalora", {"method": PEFT["adalora"], "target_layers": PLACED, "rank": RANK}),
+    "vera": ("vera", {"method": PEFT["vera"], "target_layers": PLACED}),
+}
+
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+class Saved(NamedTuple):
+    runs_dir: Path
+    results: dict[str, RunResult]
+
+    def ids(self, *names: str) -> list[str]:
+        return [self.results[name].run_id for name in names or self.results]
+
+
+@pytest.fixture(scope="module")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORA_HARNESS_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def ended(rows: Path, tmp_path_factory: pytest.TempPathFactory, _cache: None) -> Saved:  # noqa: F811
+    """A finished run of each case, on one base."""
+    runs_dir = tmp_path_factory.mktemp("runs")
+    return Saved(
+        runs_dir,
+        {name: trained(config(rows, runs_dir, method, **changes)) for name, (method, changes) in CASES.items()},
+    )
+
+
+def trained(wanted: RunConfig) -> RunResult:
+    result = run(wanted)
+    assert result.status is Status.FINISHED, result.error
+    return result
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """`python -m harness` with these words: exit code, output, errors."""
+
+    def call(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["harness", *words])
+        capfd.readouterr()
+        return (main(), *capfd.readouterr())
+
+    return call
+
+
+def read_scores(folder: Path) -> list[dict[str, str]]:
+    with (folder / "scores.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+# ---------------------------------------------------------------- evaluate
+
+
+def test_every_method_has_the_scores_of_its_result_to_the_bit(
+    ended: Saved, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+
+    def counted(model: Any, **options: Any) -> Any:
+        loaded.append(model.name if not options["keeps_head"] else "own")
+        return load_model(model, **options)
+
+    monkeypatch.setattr(saved_module, "load_model", counted)
+    ids = ended.ids()
+    code, printed, errors = command(
+        f"evaluate={','.join(ids)}", "split=test,val", f"to={tmp_path / 'scores'}", f"runs_dir={ended.runs_dir}"
+    )
+    assert code == 0, errors
+    assert "differ" not in errors
+    assert sorted(loaded) == ["own", "tiny_bert", "tiny_gpt2"]  # each base once; the full model is its own
+    table = read_scores(tmp_path / "scores")
+    assert [(row["run_id"], row["split"]) for row in table] == [(e, s) for e in ids for s in ("test", "val")]
+    lines = printed.splitlines()
+    assert lines[0].split() == list(table[0]) and len(lines) == 1 + len(table)
+    for row in table:
+        metrics = next(result.metrics for result in ended.results.values() if result.run_id == row["run_id"])
+        for name in ("accuracy", "nll", "majority_share"):
+            assert float(row[name]) == metrics[f"{row['split']}_{name}"], (row["run_id"], name)
+        path = Path(row["run_id"]) / "predictions" / f"{row['split']}.parquet"
+        again, own = pd.read_parquet(tmp_path / "scores" / path), pd.read_parquet(ended.runs_dir / path)
+        pd.testing.assert_frame_equal(again, own, check_exact=True)
+
+
+def test_the_base_is_bitwise_what_it_was_whatever_was_in_it(ended: Saved) -> None:
+    saved = find_saved(ended.ids(*(name for name in CASES if name != "full")), ended.runs_dir)
+    (of_bert, of_gpt2) = by_base(saved)
+    assert [len(of_bert), len(of_gpt2)] == [len(CASES) - 2, 1]
+    base = Base(of_bert[0])
+    model = base.base.model
+    accelerator = build_accelerator(of_bert[0].config)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    before = {name: (value.data_ptr(), value.dtype, value.detach().clone()) for name, value in tensors.items()}
+    modules = {name: id(module) for name, module in model.named_modules()}
+    untouched = logits(model)
+    for each in of_bert:
+        with base.holding(each, accelerator) as held:
+            assert held is model
+            assert not torch.equal(logits(model), untouched), each.run_id
+        assert {name: id(module) for name, module in model.named_modules()} == modules
+        after = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        for name, (address, dtype, value) in before.items():
+            assert after[name] is tensors[name] and after[name].data_ptr() == address and after[name].dtype is dtype
+            assert torch.equal(after[name], value), (each.run_id, name)
+        assert torch.equal(logits(model), untouched)
+
+
+def test_runs_with_other_numbers_of_classes_share_a_base(
+    ended: Saved,
+    rows: Path,  # noqa: F811
+    tmp_path: Path,
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "two.csv"
+    lines = [line for line in rows.read_text().splitlines() if not line.endswith("sea")]
+    path.write_text("\n".join([*lines, ""]))
+    runs_dir = tmp_path / "runs"
+    shutil.copytree(ended.runs_dir / ended.ids("lora")[0], runs_dir / ended.ids("lora")[0])
+    two = [trained(config(path, runs_dir, method)) for method in ("lora", "head_only", "bitfit")]
+    loaded = []
+    monkeypatch.setattr(saved_module, "load_model", lambda *a, **o: loaded.append(1) or load_model(*a, **o))
+    ids = [*ended.ids("lora"), *(result.run_id for result in two), ended.ids("lora")[0]]
+    code, _, errors = command(f"evaluate={','.join(ids)}", f"runs_dir={runs_dir}", f"to={tmp_path / 'scores'}")
+    assert code == 0 and "differ" not in errors
+    assert loaded == [1]
+    table = read_scores(tmp_path / "scores")
+    assert [float(row["nll"]) for row in table] == [
+        result.metrics["test_nll"] for result in (ended.results["lora"], *two)
+    ]
+
+
+def logits(model: nn.Module) -> Tensor:
+    ids = torch.arange(4, 36).view(2, 16)
+    with torch.no_grad():
+        result: Tensor = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    return result
+
+
+def test_another_dataset_with_the_same_labels(
+    ended: Saved,
+    rows: Path,  # noqa: F811
+    tmp_path: Path,
+    command: Command,
+) -> None:
+    lines = rows.read_text().splitlines()
+    own = tmp_path / "own.csv"
+    own.write_text("\n".join([lines[0], *lines[1:10], ""]))
+    ids = ended.ids("lora", "full")
+    common = (f"evaluate={','.join(ids)}", f"runs_dir={ended.runs_dir}")
+    # The run's own training rows, and another file of test rows, in which one class is missing.
+    code, _, errors = command(*common, f"dataset.test_file={own}", f"to={tmp_path / 'a'}")
+    assert code == 0, errors
+    assert [row["examples"] for row in read_scores(tmp_path / "a")] == ["9", "9"]
+    predicted = pd.read_parquet(tmp_path / "a" / ids[0] / "predictions" / "test.parquet")
+    assert predicted["source_row"].tolist() == list(range(2, 11))
+    assert list(predicted.filter(like="probability_").columns) == [f"probability_{name}" for name in sorted(WORDS)]
+    # A preset in its place, with settings of its own.
+    preset = ("dataset=local", f"dataset.train_file={rows}", "dataset.max_length=48", f"dataset.test_file={own}")
+    code, _, errors = command(*common, *preset, "split=test,train", f"to={tmp_path / 'b'}")
+    assert code == 0, errors
+    first, second = read_scores(tmp_path / "a"), read_scores(tmp_path / "b")
+    assert [row["nll"] for row in second if row["split"] == "test"] == [row["nll"] for row in first]
+    assert [row["examples"] for row in second if row["split"] == "train"] == ["108", "108"]
+
+
+# ---------------------------------------------------------------- export
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_merged_model_is_the_adapted_one(ended: Saved, tmp_path: Path, command: Command, name: str) -> None:
+    (run_id,) = ended.ids(name)
+    code, printed, errors = command(f"export={run_id}", f"to={tmp_path / 'model'}", f"runs_dir={ended.runs_dir}")
+    assert code == 0, errors
+    assert printed.startswith(f"{tmp_path / 'model'}: ")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    (saved,) = find_saved([run_id], ended.runs_dir)
+    with Base(saved).holding(saved, build_accelerator(saved.config)) as adapted:
+        torch.testing.assert_close(logits(merged), logits(adapted), rtol=0, atol=1e-5)
+    assert merged.config.id2label == dict(enumerate(sorted(WORDS)))
+    assert AutoTokenizer.from_pretrained(tmp_path / "model")("a text")["input_ids"]
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+# ---------------------------------------------------------------- refused
+
+
+def failing(outcome: tuple[int, str, str]) -> list[str]:
+    code, _, errors = outcome
+    assert code == 2, errors
+    return [line.removeprefix("error: ") for line in errors.splitlines() if line.startswith("error: ")]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("evaluate A B", "evaluate: write evaluate=A,B, or lora-harness evaluate A ..."),
+        ("--evaluate=A", "--evaluate=A: write evaluate=A, or lora-harness evaluate A ..."),
+        ("export A", "export: write export=A to=DIR, or lora-harness export A ..."),
+        ("evaluate=", "evaluate=: name a run by its id, the folder in runs_dir: evaluate=RUN_ID."),
+        ("evaluate=A export=A", "export=A: one command at a time; several runs stand between commas: evaluate=A,B."),
+        ("-m evaluate=A", "-m: evaluate is no sweep; several runs stand between commas: evaluate=A,B."),
+        ("evaluate=A split=test,dev", "split=test,dev: evaluate takes some of train, val, test between commas."),
+        (
+            "evaluate=A rank=r8",
+            "rank=r8: evaluate takes split=val,test, dataset=NAME, dataset.test_file=FILE, to=DIR, runs_dir=DIR, "
+            "device=..., num_threads=..., trainer.eval_batch_size=...; all else is as the run had it.",
+        ),
+        ("evaluate=A to=taken", "to=taken: is there already and not empty; name a new folder."),
+        ("export=A", "export=A: to=DIR is needed, a folder that is not there yet."),
+        ("export=A,B to=DIR", "export=A,B: one run at a time, each into a folder of its own."),
+        ("evaluate=A device=cpu,cuda", "device=cpu,cuda: one value for each setting."),
+        ("evaluate=A runs_dir=none", "A: no such run has ended in runs_dir=none. There: none (0 in all)."),
+    ],
+)
+def test_words_that_ask_for_nothing(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("")
+    assert failing(command(*words.split())) == [message]
+
+
+def test_every_run_that_cannot_be_used_has_a_line(
+    rows: Path,  # noqa: F811
+    tmp_path: Path,
+    command: Command,
+) -> None:
+    base = tmp_path / "base"
+    tokenizer = load_tokenizer(ModelConfig(name="tiny", tiny=TinyModel.bert))
+    tiny = load_model(ModelConfig(name="tiny", tiny=TinyModel.bert), num_labels=3, pad_token_id=0, seed=0)
+    save_model(tiny.model, tokenizer, base)
+    model = {"name": "own", "tiny": None, "path": str(base)}
+    runs_dir = tmp_path / "runs"
+    adapted = trained(config(rows, runs_dir, model=model))
+    without = trained(config(rows, runs_dir, seed=1, save_weights=False))
+    diverged = run(config(rows, runs_dir, "full", trainer={"learning_rate": 1e30}))
+    here = f"runs_dir={runs_dir}"
+    ids = [adapted.run_id, without.run_id, diverged.run_id, adapted.run_id[:-1]]
+
+    weights = base / "model.safetensors"
+    kept = weights.read_bytes()
+    weights.write_bytes(kept[:-4] + b"1234")
+    assert failing(command(f"evaluate={','.join(ids)}", here)) == [
+        f"{ids[0]}: the base model has other content than the run had: model.path={base} was changed, and what was "
+        "trained belongs to the model as it was; put that back.",
+        f"{ids[1]}: its weights were not kept ({runs_dir / ids[1] / 'adapter'}); rerun it with save_weights=true "
+        "rerun=all.",
+        f"{ids[2]}: the run ended as diverged, and only finished runs keep weights.",
+        f"{ids[3]}: no such run has ended in runs_dir={runs_dir}. There: {ids[0]}, {ids[1]} (3 in all).",
+    ]
+    (base / "config.json").rename(base / "elsewhere.json")
+    assert failing(command(f"evaluate={ids[0]}", here)) == [
+        f"{ids[0]}: model.path={base}: no config.json there. Give a folder that `save_pretrained` wrote: config.json, "
+        "model.safetensors, tokenizer files."
+    ]
+    (base / "elsewhere.json").rename(base / "config.json")
+    weights.write_bytes(kept)
+    code, _, errors = command(f"evaluate={ids[0]}", here)
+    assert code == 0, errors
+
+
+def test_data_that_do_not_suit_a_run(
+    ended: Saved,
+    rows: Path,  # noqa: F811
+    tmp_path: Path,
+    command: Command,
+) -> None:
+    (run_id,) = ended.ids("lora")
+    here = (f"evaluate={run_id}", f"runs_dir={ended.runs_dir}")
+    other = tmp_path / "other.csv"
+    other.write_text("\n".join(["text,label", *(f"text {n},{('good', 'bad')[n % 2]}" for n in range(60)), ""]))
+    assert failing(command(*here, "dataset=local", f"dataset.train_file={other}")) == [
+        f"{run_id}: dataset=local has the classes 'bad', 'good', and the run was trained on 'fruit', 'metal', 'sea'; "
+        "give rows with the run's labels. To score a file that lacks some of them, keep the run's training rows: "
+        "dataset.test_file=FILE alone."
+    ]
+    assert failing(command(*here, "dataset=local_text", f"dataset.train_file={other}")) == [
+        f"{run_id}: dataset.task=causal_lm: the run was trained for classification; give a dataset of that task."
+    ]
+    (message,) = failing(command(*here, "dataset.nothing=1"))
+    assert message.startswith(f"{run_id}: dataset.nothing: no such setting. Known here: asset, ")
+    (message,) = failing(command(*here, "dataset=nothing"))
+    assert message.startswith("dataset=nothing: no such option. There are: ")
+    assert failing(command(*here, "dataset.test_file=none.csv"))[0].startswith("dataset.test_file=none.csv: no file ")
+
+    mine = tmp_path / "mine.csv"
+    shutil.copy(rows, mine)
+    result = trained(config(mine, tmp_path / "runs"))
+    mine.write_text(mine.read_text() + "a text,sea\n")
+    assert failing(command(f"evaluate={result.run_id}", f"runs_dir={tmp_path / 'runs'}")) == [
+        f"{result.run_id}: dataset.train: changed since the run, so its own data are not there any more; put them "
+        "back, or name what is to be scored (dataset=NAME, or dataset.test_file=FILE)."
+    ]
+
+
+def test_an_adapter_that_is_damaged_or_of_another_shape(ended: Saved, tmp_path: Path, command: Command) -> None:
+    for name, fault in (("lora", "is not readable as safetensors"), ("bitfit", "is not readable as safetensors")):
+        (run_id,) = ended.ids(name)
+        shutil.copytree(ended.runs_dir / run_id, tmp_path / run_id)
+        (path,) = tmp_path.glob(f"{run_id}/*/*.safetensors")
+        path.write_bytes(b"nothing")
+        (message,) = failing(command(f"evaluate={run_id}", f"runs_dir={tmp_path}"))
+        assert fault in message and str(path) in message
+
+
+def test_what_cannot_be_merged_is_refused(ended: Saved, tmp_path: Path, command: Command) -> None:
+    (run_id,) = ended.ids("lora")
+    shutil.copytree(ended.runs_dir / run_id, tmp_path / run_id)
+    path = tmp_path / run_id / "result.json"
+    quantised = path.read_text().replace('"quantization": "none"', '"quantization": "nf4"')
+    assert quantised != path.read_text()
+    quantised = quantised.replace('"tiny": "bert"', '"tiny": null, "hub_id": "x", "revision": "main"', 1)
+    path.write_text(quantised.replace('"hub_id": null,', "", 1).replace('"revision": null,', "", 1))
+    assert failing(command(f"export={run_id}", f"to={tmp_path / 'model'}", f"runs_dir={tmp_path}")) == [
+        f"{run_id}: model.quantization=nf4: a quantised weight holds no sum; load the base model unquantised to merge "
+        "into it (load_adapter, then merge_and_remove)."
+    ]
+    assert not (tmp_path / "model").exists()
