@@ -52,12 +52,17 @@ CAME_LATER: dict[str, Any] = {
     "config.trainer.label_smoothing": 0.0,
     "config.trainer.optimizer": "adamw",
     "config.trainer.lion_beta2": 0.99,
+    "config.variant.name": "plain",
+    "config.variant.dora": False,
+    "config.variant.init": "kaiming",
+    "config.variant.learning_rate_ratio": 1.0,
 }
 # The order of runs where no sweep file gives one: equal settings side by side, the placement before the rank.
 _ORDER = (
     "config.model.name",
     "config.dataset.name",
     "config.method.name",
+    "config.variant.name",
     "config.target_layers.name",
     "config.target_layers.blocks",
     "config.rank.rank",

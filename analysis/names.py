@@ -26,7 +26,28 @@ from harness.results.effects import DATA_SOURCE, MODEL_SOURCE, canonical_blocks
 CONTENT = "environment.content."
 FINGERPRINT = "environment.data_fingerprint"
 
-_ROLES = ("q", "k", "v", "o", "qkv", "attention", "up", "down", "gate", "gate_up", "mlp", "all", "embedding", "lm_head")
+_ROLES = (
+    "q",
+    "k",
+    "v",
+    "o",
+    "qkv",
+    "attention",
+    "up",
+    "down",
+    "gate",
+    "gate_up",
+    "mlp",
+    "rec_in",
+    "rec_gate",
+    "rec_beta",
+    "rec_decay",
+    "rec_out",
+    "recurrent",
+    "all",
+    "embedding",
+    "lm_head",
+)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NUM_DIGITS = 6
 
@@ -223,17 +244,28 @@ def _digest(value: Any) -> str:
 
 
 def placement_keys(frame: pd.DataFrame) -> list[tuple[Any, ...]]:
-    """What each run's placement asks for: its projections in the order of the roles, blocks, modules, and its name.
+    """What each run's placement asks for: projections in the order of the roles, blocks, modules, name, own ranks.
 
     The name is there only where nothing else is, or where it names expressions that nobody can read.
     """
     columns = [_column(frame, f"config.target_layers.{name}") for name in ("name", "projections", "blocks", "modules")]
     keys = []
-    for name, projections, blocks, modules in zip(*columns, strict=True):
+    for name, projections, blocks, modules, pattern in zip(*columns, _rank_patterns(frame), strict=True):
         projections, modules = tuple(projections or ()), tuple(modules or ())
         ordered = sorted(projections, key=lambda role: _ROLES.index(role) if role in _ROLES else len(_ROLES))
-        keys.append((tuple(ordered), _comparable_blocks(blocks), modules, None if projections else name))
+        keys.append((tuple(ordered), _comparable_blocks(blocks), modules, None if projections else name, pattern))
     return keys
+
+
+_PATTERN = "config.rank.pattern."
+
+
+def _rank_patterns(frame: pd.DataFrame) -> Iterator[tuple[tuple[str, Any], ...]]:
+    """The ranks that some targets of each run have for themselves, by role and blocks."""
+    names = sorted(column for column in frame.columns if column.startswith(_PATTERN))
+    for values in zip(*(_column(frame, name) for name in names), strict=True) if names else [()] * len(frame):
+        own = zip(names, values, strict=True)
+        yield tuple((name.removeprefix(_PATTERN), rank) for name, rank in own if rank is not None)
 
 
 def _comparable_blocks(blocks: Any) -> Any:
@@ -245,8 +277,14 @@ def _comparable_blocks(blocks: Any) -> Any:
     return canonical if isinstance(canonical, str) else tuple(canonical)
 
 
-def _placement(projections: tuple[Any, ...], blocks: Any, modules: tuple[Any, ...], name: str | None) -> str | None:
-    """A placement in a word: as `qv`, `all (last_half)`, `q_up (blocks 0, 5)`."""
+def _placement(
+    projections: tuple[Any, ...],
+    blocks: Any,
+    modules: tuple[Any, ...],
+    name: str | None,
+    pattern: tuple[tuple[str, Any], ...],
+) -> str | None:
+    """A placement in a word: as `qv`, `all (last_half)`, `q_up (blocks 0, 5)`, `all (mlp r4)`."""
     if not projections and name is None:
         return None
     words = list(map(str, projections))
@@ -260,9 +298,10 @@ def _placement(projections: tuple[Any, ...], blocks: Any, modules: tuple[Any, ..
         parts = set(text.split("_"))
         is_taken = not words and (parts <= {*_ROLES, "lm", "head"} or set(text) <= set("qkvo"))
         text = f"{'modules' if is_taken else text} [{_digest(modules)}]"
-    if blocks == "all" or blocks == ():
-        return text
-    return f"{text} ({blocks})" if isinstance(blocks, str) else f"{text} (blocks {', '.join(map(str, blocks))})"
+    marks = [f"{key} r{rank:g}" for key, rank in pattern]
+    if blocks not in ("all", ()):
+        marks.insert(0, blocks if isinstance(blocks, str) else f"blocks {', '.join(map(str, blocks))}")
+    return f"{text} ({', '.join(marks)})" if marks else text
 
 
 # ---------------------------------------------------------------- names that look alike

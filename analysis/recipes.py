@@ -67,7 +67,7 @@ def conditions_and_recipes(frame: pd.DataFrame) -> tuple[dict[str, str], dict[st
 
 # Settings of a method, which another method does not have: only what adapts a frozen base can hold it quantised. What a
 # run is scored on besides changes nothing that is compared.
-_OF_METHOD = ("config.method", "config.rank", "config.model.quantization", "config.evaluate_also")
+_OF_METHOD = ("config.method", "config.variant", "config.rank", "config.model.quantization", "config.evaluate_also")
 
 
 # ---------------------------------------------------------------- departures
@@ -77,6 +77,7 @@ _COMPARED = {
     "config.model.name",
     "config.dataset.name",
     "config.method.name",
+    "config.variant.name",
     "config.rank.rank",
     "config.trainer.learning_rate",
     "config.seed",
@@ -88,13 +89,14 @@ _SCOPES = {
     "config.dataset.": "dataset",
     "config.method.": "config.method.name",
     "config.trainer.": "dataset",  # each task has its own recipe
+    "config.variant.": "config.variant.name",
     "config.rank": "config.method.name",
     _ALSO: "dataset",
     "environment.positive_label": "dataset",
     "environment.generation_signatures.": "dataset",
 }
 # Another value of these is another model, dataset or placement for `analysis.names`, and no other recipe.
-_PART_OF_A_NAME = ("config.target_layers", FINGERPRINT, CONTENT)
+_PART_OF_A_NAME = ("config.target_layers", "config.rank.pattern", FINGERPRINT, CONTENT)
 
 
 def _is_without_effect(column: str) -> bool:

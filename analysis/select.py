@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.comparisons import Cell, half_interval, ranked_by
+from analysis.methods import method_name
 from analysis.metrics import BY_MEDIAN, GENERATION_SCORES, LEARNED, TRAINABLE_SHARE, is_score
 from analysis.names import with_names
 from analysis.recipes import conditions_and_recipes, recipe_differences
@@ -190,7 +191,7 @@ def _name(run: pd.Series[Any]) -> dict[str, Any]:
         "cell_id": run["cell_id"],
         "model": run["model"],
         "dataset": run["dataset"],
-        "method": run["config.method.name"],
+        "method": method_name(run),
         "rank": run.get("config.rank.rank"),
         "target_layers": run["target_layers"],
         "learning_rate": run["config.trainer.learning_rate"],

@@ -353,7 +353,7 @@ def methods_page() -> str:
                         f"`{one.block}`",
                         " ".join(f"`{role}`" for role in one.projections),
                         " ".join(f"`{role}`" for role in one.parts),
-                        " ".join(f"`{module}`" for module in one.head),
+                        " ".join(f"`{module}`" for module in one.head or ("none",)),
                         yes[one.unembedding is not None],
                         yes[one.packs_by_positions],
                     )

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from harness.config.schema import Blocks, Optimizer, RunConfig, Task
 from harness.config.validation import ConfigError
 from harness.content.files import base_model
 from harness.methods import peft_method
 from harness.methods.counts import count_parameters, set_trainable
+from harness.methods.lora import features_of, is_linear
 from harness.methods.rates import learning_rates
 from harness.methods.registry import find_method_module
-from harness.models.configs import build_skeleton
+from harness.models.configs import build_skeleton, task_head
 from harness.models.loading import PreTrainedModel
-from harness.placement.architectures import ARCHITECTURES, head_modules
+from harness.placement.architectures import ARCHITECTURES
 from harness.placement.ranks import ranks_of
 from harness.placement.select import Target, count_blocks, select_targets
 from harness.results.methods import METHODS
@@ -37,7 +38,7 @@ def plan(config: RunConfig) -> Plan:
     is_language = config.dataset.task.is_language
     skeleton = build_skeleton(base_model(config), num_labels=None if is_language else 2)
     require_packing(skeleton.config.model_type, config)
-    head = head_modules(skeleton.config.model_type, language_model=is_language)
+    head = task_head(skeleton.config, None if is_language else 2)
     targets = adapt(skeleton, config, head)
     counts = count_parameters(skeleton, head, is_adapter=find_method_module(config.method.name).is_adapter)
     return Plan(targets, counts.num_adapter_params)
@@ -63,7 +64,6 @@ def require_packing(model_type: str, config: RunConfig) -> None:
 def adapt(model: PreTrainedModel, config: RunConfig, head: tuple[str, ...]) -> list[Target]:
     """Applies the method to a model, real or meta, whose head is `head`; returns what got an adapter."""
     targets: list[Target] = []
-    ranks: list[int] = []
     method = find_method_module(config.method.name)
     names = [name for name, _ in model.named_modules()]
     model_type = model.config.model_type
@@ -77,11 +77,14 @@ def adapt(model: PreTrainedModel, config: RunConfig, head: tuple[str, ...]) -> l
             modules=config.target_layers.modules,
             language_model=config.dataset.task.is_language,
             head=head,
+            linear={name: features_of(module) for name, module in model.named_modules() if is_linear(module)},
         )
     if config.rank is not None:
-        num_blocks = count_blocks(names, model_type=model_type)
-        ranks = ranks_of(targets, rank=config.rank.rank, pattern=config.rank.pattern, num_blocks=num_blocks)
-    method.adapt(model, targets, config, ranks=ranks)
+        pattern = config.rank.pattern or {}
+        num_blocks = count_blocks(names, model_type=model_type) if pattern else 0
+        ranks = ranks_of(targets, rank=config.rank.rank, pattern=pattern, num_blocks=num_blocks)
+        targets = [replace(target, rank=rank) for target, rank in zip(targets, ranks, strict=True)]
+    method.adapt(model, targets, config)
     if METHODS[config.method.name].peft is not None:
         # Those of `method.peft.target_modules`, too.
         known = {target.module: target for target in targets}

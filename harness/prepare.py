@@ -29,7 +29,7 @@ from harness.models.loading import (
     load_model,
 )
 from harness.models.tokenizers import PreTrainedTokenizerBase, check_vocabulary, load_tokenizer
-from harness.placement.select import Target
+from harness.placement.select import Target, summary
 from harness.plan import adapt, require_packing
 from harness.processes.cores import available_cores
 from harness.processes.distributed import Companions
@@ -116,7 +116,9 @@ def _prepare(config: RunConfig, identity: Identity, accelerator: Accelerator, co
         head=loaded.head,
         targets=targets,
         counts=_count_parameters(config, loaded, data.num_labels),
-        environment=recorded | _facts(config, identity, data, also, loaded),
+        environment=recorded
+        | _facts(config, identity, data, also, loaded)
+        | ({"placement": summary(targets)} if targets else {}),
         base=loaded,
         companions=companions,
         during_training=method,

@@ -36,6 +36,7 @@ from harness.methods.lora import LoRAError
 from harness.methods.peft_method import PeftMethodError
 from harness.methods.rates import learning_rates
 from harness.placement.architectures import PlacementError
+from harness.placement.select import summary
 from harness.prepare import PreparedRun, prepare
 from harness.processes.distributed import ProcessFailedError, all_reduce_sum, place_on_device
 from harness.processes.preparation import PreparationError, preparation_of_a_run
@@ -141,6 +142,8 @@ def _run_claimed(prepared: PreparedRun, attempt: Attempt, stop: StopRequest, spe
     config = prepared.config
     (attempt.dir / CONFIG_FILE).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
     logger.info("%s", prepared.identity.run_id)
+    for role, those in summary(prepared.targets).items():
+        logger.info("%s: %d adapters of rank %s", role, those["num_targets"], those.get("ranks", "none"))
     for kind in ("data_notes", "model_notes"):
         for note in cast(list[str], prepared.environment.get(kind, [])):
             logger.warning("%s", note)

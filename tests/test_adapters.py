@@ -12,10 +12,12 @@ from typing import Any
 import peft
 import pytest
 import torch
+from test_placement import CONFIGS
 from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     DebertaConfig,
     DebertaForSequenceClassification,
     Gemma3TextConfig,
@@ -27,10 +29,10 @@ from transformers.pytorch_utils import Conv1D
 
 from harness.config.schema import AlphaPolicy, Init, RankConfig, VariantConfig
 from harness.methods.adapting import apply_lora, lora_layers, merge, merge_and_remove, remove_lora, unmerge
-from harness.methods.counts import count_parameters, set_trainable
+from harness.methods.counts import count_parameters, is_lora, set_trainable
 from harness.methods.lora import LoRAError, LoRALayer, SlicedLoRALayer, put_rows, take_rows
 from harness.methods.peft_files import load_adapter, save_adapter
-from harness.placement.architectures import ARCHITECTURES, PlacementError, Rows
+from harness.placement.architectures import ARCHITECTURES, PlacementError, Rows, head_modules
 from harness.placement.ranks import pattern_problems, ranks_of
 from harness.placement.select import Target, select_targets
 
@@ -281,8 +283,15 @@ def test_a_pattern_that_names_nothing_or_two_things_is_an_error(pattern: dict[st
         ranks_of(_bert_targets(2), rank=8, pattern=pattern, num_blocks=2)
 
 
+@pytest.mark.parametrize("pattern", [{}, ["v", 4], "v:4", 8])
+def test_a_pattern_is_ranks_by_role(pattern: object) -> None:
+    (problem,) = pattern_problems(pattern)
+    assert problem.startswith(f"rank.pattern={pattern!r}: ranks by role, such as {{v: 16, mlp@last_half: 4}}, or null.")
+
+
 def test_a_rank_of_a_pattern_is_at_least_1() -> None:
-    assert pattern_problems({"v": 0, "mlp": 1}) == ["rank.pattern: v: 0: a rank is at least 1."]
+    assert pattern_problems({"v": 2.5}) == ["rank.pattern: v: 2.5: a rank is a whole number, at least 1."]
+    assert pattern_problems({"v": 0, "mlp": 1}) == ["rank.pattern: v: 0: a rank is a whole number, at least 1."]
 
 
 @pytest.mark.parametrize(
@@ -538,3 +547,52 @@ def test_gemmas_embedding_is_scaled_with_its_update() -> None:
 def test_a_variant_of_matrices_is_refused_on_an_embedding(variant: VariantConfig) -> None:
     with pytest.raises(LoRAError, match=r"transformer\.wte: variant\.\w+=\w+ adapts matrices, not an embedding"):
         _adapt(_gpt2(), "embedding", variant=variant)
+
+
+# ---------------------------------------------------------------- every architecture trains
+
+TRAINED = {  # the placement of each architecture that reaches the most kinds of its modules
+    **dict.fromkeys(ARCHITECTURES, ("all",)),
+    **{name: (*one.parts, "o") for name, one in ARCHITECTURES.items() if one.parts},
+    **{name: ("attention",) for name, one in ARCHITECTURES.items() if one.refused},
+}
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_ten_steps_lower_the_loss_and_change_adapter_and_head_alone(model_type: str) -> None:
+    is_language = ARCHITECTURES[model_type].head is None
+    auto = AutoModelForCausalLM if is_language else AutoModelForSequenceClassification
+    config = CONFIGS[model_type]()
+    config.pad_token_id = 0
+    model = _built(lambda: auto.from_config(config))
+    head = () if is_language else head_modules(model_type)
+    names = [name for name, _ in model.named_modules()]
+    targets = select_targets(
+        names, model_type=model_type, config=model.config, projections=TRAINED[model_type], language_model=is_language
+    )
+    apply_lora(model, targets, rank=RankConfig(2, alpha=4), generator=torch.Generator().manual_seed(1))
+    set_trainable(model, head)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    by_hand = sum(
+        2 * (update.in_features + update.out_features)
+        for _, layer in lora_layers(model)
+        for update in layer.updates().values()
+    )
+    assert count_parameters(model, head).num_adapter_params == by_hand
+    assert sum(len(layer.updates()) for _, layer in lora_layers(model)) == len(targets)
+    trained = [one for one in model.parameters() if one.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2e-2, weight_decay=0)
+    tokens = _tokens()
+    labels = tokens if is_language else torch.tensor([0, 1, 1])
+    losses = []
+    for _ in range(11):
+        loss = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=labels).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    changed = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    factors = {f"{name}.lora_B" for name, layer in lora_layers(model) if not isinstance(layer, SlicedLoRALayer)}
+    assert factors <= changed
+    assert all(is_lora(name) or name.startswith(tuple(f"{module}." for module in head)) for name in changed)

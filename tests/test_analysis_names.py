@@ -14,6 +14,7 @@ from test_analysis_tables import measured
 
 from analysis import select
 from analysis.load import load_runs
+from analysis.methods import method_label, uses_rank
 from analysis.tables import paper_tables
 
 
@@ -166,3 +167,29 @@ def test_one_placement_under_two_ids_is_two_rows(tmp_path: Path) -> None:
     save_run(tmp_path, "d", blocks="first_2", metrics=measured())
     best = select.best_cells(cells_of(tmp_path))
     assert sorted(best["cell_id"]) == ["a", "b", "c", "d"]
+
+
+def test_ranks_for_some_targets_are_a_part_of_the_placement_and_no_other_recipe(tmp_path: Path) -> None:
+    for run_id, pattern in {"plain": None, "mlp": {"mlp": 4}, "both": {"v@last_half": 16, "mlp": 4}}.items():
+        save_run(tmp_path, run_id, cell_id=run_id, target_layers="all", rank__pattern=pattern)
+    cells = cells_of(tmp_path)
+    assert sorted(cells["target_layers"]) == ["all", "all (mlp r4)", "all (mlp r4, v@last_half r16)"]
+    assert cells["recipe_id"].nunique() == 1 and not any(cells["differs"])
+
+
+def test_a_variant_is_named_with_its_method_and_no_other_recipe(tmp_path: Path) -> None:
+    for run_id, variant in {
+        "a": {"name": "plain", "dora": False, "init": "kaiming", "learning_rate_ratio": 1.0},
+        "b": {"name": "dora", "dora": True, "init": "kaiming", "learning_rate_ratio": 1.0},
+        "c": None,  # from before there were variants
+    }.items():
+        path = save_run(tmp_path, run_id, cell_id=run_id, rank=2 if variant is None else 4)
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if variant is not None:
+            raw["config"]["variant"] = variant
+        path.write_text(json.dumps(raw))
+    cells = cells_of(tmp_path)
+    assert sorted(cells["method"]) == ["lora", "lora", "lora dora"]
+    assert cells["recipe_id"].nunique() == 1 and not any(cells["differs"])
+    labels = sorted(method_label(cell) for cell in cells.to_dict("records"))
+    assert labels == ["LoRA", "LoRA", "LoRA (dora)"] and all(uses_rank(cell) for cell in cells.to_dict("records"))

@@ -190,7 +190,7 @@ def test_norms_are_told_by_their_names_on_every_architecture(rows: Path, tmp_pat
     shape = LANGUAGE_MODELS[name]() if name in LANGUAGE_MODELS else AutoConfig.for_model(name, **SHAPES[name])
     with torch.device("meta"):
         model = AutoModel.from_config(shape)
-    norms_method.adapt(model, [], config(rows, tmp_path, "norms"), ranks=[])
+    norms_method.adapt(model, [], config(rows, tmp_path, "norms"))
     found = [key for key, _ in model.named_parameters() if norms_method.is_adapter(key)]
     assert len(found) >= 4
     assert not any(".q_proj." in key or ".dense." in key or "embeddings.weight" in key for key in found)
@@ -201,11 +201,11 @@ def test_a_norm_of_another_name_is_an_error(rows: Path, tmp_path: Path) -> None:
     model.bert.scale = torch.nn.LayerNorm(4)
     model.bert.norm = torch.nn.Linear(4, 4)
     with pytest.raises(ConfigError) as caught:
-        norms_method.adapt(model, [], config(rows, tmp_path, "norms"), ranks=[])
+        norms_method.adapt(model, [], config(rows, tmp_path, "norms"))
     assert caught.value.problems == [
         "method=norms: tiny_bert (model type bert) has norms that their names do not show, or other modules with such "
         "names: bert.norm.bias, bert.norm.weight, bert.scale.bias, bert.scale.weight; extend "
         "harness/methods/norms_method.py."
     ]
     del model.bert.scale, model.bert.norm
-    norms_method.adapt(model, [], config(rows, tmp_path, "norms"), ranks=[])
+    norms_method.adapt(model, [], config(rows, tmp_path, "norms"))

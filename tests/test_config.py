@@ -77,7 +77,10 @@ def test_a_resolved_config_is_read_back_to_the_letter(text: str) -> None:
 
 # ---------------------------------------------------------------- what is wrong, and how it is said
 
-KNOWN_ROLES = "q, k, v, o, qkv, up, down, gate, gate_up, embedding, attention, mlp, all"
+KNOWN_ROLES = (
+    "q, k, v, o, qkv, up, down, gate, gate_up, rec_in, rec_gate, rec_beta, rec_decay, rec_out, embedding, attention, "
+    "mlp, recurrent, all"
+)
 BLOCKS = "all, first_half, last_half, first_N, last_N (N from 1), or a list of indices such as [0,2,5]"
 NAMES = "letters, digits, '.', '_' and '-' only, beginning with a letter or digit"
 SOURCES = (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from test_launcher import results
-from transformers import ElectraConfig, ElectraForSequenceClassification
+from transformers import RoFormerConfig, RoFormerForSequenceClassification
 
 import harness.__main__
 from harness.config.schema import ModelConfig, TinyModel
@@ -22,8 +22,8 @@ REGISTERS = """\
 import sys
 from harness.placement.architectures import ARCHITECTURES, Architecture
 
-ARCHITECTURES["electra"] = Architecture(
-    "electra.encoder.layer.{}",
+ARCHITECTURES["roformer"] = Architecture(
+    "roformer.encoder.layer.{}",
     {"q": "attention.self.query", "v": "attention.self.value"},
     ("classifier",),
 )
@@ -39,7 +39,7 @@ def install(folder: Path, source: str, *, value: str = "more_models.records") ->
     info = folder / "more_models-1.5.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: more-models\nVersion: 1.5\n")
-    (info / "entry_points.txt").write_text(f"[lora_harness]\nelectra = {value}\n")
+    (info / "entry_points.txt").write_text(f"[lora_harness]\nroformer = {value}\n")
     return folder
 
 
@@ -61,18 +61,19 @@ def _unloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
 
 def test_an_architecture_is_found_by_a_sweep_its_processes_and_the_report(tmp_path: Path) -> None:
     packages = install(tmp_path / "packages", REGISTERS)
-    config = ElectraConfig(
+    config = RoFormerConfig(
         vocab_size=300, embedding_size=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=32, max_position_embeddings=64,
     )  # fmt: skip
-    ElectraForSequenceClassification(config).save_pretrained(tmp_path / "electra")
-    load_tokenizer(ModelConfig(name="tiny_bert", tiny=TinyModel.bert)).save_pretrained(tmp_path / "electra")
+    RoFormerForSequenceClassification(config).save_pretrained(tmp_path / "roformer")
+    load_tokenizer(ModelConfig(name="tiny_bert", tiny=TinyModel.bert)).save_pretrained(tmp_path / "roformer")
     rows = [f"text {number},{number % 2}" for number in range(40)]
     (tmp_path / "rows.csv").write_text("\n".join(["text,label", *rows]) + "\n")
     completed = run(
         "harness",
         "-m",
-        f"model.path={tmp_path / 'electra'}",
+        f"model.path={tmp_path / 'roformer'}",
+        "model.attention=eager",
         "dataset=local",
         f"dataset.train_file={tmp_path / 'rows.csv'}",
         "dataset.max_length=32",
@@ -89,7 +90,7 @@ def test_an_architecture_is_found_by_a_sweep_its_processes_and_the_report(tmp_pa
     assert "registered False" in completed.stdout
     found = list(results(tmp_path / "runs").values())
     assert [result.status for result in found] == ["finished"] * 2
-    assert found[0].target_modules[0] == "electra.encoder.layer.0.attention.self.query"
+    assert found[0].target_modules[0] == "roformer.encoder.layer.0.attention.self.query"
     assert found[0].environment["versions"]["more-models"] == "1.5"
     arguments = ("status", "--sweep", "extended", "--runs-dir", str(tmp_path / "runs"))
     assert "registered False" in run("analysis", *arguments, with_packages=packages).stdout
@@ -117,7 +118,7 @@ def test_a_broken_extension_is_an_error_that_names_distribution_and_module(
     with pytest.raises(ExtensionError) as caught:
         load_extensions()
     assert str(caught.value).startswith(
-        f"more-models 1.5: its extension 'electra' (module {value}, entry point group lora_harness) cannot be "
+        f"more-models 1.5: its extension 'roformer' (module {value}, entry point group lora_harness) cannot be "
         f"imported: {why}"
     )
 
@@ -128,7 +129,7 @@ def test_a_broken_extension_ends_the_command_line_with_2(
     monkeypatch.syspath_prepend(install(tmp_path, "import no_such_module"))
     monkeypatch.setattr(sys, "argv", ["harness", "seed=-1"])
     assert harness.__main__.main() == 2
-    assert capsys.readouterr().err.startswith("error: more-models 1.5: its extension 'electra' ")
+    assert capsys.readouterr().err.startswith("error: more-models 1.5: its extension 'roformer' ")
 
 
 def test_a_module_is_loaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,13 +96,11 @@ def _another(hint: Any, value: Any) -> Any:
     if hint is str:
         return f"{value}x"
     if hint is Any:
-        return "last_half"
+        return {"q": 3} if value is None else "last_half"
     if isinstance(hint, type) and issubclass(hint, StrEnum):
         return next(member for member in hint if member is not value)
     if hint is ScratchConfig:
         return ScratchConfig(asset="newsgroups_20", file="x")
-    if hint == dict[str, int]:
-        return {"q": 3}
     if typing.get_origin(hint) is dict:
         return {"x": DatasetConfig(name="x", asset="friends", train_file="friends-transcripts.tab")}
     assert typing.get_origin(hint) is list, hint

@@ -31,7 +31,7 @@ from harness.methods.adapting import apply_lora, lora_layers
 from harness.methods.counts import set_trainable
 from harness.models import configs, loading
 from harness.models import scratch as scratch_module
-from harness.models.configs import build_skeleton, max_tokens
+from harness.models.configs import build_skeleton, load_model_config, max_tokens, task_head
 from harness.models.loading import checkpoint_activations, load_model
 from harness.models.saving import save_model
 from harness.models.tokenizers import check_vocabulary, load_tokenizer
@@ -416,7 +416,26 @@ def test_a_tied_unembedding_that_the_checkpoint_lacks_is_no_fault(tmp_path: Path
     assert (loaded.head, loaded.notes) == ((), [])
 
 
-ENCODERS = ("bert", "roberta", "deberta", "deberta-v2")
+ENCODERS = ("bert", "roberta", "deberta", "deberta-v2", "electra", "distilbert", "albert", "modernbert")
+SIZES: dict[str, dict[str, Any]] = {
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "gpt2": {},
+    "bloom": {},
+    "falcon": {},
+    "distilbert": {"hidden_dim": 48},
+    "albert": {"intermediate_size": 48, "embedding_size": 16},
+    "electra": {"intermediate_size": 48, "embedding_size": 16},
+    "smollm3": {"intermediate_size": 48, "num_key_value_heads": 2},
+    "phi3": {"intermediate_size": 48, "num_key_value_heads": 2},
+    "mixtral": {"intermediate_size": 48, "num_key_value_heads": 2, "num_local_experts": 2},
+    "qwen3_moe": {"intermediate_size": 48, "num_key_value_heads": 2, "num_experts": 2, "num_experts_per_tok": 1},
+    "lfm2": {"intermediate_size": 48, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},
+    "falcon_h1": {"intermediate_size": 48, "num_key_value_heads": 2, "mamba_d_ssm": 32, "mamba_n_heads": 4}
+    | {"mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8},
+    "qwen3_5_text": {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 16}
+    | {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    | {"linear_key_head_dim": 8, "linear_value_head_dim": 8},
+}
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
@@ -424,20 +443,20 @@ def test_a_checkpoint_as_its_family_publishes_it_lacks_nothing(model_type: str, 
     """With the head of its pretraining, and bare."""
     sizes = {"vocab_size": 260, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     tokens = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
-    more = {"opt": {"ffn_dim": 48, "word_embed_proj_dim": 32}, "gpt2": {}}.get(model_type, {"intermediate_size": 48})
-    more |= {"num_key_value_heads": 2} if model_type == "smollm3" else {}
+    more = dict(SIZES.get(model_type, {"intermediate_size": 48}))
     more |= {"relative_attention": True} if model_type.startswith("deberta") else {}
     config = AutoConfig.for_model(model_type, **sizes, **tokens, **more)
     pretrained = AutoModelForMaskedLM if model_type in ENCODERS else AutoModelForCausalLM
     for auto in (pretrained, AutoModel):
         base = auto.from_config(config)
         base.save_pretrained(tmp_path / auto.__name__)
-        for num_labels in (3,) if model_type in ENCODERS else (3, None):
+        has_classifier = ARCHITECTURES[model_type].head is not None
+        for num_labels in (3,) if model_type in ENCODERS else (3, None) if has_classifier else (None,):
             if num_labels is None and auto is AutoModel and not config.tie_word_embeddings:
                 continue  # it does lack the unembedding
             saved_config = ModelConfig(name="x", path=str(tmp_path / auto.__name__), attention="eager")
             loaded = load_model(saved_config, num_labels=num_labels, pad_token_id=0, seed=0)
-            optional = ("bert.pooler",) if model_type == "bert" and auto is AutoModelForMaskedLM else ()
+            optional = ARCHITECTURES[model_type].optional if auto is AutoModelForMaskedLM else ()
             assert loaded.head == (*optional, *head_modules(model_type, language_model=num_labels is None))
             embedding = loaded.model.get_input_embeddings().weight
             assert torch.equal(embedding, base.get_input_embeddings().weight)
@@ -690,3 +709,14 @@ def test_a_model_is_named_so_that_other_tools_find_it(saved: Path, monkeypatch: 
         monkeypatch.setattr(module, "revision_arguments", lambda config: {})
     assert name_of(HUB) == ("google-bert/bert-base-uncased", "8" * 40)
     assert name_of(replace(HUB, revision=None)) == ("google-bert/bert-base-uncased", "main")
+
+
+def test_the_head_of_a_type_that_is_not_described_is_what_is_outside_the_base(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    config = AutoConfig.for_model("roformer", vocab_size=260, pad_token_id=0, **sizes)
+    assert "roformer" not in ARCHITECTURES
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    saved_config = ModelConfig(name="x", path=str(tmp_path), attention="eager")
+    loaded = load_model(saved_config, num_labels=3, pad_token_id=0, seed=0)
+    assert loaded.head == ("classifier",) == task_head(load_model_config(saved_config, num_labels=3, pad_token_id=0), 3)
+    assert task_head(config, None) == ()

@@ -13,23 +13,36 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from transformers import (
+    AlbertConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
+    BloomConfig,
     DebertaConfig,
     DebertaV2Config,
+    DistilBertConfig,
+    ElectraConfig,
+    FalconConfig,
+    FalconH1Config,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
+    Lfm2Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    ModernBertConfig,
+    Olmo2Config,
     OPTConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     RobertaConfig,
     SmolLM3Config,
 )
@@ -70,6 +83,41 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "gemma2": lambda: Gemma2Config(**LLAMA_LIKE, head_dim=16),
     "gemma3_text": lambda: Gemma3TextConfig(**LLAMA_LIKE, head_dim=16),
     "smollm3": lambda: SmolLM3Config(**LLAMA_LIKE, pad_token_id=0),
+    # Embeddings of another width, whose projection is outside the blocks.
+    "electra": lambda: ElectraConfig(**BERT_LIKE, vocab_size=50, embedding_size=16),
+    "distilbert": lambda: DistilBertConfig(dim=32, n_layers=NUM_BLOCKS, n_heads=2, hidden_dim=48, vocab_size=50),
+    "albert": lambda: AlbertConfig(**BERT_LIKE, vocab_size=50, embedding_size=16, num_hidden_groups=NUM_BLOCKS),
+    "modernbert": lambda: ModernBertConfig(**BERT_LIKE, vocab_size=50, pad_token_id=0),
+    "bloom": lambda: BloomConfig(hidden_size=32, n_layer=NUM_BLOCKS, n_head=2, vocab_size=50),
+    "falcon": lambda: FalconConfig(
+        hidden_size=32,
+        num_hidden_layers=NUM_BLOCKS,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        new_decoder_architecture=True,
+        vocab_size=50,
+    ),
+    "olmo2": lambda: Olmo2Config(**LLAMA_LIKE, pad_token_id=0),
+    "phi3": lambda: Phi3Config(**LLAMA_LIKE, pad_token_id=0),
+    "mixtral": lambda: MixtralConfig(**LLAMA_LIKE, num_local_experts=2),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **LLAMA_LIKE, head_dim=16, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8
+    ),
+    "falcon_h1": lambda: FalconH1Config(
+        **LLAMA_LIKE, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8
+    ),
+    "lfm2": lambda: Lfm2Config(
+        **LLAMA_LIKE, layer_types=["conv", "full_attention", "conv"], block_auto_adjust_ff_dim=False
+    ),
+    "qwen3_5_text": lambda: Qwen3_5TextConfig(
+        **LLAMA_LIKE,
+        head_dim=16,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+    ),
 }
 LANGUAGE_MODELS = [
     "gpt2",
@@ -83,7 +131,17 @@ LANGUAGE_MODELS = [
     "gemma2",
     "gemma3_text",
     "smollm3",
+    "bloom",
+    "falcon",
+    "olmo2",
+    "phi3",
+    "mixtral",
+    "qwen3_moe",
+    "falcon_h1",
+    "lfm2",
+    "qwen3_5_text",
 ]
+CLASSIFIERS = [name for name, architecture in ARCHITECTURES.items() if architecture.head is not None]
 
 # In a block, linear, and yet no role: DeBERTa's projections of relative positions see no token.
 WITHOUT_ROLE = {"deberta": {"attention.self.pos_proj", "attention.self.pos_q_proj"}}
@@ -91,6 +149,9 @@ WITHOUT_ROLE = {"deberta": {"attention.self.pos_proj", "attention.self.pos_q_pro
 
 @functools.cache
 def _model(model_type: str) -> PreTrainedModel:
+    """The classifier, or the language model where there is no classifier."""
+    if model_type not in CLASSIFIERS:
+        return _language_model(model_type)
     with torch.device("meta"):
         return AutoModelForSequenceClassification.from_config(CONFIGS[model_type]())
 
@@ -114,6 +175,7 @@ def _select(model_type: str, *projections: str, blocks: object = "all", modules:
         projections=projections,
         blocks=blocks,
         modules=modules,
+        language_model=model_type not in CLASSIFIERS,
     )
     return [str(target) for target in targets]
 
@@ -160,15 +222,21 @@ def test_every_role_is_one_projection_of_every_block(model_type: str) -> None:
     modules = dict(_model(model_type).named_modules())
     for role, path in architecture.projections.items():
         selected = _select(model_type, role)
-        assert selected == [f"{architecture.block.format(block)}.{path}" for block in range(NUM_BLOCKS)]
+        everywhere = [f"{architecture.block.format(block)}.{path}" for block in range(NUM_BLOCKS)]
+        assert selected == [name for name in everywhere if not architecture.differs_by_block or name in modules]
+        assert selected
         assert all(isinstance(modules[name], nn.Linear | Conv1D) for name in selected)
     assert set(architecture.projections) <= set(ROLES)
     assert len(set(architecture.projections.values())) == len(architecture.projections)
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+# Models of experts, whose stacks take no adapter, have no `all` and no `mlp`.
+WITH_ALL = [name for name, architecture in ARCHITECTURES.items() if not architecture.refused]
+
+
+@pytest.mark.parametrize("model_type", WITH_ALL)
 def test_all_is_every_linear_module_of_the_blocks(model_type: str) -> None:
-    prefix = ARCHITECTURES[model_type].block.format("")
+    prefix = ARCHITECTURES[model_type].block.partition("{}")[0]
     linear = [name for name, module in _model(model_type).named_modules() if isinstance(module, nn.Linear | Conv1D)]
     in_blocks = [name for name in linear if name.startswith(prefix)]
     without_role = {
@@ -178,25 +246,98 @@ def test_all_is_every_linear_module_of_the_blocks(model_type: str) -> None:
     assert _select(model_type, "all") == [name for name in in_blocks if name not in without_role]
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_attention_and_mlp_share_nothing_and_make_up_all(model_type: str) -> None:
+@pytest.mark.parametrize("model_type", WITH_ALL)
+def test_the_groups_share_nothing_and_make_up_all(model_type: str) -> None:
     attention, mlp = _select(model_type, "attention"), _select(model_type, "mlp")
-    assert attention and mlp and not set(attention) & set(mlp)
-    assert sorted([*attention, *mlp]) == sorted(_select(model_type, "all"))
+    has_recurrent = any(role.startswith("rec_") for role in ARCHITECTURES[model_type].projections)
+    recurrent = _select(model_type, "recurrent") if has_recurrent else []
+    assert attention and mlp and not set(attention) & set(mlp) and not set(recurrent) & {*attention, *mlp}
+    assert sorted([*attention, *mlp, *recurrent]) == sorted(_select(model_type, "all"))
     assert all("attn" in name or "attention" in name for name in attention)
     assert not any("attn" in name or "attention" in name for name in mlp)
+    if not has_recurrent:
+        with pytest.raises(PlacementError, match=r"it has nothing of recurrent\."):
+            _select(model_type, "recurrent")
+
+
+@pytest.mark.parametrize("group", ["mlp", "all", "up"])
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_stacks_of_experts_are_refused_with_the_reason(model_type: str, group: str) -> None:
+    with pytest.raises(PlacementError, match=rf"{group} cannot be adapted: its experts are stacks of matrices"):
+        _select(model_type, group)
+    assert len(_select(model_type, "attention")) == 4 * NUM_BLOCKS
+
+
+def test_blocks_that_are_passed_several_times_are_adapted_all_or_not() -> None:
+    assert len(_select("albert", "q", "v")) == 2 * NUM_BLOCKS
+    with pytest.raises(PlacementError, match=r"blocks=last_half: a albert model passes its blocks several times"):
+        _select("albert", "q", blocks="last_half")
+
+
+def test_a_role_that_no_chosen_block_has_is_an_error() -> None:
+    assert _select_lm("lfm2", "q", blocks=[1]) == ["model.layers.1.self_attn.q_proj"]
+    assert len(_select_lm("lfm2", "all", blocks=[0])) == 5
+    with pytest.raises(PlacementError, match=r"the blocks of a lfm2 model differ, and no block of \[0, 2\] has q\."):
+        _select_lm("lfm2", "q", "rec_in", blocks=[0, 2])
+
+
+# Rows of each part by hand, of the models above.
+PARTS = {
+    "gpt2": {"q": (0, 32, 96), "k": (32, 64, 96), "v": (64, 96, 96)},
+    "gpt_neox": {"q": (0, 16, 48), "k": (16, 32, 48), "v": (32, 48, 48)},
+    "deberta": {"q": (0, 16, 48), "k": (16, 32, 48), "v": (32, 48, 48)},
+    "modernbert": {
+        "q": (0, 32, 96),
+        "k": (32, 64, 96),
+        "v": (64, 96, 96),
+        "gate": (0, 48, 96),
+        "up": (48, 96, 96),
+    },
+    "bloom": {"q": (0, 16, 48), "k": (16, 32, 48), "v": (32, 48, 48)},
+    "falcon": {"q": (0, 16, 32), "k": (16, 24, 32), "v": (24, 32, 32)},
+    "phi3": {"q": (0, 32, 64), "k": (32, 48, 64), "v": (48, 64, 64), "gate": (0, 48, 96), "up": (48, 96, 96)},
+}
+
+
+def test_parts_are_these_rows() -> None:
+    found = {
+        model_type: {
+            role: tuple(vars(part.rows(_model(model_type).config)).values())
+            for role, part in architecture.parts.items()
+        }
+        for model_type, architecture in ARCHITECTURES.items()
+        if architecture.parts
+    }
+    assert found == PARTS
+
+
+@pytest.mark.parametrize("model_type", PARTS)
+def test_parts_of_a_matrix_are_all_its_rows_once(model_type: str) -> None:
+    architecture = ARCHITECTURES[model_type]
+    for whole in {part.whole for part in architecture.parts.values()}:
+        module = _model(model_type).get_submodule(_select(model_type, whole)[0])
+        num_rows = module.nf if isinstance(module, Conv1D) else module.out_features
+        parts = [part.rows(_model(model_type).config) for part in architecture.parts.values() if part.whole == whole]
+        assert sum(rows.count(num_rows) for rows in parts) == num_rows
+        assert [rows.start for rows in parts] == [0, *[rows.stop for rows in parts[:-1]]]
 
 
 # Names that mean "query" and so on whatever the model: read off by hand.
 ROLE_BY_HAND = {
-    "q": r"query|query_proj|q_proj",
-    "k": r"key|key_proj|k_proj",
-    "v": r"value|value_proj|v_proj",
-    "o": r"attention\.output\.dense|attention\.dense|o_proj|out_proj|attn\.c_proj",
-    "qkv": r"c_attn|in_proj|query_key_value",
-    "up": r"intermediate\.dense|up_proj|c_fc|dense_h_to_4h|fc1",
-    "down": r"\d\.output\.dense|down_proj|mlp\.c_proj|dense_4h_to_h|fc2",
-    "gate": r"gate_proj",
+    "q": r"query|query_proj|q_proj|q_lin",
+    "k": r"key|key_proj|k_proj|k_lin",
+    "v": r"value|value_proj|v_proj|v_lin",
+    "o": r"attention\.(output\.)?dense|self_attention\.dense|o_proj|self_attn\.out_proj|attn\.c_proj|out_lin|attn\.Wo",
+    "qkv": r"c_attn|in_proj|query_key_value|Wqkv|qkv_proj",
+    "up": r"intermediate\.dense|up_proj|c_fc|dense_h_to_4h|fc1|lin1|ffn|w3",
+    "down": r"\d\.output\.dense|down_proj|mlp\.c_proj|dense_4h_to_h|fc2|lin2|ffn_output|mlp\.Wo|w2",
+    "gate": r"gate_proj|w1",
+    "gate_up": r"gate_up_proj|Wi",
+    "rec_in": r"(mamba|conv)\.in_proj|in_proj_qkv",
+    "rec_gate": r"in_proj_z",
+    "rec_beta": r"in_proj_b",
+    "rec_decay": r"in_proj_a",
+    "rec_out": r"(mamba|conv|linear_attn)\.out_proj",
 }
 
 
@@ -206,7 +347,7 @@ def test_roles_mean_what_they_say(model_type: str) -> None:
         assert all(re.search(rf"(^|\.)({ROLE_BY_HAND[role]})$", name) for name in _select(model_type, role)), role
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", CLASSIFIERS)
 def test_the_head_is_all_that_is_outside_the_base_model(model_type: str) -> None:
     model = _model(model_type)
     outside = {name for name, _ in model.named_parameters() if not name.startswith(f"{model.base_model_prefix}.")}
@@ -236,8 +377,9 @@ def test_every_architecture_with_an_unembedding_is_tested_as_a_language_model() 
 @pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
 def test_a_language_model_has_the_blocks_of_the_classifier(model_type: str) -> None:
     architecture = ARCHITECTURES[model_type]
-    for role in (*architecture.projections, *GROUPS):
-        assert _select_lm(model_type, role, blocks=[0, 2]) == _select(model_type, role, blocks=[0, 2])
+    groups = ("attention",) if architecture.refused else ("attention", "mlp", "all")
+    for role in (*architecture.projections, *groups):
+        assert _select_lm(model_type, role, blocks=[0, 1, 2]) == _select(model_type, role, blocks=[0, 1, 2])
 
 
 @pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
@@ -252,7 +394,11 @@ def test_the_unembedding_is_the_module_that_computes_the_logits(model_type: str)
 @pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
 def test_a_language_model_has_no_task_head(model_type: str) -> None:
     assert head_modules(model_type, language_model=True) == ()
-    assert head_modules(model_type) == head_modules(model_type, language_model=False) == ("score",)
+    if model_type in CLASSIFIERS:
+        assert head_modules(model_type) == head_modules(model_type, language_model=False) == ("score",)
+    else:
+        with pytest.raises(PlacementError, match="transformers has no classifier"):
+            head_modules(model_type)
     outside = [
         name
         for name, module in _language_model(model_type).named_modules()
@@ -265,10 +411,11 @@ def test_a_language_model_has_no_task_head(model_type: str) -> None:
 @pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
 def test_the_unembedding_is_one_module_whatever_blocks_says_and_in_no_group(model_type: str) -> None:
     unembedding = ARCHITECTURES[model_type].unembedding
-    for blocks in ("all", "last_1", [0, 2]):
-        selected = _select_lm(model_type, "lm_head", "all", blocks=blocks)
-        assert selected == [*_select_lm(model_type, "all", blocks=blocks), unembedding]
-    assert all(unembedding not in _select_lm(model_type, group) for group in GROUPS)
+    for blocks in ("all", "last_2", [0, 1]):
+        selected = _select_lm(model_type, "lm_head", "attention", blocks=blocks)
+        assert selected == [*_select_lm(model_type, "attention", blocks=blocks), unembedding]
+    groups = [group for group in ("attention", "mlp", "all") if group == "attention" or model_type in WITH_ALL]
+    assert all(unembedding not in _select_lm(model_type, group) for group in groups)
     with pytest.raises(PlacementError, match=r"target_layers\.blocks=first_4: this model has 3 blocks\."):
         _select_lm(model_type, "lm_head", blocks="first_4")
 
@@ -281,7 +428,7 @@ def test_an_adapter_fits_the_unembedding() -> None:
     assert type(model.get_output_embeddings()).__name__ == "LoRALayer"
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", CLASSIFIERS)
 def test_a_classifier_has_no_unembedding(model_type: str) -> None:
     message = (
         "target_layers.projections: lm_head is the unembedding of a causal language model; a model with a task head "
@@ -298,7 +445,7 @@ def test_a_classifier_has_no_unembedding(model_type: str) -> None:
 @pytest.mark.parametrize("model_type", [name for name in ARCHITECTURES if name not in LANGUAGE_MODELS])
 def test_an_encoder_has_no_unembedding(model_type: str) -> None:
     with pytest.raises(
-        PlacementError, match=r": lm_head does not exist\. It has: [a-z, ]*down, embedding \(and the groups"
+        PlacementError, match=r": lm_head does not exist\. It has: [a-z_, ]*down, embedding \(and the groups"
     ):
         select_targets(_names(model_type), model_type=model_type, projections=["lm_head"], language_model=True)
 
@@ -314,8 +461,8 @@ def test_what_a_language_model_has_includes_its_unembedding() -> None:
         "target_layers.projections: lm_head named twice."
     ]
     assert projection_problems(["query"], language_model=True) == [
-        "target_layers.projections: query unknown; known: q, k, v, o, qkv, up, down, gate, gate_up, embedding, "
-        "lm_head, attention, mlp, all."
+        "target_layers.projections: query unknown; known: q, k, v, o, qkv, up, down, gate, gate_up, rec_in, "
+        "rec_gate, rec_beta, rec_decay, rec_out, embedding, lm_head, attention, mlp, recurrent, all."
     ]
 
 
@@ -519,7 +666,7 @@ def test_expressions_match_whole_names_and_may_overlap() -> None:
         (
             "bert",
             ["gate"],
-            r"gate does not exist\. It has: q, k, v, o, up, down, embedding \(and the groups attention, mlp, all\)\.",
+            r"gate does not exist\. It has: q, k, v, o, up, down, embedding \(and the groups attention, mlp, ",
         ),
         ("bert", ["qkv"], r"qkv does not exist\. It has: q, k, v, o, up, down, embedding "),
         (
@@ -546,7 +693,7 @@ def test_a_role_that_the_model_lacks_is_an_error_that_lists_what_it_has(
         (
             ["q", "query", "x"],
             "target_layers.projections: query, x unknown; known: q, k, v, o, qkv, up, down, gate, gate_up, "
-            "embedding, attention, mlp, all.",
+            "rec_in, rec_gate, rec_beta, rec_decay, rec_out, embedding, attention, mlp, recurrent, all.",
         ),
         (["q", "v", "q"], "target_layers.projections: q named twice."),
         (["attention", "q", "o"], "target_layers.projections: o, q named twice."),
@@ -567,7 +714,7 @@ def test_fine_projections_have_no_problems(projections: list[str]) -> None:
 
 def test_groups_consist_of_roles() -> None:
     assert all(set(roles) <= set(ROLES) for roles in GROUPS.values())
-    assert set(GROUPS["all"]) == set(ROLES) == {*GROUPS["attention"], *GROUPS["mlp"]}
+    assert set(GROUPS["all"]) == set(ROLES) == {*GROUPS["attention"], *GROUPS["mlp"], *GROUPS["recurrent"]}
 
 
 def test_a_module_missing_from_one_block_is_an_error_and_no_smaller_adapter() -> None:
@@ -598,7 +745,7 @@ def test_no_request_at_all_is_an_error() -> None:
 def test_an_unknown_architecture_is_an_error_that_says_what_to_add(modules: tuple[str, ...]) -> None:
     message = (
         r"model type 'xlnet' is not described in harness/placement/architectures\.py; "
-        r"described are bert, .*, smollm3\. "
+        r"described are bert, .*, qwen3_5_text\. "
         r"Add an Architecture with its block path, projections and head\."
     )
     with pytest.raises(PlacementError, match=message):
@@ -632,3 +779,24 @@ def test_the_head_takes_no_adapter(model_type: str, expression: str, in_head: st
     message = f"target_layers.modules: {in_head} belong to the task head, which is trained whole and takes no adapter"
     with pytest.raises(PlacementError, match=re.escape(message)):
         _select(model_type, modules=(expression,))
+
+
+ROFORMER = [f"roformer.encoder.layer.{block}.{part}" for block in range(2) for part in ("query", "output.dense")]
+LINEAR = {name: (32, 48) if name.endswith("dense") else (32, 32) for name in ROFORMER} | {"classifier": (32, 2)}
+
+
+def test_a_model_that_is_not_described_has_no_roles_and_takes_expressions() -> None:
+    names = [*LINEAR]
+    with pytest.raises(PlacementError) as caught:
+        select_targets(names, model_type="roformer", projections=["q"], linear=LINEAR)
+    assert str(caught.value).endswith(
+        "Its linear layers: 2 x roformer.encoder.layer.N.query (32 -> 32), 2 x roformer.encoder.layer.N.output.dense "
+        "(32 -> 48), 1 x classifier (32 -> 2)."
+    )
+    assert "target_layers.modules" in str(caught.value)
+    chosen = select_targets(names, model_type="roformer", modules=[r".*\.query"], head=("classifier",), linear=LINEAR)
+    assert [str(target) for target in chosen] == ROFORMER[::2]
+    with pytest.raises(PlacementError, match=r"'\.\*\\\\\.key' match no whole module name; Its linear layers: 2 x "):
+        select_targets(names, model_type="roformer", modules=[r".*\.key"], head=("classifier",), linear=LINEAR)
+    with pytest.raises(PlacementError, match="classifier belong to the task head"):
+        select_targets(names, model_type="roformer", modules=[".*"], head=("classifier",), linear=LINEAR)

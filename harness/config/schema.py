@@ -499,18 +499,18 @@ class RankConfig:
         alpha: the numerator of the scaling, for `fixed` and `rslora`.
         alpha_per_rank: what it is at rank 1, for `proportional`.
         pattern: other ranks for some targets, by role or group, with or without blocks: `{v: 16, mlp@last_half: 4}`.
-            The narrower key decides.
+            The narrower key decides. Null for one rank.
     """
 
     rank: int = 8
     alpha_policy: AlphaPolicy = AlphaPolicy.fixed
     alpha: float | None = None
     alpha_per_rank: float | None = None
-    pattern: dict[str, int] = field(default_factory=dict, metadata=ADDED_LATER | _OF_LORA)
+    pattern: Any = field(default=None, metadata=ADDED_LATER | _OF_LORA)
 
     def at(self, rank: int) -> RankConfig:
         """The same policy at another rank, for a target of its own."""
-        return replace(self, rank=rank, pattern={})
+        return replace(self, rank=rank, pattern=None)
 
     @property
     def effective_alpha(self) -> float:

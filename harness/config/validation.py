@@ -377,7 +377,7 @@ def _peft_rank_problems(config: RunConfig, method: Method) -> list[str]:
 
 
 def _rank_problems(rank: RankConfig) -> list[str]:
-    problems = pattern_problems(rank.pattern)
+    problems = [] if rank.pattern is None else pattern_problems(rank.pattern)
     if rank.rank < 1:
         problems.append(f"rank.rank={rank.rank}: at least 1.")
     needed, unused = "alpha", "alpha_per_rank"

@@ -19,7 +19,7 @@ from harness.placement.select import Target
 FILE = "bitfit.safetensors"
 
 
-def adapt(model: nn.Module, targets: Sequence[Target], config: RunConfig, *, ranks: Sequence[int]) -> None:
+def adapt(model: nn.Module, targets: Sequence[Target], config: RunConfig) -> None:
     """Nothing is added. Raises `ConfigError` for a model without biases."""
     head = head_modules(model.config.model_type, language_model=config.dataset.task.is_language)
     if not any(is_adapter(name) and not is_head(name, head) for name, _ in model.named_parameters()):

@@ -36,7 +36,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness.methods.lora import AdaptedLayer, EmbeddingLoRALayer, MatrixLayer
+from harness.methods.lora import AdaptedLayer, EmbeddingLoRALayer, MatrixLayer, is_linear
 from harness.placement.architectures import ARCHITECTURES, Architecture
 
 
@@ -95,8 +95,8 @@ def formula_flops(model: nn.Module, *, whole_logits: bool = False) -> StepFlops:
         raise FlopsError("the layers of peft have no formula here: what they compute differs from type to type.")
     matrices = dict(_matrices(model))
     architecture = _architecture(config.model_type)
-    if not architecture.has_plain_attention:
-        raise FlopsError(f"model type {config.model_type!r}: its attention to relative positions has no formula here.")
+    if not architecture.has_plain_blocks:
+        raise FlopsError(f"model type {config.model_type!r}: its blocks have no formula here.")
     blocks = _blocks(architecture, matrices)
     before = [name for name in architecture.before_blocks if name in matrices]
     after = [name for name in architecture.after_blocks if name in matrices]
@@ -121,7 +121,7 @@ def formula_flops(model: nn.Module, *, whole_logits: bool = False) -> StepFlops:
         per_token += flops
     for block in blocks:
         roles = {role: matrices[f"{block}.{path}"] for role, path in architecture.projections.items()}
-        flops, squared, live = _block_flops(roles, live, parallel=getattr(config, "use_parallel_residual", False))
+        flops, squared, live = _block_flops(roles, live, parallel=_is_parallel(config))
         per_token += flops
         per_token_squared += squared
     for name in after:
@@ -157,12 +157,14 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 raise FlopsError("DoRA measures the rows of every adapted matrix in each pass, whatever its tokens.")
             adapted += (f"{name}.",)
             yield name, module
-        elif _is_linear(module) and not name.startswith(adapted):
+        elif is_linear(module) and not name.startswith(adapted):
             yield name, module
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+def _is_parallel(config: Any) -> bool:
+    """Whether attention and MLP of a block read the same input: GPT-NeoX and Falcon, by their settings."""
+    names = ("use_parallel_residual", "parallel_attn", "new_decoder_architecture")
+    return any(getattr(config, name, False) for name in names)
 
 
 def _blocks(architecture: Architecture, matrices: Mapping[str, nn.Module]) -> list[str]:
@@ -226,7 +228,7 @@ def _block_flops(roles: Mapping[str, nn.Module], live: bool, *, parallel: bool) 
     attention_live = attention_live or live
     mlp_live = live if parallel else attention_live
     hidden_live = False
-    for role in ("gate", "up"):
+    for role in ("gate_up", "gate", "up"):
         if role in roles:
             flops, role_live = _matrix_flops(roles[role], mlp_live)
             per_token += flops

@@ -14,7 +14,7 @@ from harness.models.saving import save_model
 from harness.placement.select import Target
 
 
-def adapt(model: nn.Module, targets: Sequence[Target], config: RunConfig, *, ranks: Sequence[int]) -> None:
+def adapt(model: nn.Module, targets: Sequence[Target], config: RunConfig) -> None:
     """Nothing is added."""
 
 

@@ -16,7 +16,7 @@ from harness.placement.select import Target
 FILE = "head.safetensors"
 
 
-def adapt(model: nn.Module, targets: Sequence[Target], config: RunConfig, *, ranks: Sequence[int]) -> None:
+def adapt(model: nn.Module, targets: Sequence[Target], config: RunConfig) -> None:
     """Nothing is added."""
 
 

@@ -333,7 +333,7 @@ def features_of(base: nn.Module, *, rows: Rows | None = None) -> tuple[int, int]
         in_features, out_features = base.in_features, base.out_features
     elif isinstance(base, nn.Embedding):
         in_features, out_features = base.num_embeddings, base.embedding_dim
-    elif type(base).__name__ == "Conv1D" and isinstance(getattr(base, "weight", None), Tensor):
+    elif is_linear(base):
         in_features, out_features = _weight(base).shape
     else:
         raise LoRAError(f"LoRA adapts nn.Linear, Conv1D and nn.Embedding, not {type(base).__name__}.")
@@ -343,6 +343,11 @@ def features_of(base: nn.Module, *, rows: Rows | None = None) -> tuple[int, int]
         return in_features, rows.count(out_features)
     except PlacementError as error:
         raise LoRAError(str(error)) from None
+
+
+def is_linear(base: nn.Module) -> bool:
+    """Whether a module is a projection: `nn.Linear`, also quantised, or GPT-2's `Conv1D`."""
+    return isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D"
 
 
 def can_be_adapted(base: nn.Module) -> bool:

@@ -18,14 +18,14 @@ from harness.placement.select import Target
 is_adapter = is_lora
 
 
-def adapt(model: nn.Module, targets: Sequence[Target], config: RunConfig, *, ranks: Sequence[int]) -> None:
+def adapt(model: nn.Module, targets: Sequence[Target], config: RunConfig) -> None:
     """Puts adapted layers in the place of the target modules."""
     assert config.rank is not None
     # Its own generator: the adapter depends on the seed and not on what was drawn before it.
     apply_lora(
         model,
         targets,
-        rank=[config.rank.at(rank) for rank in ranks],
+        rank=[config.rank.at(target.rank or config.rank.rank) for target in targets],
         dropout=config.method.adapter_dropout,
         variant=config.variant,
         generator=torch.Generator().manual_seed(config.seed),

@@ -20,7 +20,7 @@ FILE = "norms.safetensors"
 _NAME = re.compile(r"(.+_)?(layer_?norm|norm|ln)(\d+|_[a-z0-9]+)?", re.IGNORECASE)
 
 
-def adapt(model: nn.Module, targets: Sequence[Target], config: RunConfig, *, ranks: Sequence[int]) -> None:
+def adapt(model: nn.Module, targets: Sequence[Target], config: RunConfig) -> None:
     """Nothing is added. Raises `ConfigError` where norms cannot be told by their names, or there are none."""
     by_type = {
         f"{path}.{leaf}"

@@ -59,7 +59,7 @@ class PeftMethodError(ValueError):
     """A method of the peft package that cannot be run on this model with these settings; the message says why."""
 
 
-def adapt(model: nn.Module, targets: Sequence[Target], config: RunConfig, *, ranks: Sequence[int]) -> None:
+def adapt(model: nn.Module, targets: Sequence[Target], config: RunConfig) -> None:
     """Puts peft's layers into the model. Raises `PeftMethodError` for what the type cannot do."""
     peft = _require_peft(config)
     parts = [str(target) for target in targets if target.rows is not None]

@@ -41,10 +41,10 @@ class TrainedModel:
 class MethodModule(Protocol):
     """The functions of a method's module."""
 
-    def adapt(self, model: nn.Module, targets: Sequence[Target], config: RunConfig, *, ranks: Sequence[int]) -> None:
+    def adapt(self, model: nn.Module, targets: Sequence[Target], config: RunConfig) -> None:
         """Puts what the method adds into a model, real or on the meta device; the same for a seed, whatever was drawn.
 
-        `targets` is empty for a method without placement, and `ranks`, those of the targets, for one without rank.
+        `targets` is empty for a method without placement, and has ranks for one with a rank.
         """
         ...
 

@@ -24,7 +24,7 @@ from harness.content.assets import cache_dir, verified_asset_dir
 from harness.content.errors import ModelError
 from harness.models.scratch import scratch_config
 from harness.models.tiny import tiny_config
-from harness.placement.architectures import ARCHITECTURES, DROPOUT_FIELDS
+from harness.placement.architectures import ARCHITECTURES, DROPOUT_FIELDS, head_modules
 
 
 def auto_class(num_labels: int | None) -> Any:
@@ -58,6 +58,20 @@ def build_skeleton(config: ModelConfig, *, num_labels: int | None) -> PreTrained
     model_config = load_model_config(config, num_labels=num_labels, pad_token_id=0)
     with explain_loading_errors(config), torch.device("meta"):
         return auto_class(num_labels).from_config(model_config, attn_implementation=config.attention)
+
+
+def task_head(model_config: PreTrainedConfig, num_labels: int | None) -> tuple[str, ...]:
+    """The modules of the task head: of a type that is not described, all that is outside transformers' base model."""
+    if num_labels is None or model_config.model_type in ARCHITECTURES:
+        return () if num_labels is None else head_modules(model_config.model_type)
+    with torch.device("meta"):
+        model = auto_class(num_labels).from_config(model_config)
+    children = model.named_children()
+    return tuple(
+        name
+        for name, child in children
+        if name != model.base_model_prefix and next(child.parameters(), None) is not None
+    )
 
 
 def load_model_config(config: ModelConfig, *, num_labels: int | None, pad_token_id: int) -> PreTrainedConfig:

@@ -35,9 +35,10 @@ from harness.models.configs import (
     revision_arguments,
     settings_to_restore,
     source_arguments,
+    task_head,
 )
 from harness.models.quantization import quantization_arguments
-from harness.placement.architectures import ARCHITECTURES, head_modules
+from harness.placement.architectures import ARCHITECTURES
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def load_model(
     with explain_loading_errors(config), quiet_transformers():
         if is_tiny(config) or is_scratch(config):
             model = auto_class(num_labels).from_config(model_config, dtype=dtype, attn_implementation=config.attention)
-            head, notes = _head(model_config, num_labels), list[str]()
+            head, notes = task_head(model_config, num_labels), list[str]()
         else:
             model, head, notes = _load_weights(config, model_config, dtype, num_labels, None if keeps_head else seed)
     if num_labels is None:
@@ -108,17 +109,11 @@ def _resolvable_name(config: ModelConfig) -> tuple[str | None, str | None]:
     return str(Path(*source_arguments(config)).resolve()), None
 
 
-def _head(model_config: PreTrainedConfig, num_labels: int | None) -> tuple[str, ...]:
-    """The task head's modules; none on an architecture that cannot be adapted, which the placement refuses later."""
-    known = ARCHITECTURES.get(model_config.model_type)
-    return () if known is None else head_modules(model_config.model_type, language_model=num_labels is None)
-
-
 def _load_weights(
     config: ModelConfig, model_config: PreTrainedConfig, dtype: torch.dtype, num_labels: int | None, seed: int | None
 ) -> tuple[PreTrainedModel, tuple[str, ...], list[str]]:
     """The model, its head and notes, as `BaseModel` has them; without a seed, the head is the checkpoint's."""
-    head = _head(model_config, num_labels)
+    head = task_head(model_config, num_labels)
     try:
         model, report = auto_class(num_labels).from_pretrained(
             *source_arguments(config),

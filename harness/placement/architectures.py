@@ -15,7 +15,9 @@ class PlacementError(ValueError):
 
 ATTENTION = ("q", "k", "v", "o", "qkv")
 MLP = ("up", "down", "gate", "gate_up")
-ROLES = (*ATTENTION, *MLP)
+# Of a block that carries a state from token to token: into it, its gate, what is written, what decays, and out of it.
+RECURRENT = ("rec_in", "rec_gate", "rec_beta", "rec_decay", "rec_out")
+ROLES = (*ATTENTION, *MLP, *RECURRENT)
 
 # The last matrix of a language model, from hidden states to logits. There is one, outside the blocks, so it belongs to
 # no group: an adapter on it is asked for by name (`projections: [all, lm_head]`).
@@ -26,7 +28,7 @@ OUTSIDE_BLOCKS = (EMBEDDING, UNEMBEDDING)
 
 # A group stands for those of its roles that are matrices of an architecture; a single role must exist, as a matrix or
 # as a part of one.
-GROUPS = {"attention": ATTENTION, "mlp": MLP, "all": ROLES}
+GROUPS = {"attention": ATTENTION, "mlp": MLP, "recurrent": RECURRENT, "all": ROLES}
 
 
 @dataclass(frozen=True)
@@ -69,22 +71,30 @@ class Architecture:
         block: the path of a block, with `{}` for its index.
         projections: the path of each role inside a block.
         head: the modules of a classifier's task head: everything that a checkpoint of the base model does not hold.
+            None where transformers has no classifier.
         parts: roles that exist only as a part of the rows of another role's matrix.
         embedding: the path of the table of token embeddings; None where it takes no adapter.
         unembedding: the path of the unembedding of the family's causal language models; None where it has none.
+        refused: roles whose matrices take no adapter, each with the reason.
+        differs_by_block: whether blocks differ, so that a role is in some of them alone.
+        shares_blocks: whether one block is passed several times, and its adapter with it.
         optional: modules between base and head that some checkpoints lack (a pooler): there they are part of the head.
         before_blocks, after_blocks: matrices outside the blocks that every token passes.
         packs_by_positions: whether transformers sees by the `position_ids` of a language model that a block is packed,
             and keeps attention inside each document.
         has_plain_logits: whether the unembedding gives the logits as they are. Other language models scale or cap them.
-        has_plain_attention: whether attention is two products, of queries and keys and with the values.
+        has_plain_blocks: whether a block is passed once, and is attention of two products, of queries and keys and with
+            the values, and an MLP. The formula of operations knows no others.
         dropout_fields: names of dropout rates in transformers' config, beside `DROPOUT_FIELDS`.
     """
 
     block: str
     projections: dict[str, str]
-    head: tuple[str, ...]
+    head: tuple[str, ...] | None
     parts: dict[str, Part] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    differs_by_block: bool = False
+    shares_blocks: bool = False
     embedding: str | None = None
     unembedding: str | None = None
     optional: tuple[str, ...] = ()
@@ -92,7 +102,7 @@ class Architecture:
     after_blocks: tuple[str, ...] = ()
     packs_by_positions: bool = False
     has_plain_logits: bool = False
-    has_plain_attention: bool = True
+    has_plain_blocks: bool = True
     dropout_fields: tuple[str, ...] = ()
 
     @property
@@ -102,7 +112,7 @@ class Architecture:
 
     def is_in_head(self, name: str) -> bool:
         """Whether a module is a part of the task head, or all of it."""
-        return any(name == module or name.startswith(f"{module}.") for module in self.head)
+        return any(name == module or name.startswith(f"{module}.") for module in self.head or ())
 
 
 # What the families call their dropout rates. Loading a model checks that no dropout of another rate is left.
@@ -190,6 +200,40 @@ _LLAMA = Architecture(
     has_plain_logits=True,
 )
 
+
+def _head_size(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _phi3_sizes(config: Any) -> tuple[int, ...]:
+    size = _head_size(config)
+    return (config.num_attention_heads * size, *[config.num_key_value_heads * size] * 2)
+
+
+def _falcon_sizes(config: Any) -> tuple[int, ...]:
+    """Queries that share a key and a value, and these: of a group of heads, of all heads, or of one head."""
+    size = config.hidden_size // config.num_attention_heads
+    if config.new_decoder_architecture:
+        return (config.num_attention_heads // config.num_kv_heads * size, size, size)
+    return (config.num_attention_heads * size if config.multi_query else size, size, size)
+
+
+# The half that passes the activation comes first.
+_HALVES = _in_turn("gate_up", ("gate", "up"), lambda config: (config.intermediate_size,) * 2)
+_BLOOM_BLOCK = {
+    "qkv": "self_attention.query_key_value",
+    "o": "self_attention.dense",
+    "up": "mlp.dense_h_to_4h",
+    "down": "mlp.dense_4h_to_h",
+}
+_EXPERTS = "its experts are stacks of matrices, one parameter for all of them, to which LoRA adds no products here"
+_MIXTURE = replace(
+    _LLAMA,
+    projections={role: _LLAMA_BLOCK[role] for role in ("q", "k", "v", "o")},
+    refused=dict.fromkeys(("gate", "up", "down"), _EXPERTS),
+    has_plain_blocks=False,
+)
+
 # Keys are transformers' `config.model_type`. RoBERTa's head has its own dense layer; the pooler of DeBERTa is not in
 # its checkpoints and is part of the head; that of BERT is in most, and belongs to the base there.
 ARCHITECTURES: dict[str, Architecture] = {
@@ -212,14 +256,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         ("pooler", "classifier"),
         embedding="deberta.embeddings.word_embeddings",
         parts=_THIRDS_OF_A_HEAD,
-        has_plain_attention=False,  # it has more products, and projects relative positions once a batch
+        has_plain_blocks=False,  # it has more products, and projects relative positions once a batch
     ),
     "deberta-v2": Architecture(
         "deberta.encoder.layer.{}",
         _DEBERTA_BLOCK,
         ("pooler", "classifier"),
         embedding="deberta.embeddings.word_embeddings",
-        has_plain_attention=False,
+        has_plain_blocks=False,
     ),
     "gpt2": Architecture(
         "transformer.h.{}",
@@ -260,6 +304,132 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma2": replace(_LLAMA, has_plain_logits=False),
     "gemma3_text": _LLAMA,
     "smollm3": _LLAMA,
+    "electra": Architecture(
+        "electra.encoder.layer.{}",
+        _BERT_BLOCK,
+        ("classifier",),
+        embedding="electra.embeddings.word_embeddings",
+        before_blocks=("electra.embeddings_project",),
+    ),
+    "distilbert": Architecture(
+        "distilbert.transformer.layer.{}",
+        {
+            "q": "attention.q_lin",
+            "k": "attention.k_lin",
+            "v": "attention.v_lin",
+            "o": "attention.out_lin",
+            "up": "ffn.lin1",
+            "down": "ffn.lin2",
+        },
+        ("pre_classifier", "classifier"),
+        embedding="distilbert.embeddings.word_embeddings",
+        dropout_fields=("seq_classif_dropout", "qa_dropout"),
+    ),
+    "albert": Architecture(
+        "albert.encoder.albert_layer_groups.{}.albert_layers.0",
+        {
+            "q": "attention.query",
+            "k": "attention.key",
+            "v": "attention.value",
+            "o": "attention.dense",
+            "up": "ffn",
+            "down": "ffn_output",
+        },
+        ("classifier",),
+        embedding="albert.embeddings.word_embeddings",
+        optional=("albert.pooler",),
+        before_blocks=("albert.encoder.embedding_hidden_mapping_in",),
+        shares_blocks=True,
+        has_plain_blocks=False,
+        dropout_fields=("classifier_dropout_prob",),
+    ),
+    "modernbert": Architecture(
+        "model.layers.{}",
+        {"qkv": "attn.Wqkv", "o": "attn.Wo", "gate_up": "mlp.Wi", "down": "mlp.Wo"},
+        ("head", "classifier"),
+        embedding="model.embeddings.tok_embeddings",
+        parts={**_THIRDS, **_HALVES},
+        dropout_fields=("embedding_dropout", "mlp_dropout"),
+    ),
+    "bloom": Architecture(
+        "transformer.h.{}",
+        _BLOOM_BLOCK,
+        ("score",),
+        embedding="transformer.word_embeddings",
+        parts=_THIRDS_OF_A_HEAD,
+        unembedding="lm_head",
+        has_plain_logits=True,
+    ),
+    "falcon": Architecture(
+        "transformer.h.{}",
+        _BLOOM_BLOCK,
+        ("score",),
+        embedding="transformer.word_embeddings",
+        parts=_in_turn("qkv", _QKV, _falcon_sizes),
+        unembedding="lm_head",
+        has_plain_logits=True,
+    ),
+    "olmo2": _LLAMA,
+    "phi3": replace(
+        _LLAMA,
+        projections={
+            "qkv": "self_attn.qkv_proj",
+            "o": "self_attn.o_proj",
+            "gate_up": "mlp.gate_up_proj",
+            "down": "mlp.down_proj",
+        },
+        parts={**_in_turn("qkv", _QKV, _phi3_sizes), **_HALVES},
+    ),
+    "mixtral": _MIXTURE,
+    "qwen3_moe": _MIXTURE,
+    # Every block has a state-space part and attention, side by side.
+    "falcon_h1": Architecture(
+        "model.layers.{}",
+        {
+            **{role: _LLAMA_BLOCK[role] for role in ("q", "k", "v", "o")},
+            **{role: f"feed_forward.{role}_proj" for role in ("gate", "up", "down")},
+            "rec_in": "mamba.in_proj",
+            "rec_out": "mamba.out_proj",
+        },
+        None,
+        embedding="model.embed_tokens",
+        unembedding="lm_head",
+        has_plain_blocks=False,
+    ),
+    # A block has a short convolution or attention.
+    "lfm2": Architecture(
+        "model.layers.{}",
+        {
+            **{role: _LLAMA_BLOCK[role] for role in ("q", "k", "v")},
+            "o": "self_attn.out_proj",
+            "gate": "feed_forward.w1",
+            "up": "feed_forward.w3",
+            "down": "feed_forward.w2",
+            "rec_in": "conv.in_proj",
+            "rec_out": "conv.out_proj",
+        },
+        None,
+        embedding="model.embed_tokens",
+        unembedding="lm_head",
+        differs_by_block=True,
+        has_plain_logits=True,
+        has_plain_blocks=False,
+    ),
+    # A block has a gated delta rule or attention.
+    "qwen3_5_text": replace(
+        _LLAMA,
+        projections={
+            **_LLAMA_BLOCK,
+            "rec_in": "linear_attn.in_proj_qkv",
+            "rec_gate": "linear_attn.in_proj_z",
+            "rec_beta": "linear_attn.in_proj_b",
+            "rec_decay": "linear_attn.in_proj_a",
+            "rec_out": "linear_attn.out_proj",
+        },
+        differs_by_block=True,
+        packs_by_positions=False,
+        has_plain_blocks=False,
+    ),
 }
 
 
@@ -269,7 +439,9 @@ def head_modules(model_type: str, *, language_model: bool = False) -> tuple[str,
     A causal language model has no task head: its unembedding is in the base model's checkpoint.
     """
     head = find_architecture(model_type).head
-    return () if language_model else head
+    if not language_model and head is None:
+        raise PlacementError(f"model type {model_type!r}: transformers has no classifier; use a language task.")
+    return () if language_model or head is None else head
 
 
 def find_architecture(model_type: str) -> Architecture:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from harness.placement.architectures import GROUPS, OUTSIDE_BLOCKS, ROLES, PlacementError
 from harness.placement.select import Target, block_problems, resolve_blocks
@@ -41,11 +42,13 @@ def ranks_of(targets: Sequence[Target], *, rank: int, pattern: Mapping[str, int]
     return ranks
 
 
-def pattern_problems(pattern: Mapping[str, int]) -> list[str]:
+def pattern_problems(pattern: Any) -> list[str]:
     """What is wrong with a value of `rank.pattern` on any model; empty when nothing is."""
+    if not isinstance(pattern, Mapping) or not pattern:
+        return [f"rank.pattern={pattern!r}: ranks by role, such as {{v: 16, mlp@last_half: 4}}, or null."]
     problems = []
     for key, rank in pattern.items():
-        role, _, blocks = key.partition("@")
+        role, _, blocks = str(key).partition("@")
         known = (*ROLES, *GROUPS, *OUTSIDE_BLOCKS)
         if role not in known:
             problems.append(
@@ -57,8 +60,8 @@ def pattern_problems(pattern: Mapping[str, int]) -> list[str]:
                 problem.replace("target_layers.blocks", f"rank.pattern: {key!r}, blocks")
                 for problem in block_problems(blocks)
             ]
-        if rank < 1:
-            problems.append(f"rank.pattern: {key}: {rank}: a rank is at least 1.")
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            problems.append(f"rank.pattern: {key}: {rank}: a rank is a whole number, at least 1.")
     return problems
 
 

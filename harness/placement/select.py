@@ -8,11 +8,13 @@ blocks by index. Names are compared whole: a request that selects nothing is an 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from harness.placement.architectures import (
+    ARCHITECTURES,
     EMBEDDING,
     GROUPS,
     OUTSIDE_BLOCKS,
@@ -35,12 +37,14 @@ class Target:
         role: which projection of its block it is; None where it was named by an expression.
         block: the index of its block; None outside the blocks, and where it was named by an expression.
         rows: the rows of the module's matrix; None for all of them.
+        rank: the rank of its adapter; None for methods without rank.
     """
 
     module: str
     role: str | None = None
     block: int | None = None
     rows: Rows | None = None
+    rank: int | None = None
 
     def __str__(self) -> str:
         """The module's name, with the role in brackets where other rows of it are other roles."""
@@ -57,6 +61,7 @@ def select_targets(
     modules: Sequence[str] = (),
     language_model: bool = False,
     head: Sequence[str] | None = None,
+    linear: Mapping[str, tuple[int, int]] | None = None,
 ) -> list[Target]:
     """What gets an adapter, in the model's own order; parts of a module in the order of their rows.
 
@@ -71,7 +76,9 @@ def select_targets(
             part of the task head.
         language_model: whether this is a causal language model, which has an unembedding and no task head, instead of
             a classifier.
-        head: the modules of the task head, where these are more than the architecture's; see `Architecture.optional`.
+        head: the modules of the task head, where these are more than the architecture's (see `Architecture.optional`)
+            or it is not described.
+        linear: in and out features of the model's linear layers by name, for messages.
 
     Raises:
         PlacementError: a role, block or expression that selects nothing here, with a list of what there is.
@@ -81,11 +88,17 @@ def select_targets(
     ['bert.encoder.layer.1.attention.self.query']
     """
     names = list(module_names)
-    architecture = find_architecture(model_type)
     if modules:
         if head is None:
             head = head_modules(model_type, language_model=language_model)
-        return [Target(name) for name in _match_expressions(names, modules, head)]
+        return [Target(name) for name in _match_expressions(names, modules, head, linear or {})]
+    if model_type not in ARCHITECTURES and linear:
+        raise PlacementError(
+            f"model type {model_type!r} is not described in harness/placement/architectures.py and has no roles; name "
+            "modules by expressions in target_layers.modules (and set target_layers.projections=[]), or add an "
+            f"Architecture. {_layers_there(linear)}"
+        )
+    architecture = find_architecture(model_type)
     if not projections:
         raise PlacementError("target_layers: neither projections nor modules are given.")
     num_blocks = count_blocks(names, model_type=model_type)
@@ -95,19 +108,46 @@ def select_targets(
             f"here are like {_examples(names)}."
         )
     roles = _resolve_roles(projections, model_type, architecture, language_model)
-    targets = [
-        _target_in_block(architecture, role, block, config)
-        for block in resolve_blocks(blocks, num_blocks)
-        for role in roles
-        if role not in OUTSIDE_BLOCKS
-    ]
+    order = {name: number for number, name in enumerate(names)}
+    if architecture.shares_blocks and blocks != "all":
+        raise PlacementError(
+            f"target_layers.blocks={blocks}: a {model_type} model passes its blocks several times, and with them their "
+            "adapters; set target_layers.blocks=all."
+        )
+    chosen = resolve_blocks(blocks, num_blocks)
+    in_blocks = [role for role in roles if role not in OUTSIDE_BLOCKS]
+    targets = [_target_in_block(architecture, role, block, config) for block in chosen for role in in_blocks]
+    if architecture.differs_by_block:
+        targets = [target for target in targets if target.module in order]
+        found = {target.role for target in targets}
+        nowhere = [role for role in projections if role in ROLES and role not in found]
+        if nowhere:
+            raise PlacementError(
+                f"target_layers.projections={list(projections)}: the blocks of a {model_type} model differ, and no "
+                f"block of {blocks} has {', '.join(nowhere)}."
+            )
     outside = {EMBEDDING: architecture.embedding, UNEMBEDDING: architecture.unembedding}
     targets += [Target(path, role) for role, path in outside.items() if role in roles and path is not None]
-    order = {name: number for number, name in enumerate(names)}
     absent = sorted({target.module for target in targets} - order.keys())
     if absent:
         raise PlacementError(f"target_layers: this {model_type} model has no module {', '.join(absent)}.")
     return sorted(targets, key=lambda target: (order[target.module], target.rows.start if target.rows else 0))
+
+
+def summary(targets: Sequence[Target]) -> dict[str, dict[str, Any]]:
+    """How many targets each role has, and their ranks; those without a role are called `modules`.
+
+    >>> summary([Target("a", "q", 0, rank=8), Target("b", "q", 1, rank=4), Target("c")])
+    {'q': {'num_targets': 2, 'ranks': [4, 8]}, 'modules': {'num_targets': 1}}
+    """
+    by_role: dict[str, list[Target]] = {}
+    for target in targets:
+        by_role.setdefault(target.role or "modules", []).append(target)
+    found: dict[str, dict[str, Any]] = {}
+    for role, those in by_role.items():
+        ranks = sorted({target.rank for target in those if target.rank is not None})
+        found[role] = {"num_targets": len(those), **({"ranks": ranks} if ranks else {})}
+    return found
 
 
 def _target_in_block(architecture: Architecture, role: str, block: int, config: Any) -> Target:
@@ -205,8 +245,14 @@ def _resolve_roles(
     if language_model and architecture.unembedding is not None:
         has.append(UNEMBEDDING)
     for name in projections:
-        if name in GROUPS:
-            roles += [role for role in GROUPS[name] if role in architecture.projections]
+        refused = [role for role in GROUPS.get(name, (name,)) if role in architecture.refused]
+        found = [role for role in GROUPS.get(name, ()) if role in architecture.projections]
+        if refused:
+            problems.append(f"{name} cannot be adapted: {architecture.refused[refused[0]]}")
+        elif found:
+            roles += found
+        elif name in GROUPS:
+            problems.append(f"it has nothing of {name}")
         elif name in has:
             roles.append(name)
         else:
@@ -233,13 +279,22 @@ def _ancestors(names: Iterable[str]) -> set[str]:
     return found
 
 
-def _match_expressions(names: Sequence[str], expressions: Sequence[str], head: Sequence[str]) -> list[str]:
+def _layers_there(linear: Mapping[str, tuple[int, int]]) -> str:
+    """The linear layers of a model, those of all blocks as one, with how many there are and of which shape."""
+    counts = Counter((re.sub(r"\.\d+(?=\.|$)", ".N", name), *features) for name, features in linear.items())
+    shown = (f"{count} x {name} ({inside} -> {out})" for (name, inside, out), count in counts.items())
+    return f"Its linear layers: {', '.join(shown)}."
+
+
+def _match_expressions(
+    names: Sequence[str], expressions: Sequence[str], head: Sequence[str], linear: Mapping[str, tuple[int, int]]
+) -> list[str]:
     hits = {expression: [name for name in names if re.fullmatch(expression, name)] for expression in expressions}
     empty = [expression for expression, found in hits.items() if not found]
     if empty:
         raise PlacementError(
-            f"target_layers.modules: {', '.join(map(repr, empty))} match no whole module name; names here are like "
-            f"{_examples(names)}."
+            f"target_layers.modules: {', '.join(map(repr, empty))} match no whole module name; "
+            f"{_layers_there(linear) if linear else f'names here are like {_examples(names)}.'}"
         )
     chosen = {name for found in hits.values() for name in found}
     in_head = sorted(name for name in chosen if any(f"{name}.".startswith(f"{module}.") for module in head))

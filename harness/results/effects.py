@@ -44,6 +44,7 @@ FACTS_WITHOUT_EFFECT = {
     "data_notes",  # follow from the data and the tokenizer, which are compared
     "model_notes",  # follow from the base model, likewise
     "label_names",  # follow from the data
+    "placement",  # follows from the settings and the model
     "started_at",
     "first_step_at",
     "ended_at",
