@@ -34,7 +34,7 @@ from harness.config.validation import ConfigError
 from harness.content.assets import ASSETS
 from harness.content.identity import identify
 from harness.models.configs import build_skeleton
-from harness.placement.architectures import ARCHITECTURES, UNEMBEDDING, head_modules
+from harness.placement.architectures import ARCHITECTURES, OUTSIDE_BLOCKS, UNEMBEDDING, head_modules
 from harness.placement.select import select_targets
 from harness.plan import plan
 from harness.results.methods import METHODS
@@ -88,6 +88,8 @@ MODEL_TYPES = {
     "bert_base": "bert",
     "deberta_v2_xxlarge": "deberta-v2",
     "deberta_v3_base": "deberta-v2",
+    "falcon_h1_0_5b": "falcon_h1",
+    "lfm2_350m": "lfm2",
     "gemma3_1b": "gemma3_text",
     "gemma3_270m": "gemma3_text",
     "gpt2": "gpt2",
@@ -355,7 +357,7 @@ def test_a_sweep_that_does_not_exist_is_an_error() -> None:
 
 
 # Of which no commit is known here; the file says so.
-NOT_PINNED = {"model/deberta_v2_xxlarge.yaml"}
+NOT_PINNED = {"model/deberta_v2_xxlarge.yaml", "model/falcon_h1_0_5b.yaml", "model/lfm2_350m.yaml"}
 
 
 @pytest.mark.parametrize("name", [name for name in GROUP_FILES if "hub_id" in _raw(name)])
@@ -389,7 +391,8 @@ def test_a_model_of_the_hub_says_its_size_and_what_it_needs(name: str) -> None:
 def test_no_two_models_are_the_same() -> None:
     hubs = [_raw(name)["hub_id"] for name in GROUP_FILES if name.startswith("model/") and "hub_id" in _raw(name)]
     pins = [_raw(name)["revision"] for name in GROUP_FILES if name.startswith("model/") and "hub_id" in _raw(name)]
-    assert len(set(hubs)) == len(set(pins)) == len(hubs)
+    commits = [pin for pin in pins if pin != "main"]
+    assert len(set(hubs)) == len(hubs) and len(set(commits)) == len(commits)
 
 
 def test_the_embedded_language_model_has_the_size_that_its_files_say() -> None:
@@ -440,12 +443,15 @@ ROLES = {
     "mlp": ["mlp"],
     "all": ["all"],
     "all_lm_head": ["all", "lm_head"],
+    "all_embedding": ["all", "embedding"],
+    "recurrent": ["recurrent"],
 }
 PER_BLOCK = {"tiny_bert": {"attention": 4, "mlp": 2, "all": 6}, "tiny_gpt2": {"attention": 2, "mlp": 2, "all": 4}}
 PER_BLOCK["tiny_llama"] = {"attention": 4, "mlp": 3, "all": 7}
 
 
-@pytest.mark.parametrize("placement", _options("target_layers"))
+# The models of recurrent blocks, which are none of those here, are in tests/test_placement.py.
+@pytest.mark.parametrize("placement", [option for option in _options("target_layers") if option != "recurrent"])
 def test_a_placement_selects_its_roles_in_every_block(placement: str) -> None:
     layers = _run_of(f"target_layers/{placement}.yaml").target_layers
     assert layers is not None and layers.projections == ROLES[placement]
@@ -461,16 +467,16 @@ def test_a_placement_selects_its_roles_in_every_block(placement: str) -> None:
             blocks=layers.blocks,
             language_model=language_model,
         )
-        in_blocks = [role for role in ROLES[placement] if role != UNEMBEDDING]
+        in_blocks = [role for role in ROLES[placement] if role not in OUTSIDE_BLOCKS]
         per_block = sum(PER_BLOCK[model].get(role, 1) for role in in_blocks)
-        assert len(selected) == 2 * per_block + language_model
+        assert len(selected) == 2 * per_block + len(set(ROLES[placement]) & set(OUTSIDE_BLOCKS))
         assert (UNEMBEDDING in [target.module for target in selected]) is language_model
 
 
 def _has(model: str, placement: str) -> bool:
     architecture = ARCHITECTURES[MODEL_TYPES[model]]
     unembedding = {UNEMBEDDING} if architecture.unembedding is not None else set()
-    return set(ROLES[placement]) <= {*architecture.projections, *PER_BLOCK[model], *unembedding}
+    return set(ROLES[placement]) <= {*architecture.projections, *PER_BLOCK[model], "embedding", *unembedding}
 
 
 @pytest.mark.parametrize("name", [name for name in GROUP_FILES if name.startswith("rank/")])
@@ -599,6 +605,6 @@ def test_the_preset_of_e2e_holds_the_numbers_of_the_paper() -> None:
     assert trainer.eval_each_epoch
     assert config.rank is not None and (config.rank.rank, config.rank.alpha) == (4, 32)
     assert config.method.adapter_dropout == 0.1 and config.model.name == "gpt2_medium"
-    assert config.target_layers is not None and config.target_layers.projections == ["qkv"]
+    assert config.target_layers is not None and config.target_layers.projections == ["q", "v"]
     assert (generation.num_beams, generation.length_penalty, generation.no_repeat_ngram_size) == (10, 0.9, 4)
     assert config.dataset.name == "e2e"

@@ -19,7 +19,7 @@ from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.types import HydraContext, RunMode
 from omegaconf import OmegaConf
-from transformers import GPT2Config, LlamaConfig, RobertaConfig
+from transformers import FalconH1Config, GPT2Config, Lfm2Config, LlamaConfig, RobertaConfig
 
 from harness.__main__ import main
 from harness.config.composing import register, to_dict
@@ -100,6 +100,17 @@ PUBLISHED = {
     "FacebookAI/roberta-base": RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1),
     "openai-community/gpt2-medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16),
     "openai-community/gpt2-large": GPT2Config(n_embd=1280, n_layer=36, n_head=20),
+    "tiiuae/Falcon-H1-0.5B-Base": FalconH1Config(
+        hidden_size=1024, num_hidden_layers=36, intermediate_size=2048, num_attention_heads=8, num_key_value_heads=2
+    ),
+    "LiquidAI/LFM2-350M": Lfm2Config(
+        hidden_size=1024,
+        num_hidden_layers=16,
+        intermediate_size=6656,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        full_attn_idxs=[2, 5, 8, 10, 12, 14],
+    ),
     "meta-llama/Llama-3.2-1B": LlamaConfig(
         vocab_size=128256,
         hidden_size=2048,
@@ -244,7 +255,7 @@ def test_a_bad_axis_in_one_of_three_grids_names_every_problem_before_anything_st
     assert not seen
     assert "method=full takes no rank" in error
     assert "trainer.learning_rate=-1.0: allowed is a finite number above 0." in error
-    assert "target_layers=nope: no such option. There are: all, all_lm_head," in error
+    assert "target_layers=nope: no such option. There are: all, all_embedding, all_lm_head," in error
     assert "search path" not in error
     assert "of 5 runs, the first: method=full rank=r8" in error
     assert not list(tmp_path.iterdir())
