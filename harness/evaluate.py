@@ -19,14 +19,18 @@ from harness.config.schema import RunConfig, Task
 from harness.config.validation import ConfigError
 from harness.content.digests import find_content
 from harness.models import configs
+from harness.models.loading import PreTrainedModel
 from harness.models.tokenizers import check_vocabulary
-from harness.prepare import build_accelerator, length_problems, set_threads
+from harness.prepare import build_accelerator, length_problems, set_threads, wanted_generation_metrics
 from harness.processes.stopping import StopRequest
-from harness.results.files import PREDICTIONS_DIR, write_atomically
+from harness.results.files import GENERATIONS_DIR, PREDICTIONS_DIR, write_atomically
 from harness.results.methods import METHODS
 from harness.results.metrics import SCORES
 from harness.saved import Base, SavedRun, by_base
+from harness.score import keep_generations
 from harness.tasks.families import TaskData, find_family
+from harness.tasks.generation import generate
+from harness.tasks.generation_scores import score_texts
 from harness.tasks.predictions import write_predictions
 
 SCORES_FILE = "scores.csv"
@@ -47,13 +51,14 @@ class Scored:
 def evaluate(
     runs: Sequence[SavedRun], *, splits: Sequence[str], own_data: bool, folder: Path | None = None
 ) -> list[Scored]:
-    """Scores each run on each split; what classifiers and regressions predict is written below `folder`.
+    """Scores each run on each split; what was predicted or generated is written below `folder`.
 
     Args:
         runs: with the dataset in their configs that they are to be scored on.
         splits: of that dataset.
         own_data: whether it is the one that the run was trained on, which must then be unchanged.
-        folder: `<run_id>/predictions/<split>.parquet` is written there, in the form of a run's own predictions.
+        folder: `<run_id>/predictions/<split>.parquet` and `<run_id>/generations/` are written there, in the form of
+            the run's own.
 
     Raises:
         ConfigError: for a dataset that a run has no labels for, or whose content has changed since.
@@ -131,6 +136,7 @@ def _evaluate_one(
     base: Base, saved: SavedRun, data: TaskData, splits: Sequence[str], folder: Path | None
 ) -> dict[str, Scored]:
     config = replace(saved.config, save_predictions=folder is not None)
+    own_folder = None if folder is None else folder / saved.run_id
     set_threads(config)
     accelerator = build_accelerator(config)
     objective = find_family(config.dataset.task).build_objective(config, data, {}, StopRequest())
@@ -139,12 +145,29 @@ def _evaluate_one(
         for name in splits:
             split = getattr(data, name)
             evaluation = objective.evaluate_split(model, split)
-            found[name] = Scored(saved, name, len(split), evaluation.scores)
-            logger.info("%s: %s scored, %d examples", saved.run_id, name, len(split))
-            if folder is not None and evaluation.logits is not None:
-                path = folder / saved.run_id / PREDICTIONS_DIR / f"{name}.parquet"
+            if own_folder is not None and evaluation.logits is not None:
+                path = own_folder / PREDICTIONS_DIR / f"{name}.parquet"
                 write_predictions(path, split, evaluation.logits, data.label_names)
+            scores = evaluation.scores
+            if name == "test":
+                scores = scores | _score_generations(base, model, config, split, own_folder)
+            found[name] = Scored(saved, name, len(split), scores)
+            logger.info("%s: %s scored, %d examples", saved.run_id, name, len(split))
     return found
+
+
+def _score_generations(
+    base: Base, model: PreTrainedModel, config: RunConfig, split: Any, folder: Path | None
+) -> dict[str, float]:
+    """Scores of texts generated from the prompts of test, where the dataset has such scores."""
+    wanted = wanted_generation_metrics(config)
+    if not wanted:
+        return {}
+    prompts = split.prompts()[: config.dataset.generation.num_examples]
+    texts = generate(model, prompts, config.dataset.generation, base.tokenizer)
+    if folder is not None:
+        keep_generations(folder / GENERATIONS_DIR, prompts, texts)
+    return score_texts(texts, [prompt.references for prompt in prompts], wanted).values
 
 
 def _compare(found: Scored) -> None:

@@ -43,10 +43,13 @@ def export(saved: SavedRun, directory: Path) -> int:
     set_threads(saved.config)
     base = Base(saved)
     inputs = _made_up_inputs(base.base.model)
-    with base.holding(saved, build_accelerator(saved.config)) as model:
-        adapted = _logits(model, inputs)
+    accelerator = build_accelerator(saved.config)
+    with base.holding(saved, accelerator) as model:
+        with accelerator.autocast():
+            adapted = _logits(model, inputs)
         merge_in(model, saved.config)
-        merged = _logits(model, inputs)
+        with accelerator.autocast():
+            merged = _logits(model, inputs)
         difference = (merged - adapted).abs().max().item()
         if not difference <= _TOLERANCE * adapted.abs().max().item() and saved.config.model.dtype == "float32":
             raise ConfigError(

@@ -205,8 +205,7 @@ def _train_and_evaluate(
         outcome = _train(prepared, objective, callbacks)
         spending.end_training()
         metrics |= outcome.measured
-        with prepared.accelerator.autocast():
-            metrics |= score_after_training(prepared, objective, callbacks, outcome, before, folder=directory)
+        metrics |= score_after_training(prepared, objective, callbacks, outcome, before, folder=directory)
         stop.check("saving")
         prepared.companions.check()
         if config.save_weights:

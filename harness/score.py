@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.data.blocks import Prompt
 from harness.prepare import PreparedRun, wanted_generation_metrics
 from harness.processes.stopping import StopRequest
 from harness.results.files import GENERATIONS_DIR, GENERATIONS_FILE, PREDICTIONS_DIR, write_atomically
@@ -60,7 +62,9 @@ def score_after_training(
     }
 
     def evaluate(name: str, moment: str) -> dict[str, float]:
-        evaluation = objective.evaluate_split(prepared.model, sets[name])
+        # By itself: within one context autocast keeps its casts of weights, and the best would be scored as the last.
+        with prepared.accelerator.autocast():
+            evaluation = objective.evaluate_split(prepared.model, sets[name])
         if name == "test" and moment == moment_of_best:
             _keep_predictions(prepared, folder, name, evaluation)
         return evaluation.scores
@@ -115,14 +119,18 @@ def score_generations(
     texts = generate(prepared.model, prompts, config.generation, prepared.tokenizer, stop=stop, once=callbacks.once)
     if not prepared.accelerator.is_main_process:
         return {}
-    references = [prompt.references for prompt in prompts]
+    keep_generations(folder / GENERATIONS_DIR, prompts, texts)
+    scored = score_texts(texts, [prompt.references for prompt in prompts], wanted)
+    prepared.environment["generation_signatures"] = scored.signatures
+    return {f"test_{name}": value for name, value in scored.values.items()}
+
+
+def keep_generations(folder: Path, prompts: Sequence[Prompt], texts: Sequence[str]) -> None:
+    """Writes the texts with what they were generated from and what they are scored against."""
     rows = [
         {"prompt": prompt.text, "generated": text, "references": prompt.references}
         for prompt, text in zip(prompts, texts, strict=True)
     ]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomically(folder / GENERATIONS_DIR / GENERATIONS_FILE, lines.encode())
-    write_texts(folder / GENERATIONS_DIR, texts, references)
-    scored = score_texts(texts, references, wanted)
-    prepared.environment["generation_signatures"] = scored.signatures
-    return {f"test_{name}": value for name, value in scored.values.items()}
+    write_atomically(folder / GENERATIONS_FILE, lines.encode())
+    write_texts(folder, texts, [prompt.references for prompt in prompts])

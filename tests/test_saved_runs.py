@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import shutil
 import sys
 from collections.abc import Callable
@@ -11,10 +12,12 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import pytest
+import test_run_language
 import torch
 from test_run import WORDS, config, rows  # noqa: F401
+from test_run_language import data  # noqa: F401
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from harness import saved as saved_module
 from harness.__main__ import main
@@ -25,8 +28,9 @@ from harness.models.tokenizers import load_tokenizer
 from harness.prepare import build_accelerator
 from harness.results.schema import RunResult, Status
 from harness.run import run
-from harness.saved import Base, by_base, find_saved
+from harness.saved import Base, SavedRun, by_base, find_saved
 
+ROOT = Path(__file__).resolve().parent.parent
 PLACED = {"name": "qv", "projections": ["q", "v"]}
 RANK = {"rank": 6, "alpha": 16.0}
 PEFT = {
@@ -45,6 +49,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "head_only": ("head_only", {}),
     "bitfit": ("bitfit", {}),
     "norms": ("norms", {}),
+    "bitfit_in_half": ("bitfit", {"model": {"dtype": "bfloat16"}, "trainer": {"precision": "bf16"}}),
     "ia3": ("ia3", {"method": PEFT["ia3"], "target_layers": PLACED}),
     "adalora": ("adalora", {"method": PEFT["adalora"], "target_layers": PLACED, "rank": RANK}),
     "vera": ("vera", {"method": PEFT["vera"], "target_layers": PLACED}),
@@ -121,9 +126,13 @@ def test_every_method_has_the_scores_of_its_result_to_the_bit(
     )
     assert code == 0, errors
     assert "differ" not in errors
-    assert sorted(loaded) == ["own", "tiny_bert", "tiny_gpt2"]  # each base once; the full model is its own
+    # Each base once, and in each form in which it is held; the full model is its own.
+    assert sorted(loaded) == ["own", "tiny_bert", "tiny_bert", "tiny_gpt2"]
     table = read_scores(tmp_path / "scores")
     assert [(row["run_id"], row["split"]) for row in table] == [(e, s) for e in ids for s in ("test", "val")]
+    # Where the best step is not the last one, both were scored: each with its own weights, also in bf16.
+    in_half = ended.results["bitfit_in_half"].metrics
+    assert in_half["best_step"] < in_half["num_steps"] and in_half["test_nll"] != in_half["test_nll_last"]
     lines = printed.splitlines()
     assert lines[0].split() == list(table[0]) and len(lines) == 1 + len(table)
     for row in table:
@@ -135,19 +144,63 @@ def test_every_method_has_the_scores_of_its_result_to_the_bit(
         pd.testing.assert_frame_equal(again, own, check_exact=True)
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_a_language_model_has_the_scores_of_its_result_to_the_bit(
+    data: Path,  # noqa: F811
+    tmp_path: Path,
+    command: Command,
+) -> None:
+    half = {"model": {"dtype": "bfloat16"}, "trainer": {"precision": "bf16"}}
+    unembedding = {"name": "x", "projections": ["q", "lm_head"]}
+    wanted = [
+        test_run_language.config(data, tmp_path, *kind, **changes)
+        for kind, changes in (
+            (("lora", "causal_lm"), {"target_layers": unembedding}),
+            (("norms", "completion"), half),
+            (("lora", "completion"), half),
+            (("ia3", "completion"), {"target_layers": PLACED, **half}),
+        )
+    ]
+    results = [trained(each) for each in wanted]
+    ids = [result.run_id for result in results]
+    code, _, errors = command(f"evaluate={','.join(ids)}", f"runs_dir={tmp_path}", f"to={tmp_path / 'scores'}")
+    assert code == 0 and "differ" not in errors, errors
+    for row, result, own in zip(read_scores(tmp_path / "scores"), results, wanted, strict=True):
+        scores = {name: float(row[name]) for name in ("nll", "perplexity", *own.dataset.metrics)}
+        assert scores == {name: result.metrics[f"test_{name}"] for name in scores}
+        texts = Path(result.run_id) / "generations" / "generations.jsonl"
+        assert (tmp_path / "scores" / texts).is_file() == (own.dataset.task == "completion")
+        if own.dataset.task == "completion":
+            assert (tmp_path / "scores" / texts).read_text() == (tmp_path / texts).read_text()
+
+    # The adapted unembedding is merged into a matrix of its own; the embedding keeps the tied one.
+    code, _, errors = command(f"export={ids[0]}", f"to={tmp_path / 'merged'}", f"runs_dir={tmp_path}")
+    assert code == 0, errors
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    (saved,) = find_saved(ids[:1], tmp_path)
+    with Base(saved).holding(saved, build_accelerator(saved.config)) as adapted:
+        torch.testing.assert_close(logits(merged), logits(adapted), rtol=0, atol=1e-5)
+
+
 def test_the_base_is_bitwise_what_it_was_whatever_was_in_it(ended: Saved) -> None:
     saved = find_saved(ended.ids(*(name for name in CASES if name != "full")), ended.runs_dir)
-    (of_bert, of_gpt2) = by_base(saved)
-    assert [len(of_bert), len(of_gpt2)] == [len(CASES) - 2, 1]
-    base = Base(of_bert[0])
+    groups = by_base(saved)
+    assert [len(group) for group in groups] == [len(CASES) - 3, 1, 1]
+    for group in groups:
+        check_bitwise(group)
+
+
+def check_bitwise(group: list[SavedRun]) -> None:
+    base = Base(group[0])
     model = base.base.model
-    accelerator = build_accelerator(of_bert[0].config)
+    accelerator = build_accelerator(group[0].config)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     before = {name: (value.data_ptr(), value.dtype, value.detach().clone()) for name, value in tensors.items()}
     modules = {name: id(module) for name, module in model.named_modules()}
-    untouched = logits(model)
-    for each in of_bert:
-        with base.holding(each, accelerator) as held:
+    with accelerator.autocast():
+        untouched = logits(model)
+    for each in group:
+        with base.holding(each, accelerator) as held, accelerator.autocast():
             assert held is model
             assert not torch.equal(logits(model), untouched), each.run_id
         assert {name: id(module) for name, module in model.named_modules()} == modules
@@ -155,7 +208,8 @@ def test_the_base_is_bitwise_what_it_was_whatever_was_in_it(ended: Saved) -> Non
         for name, (address, dtype, value) in before.items():
             assert after[name] is tensors[name] and after[name].data_ptr() == address and after[name].dtype is dtype
             assert torch.equal(after[name], value), (each.run_id, name)
-        assert torch.equal(logits(model), untouched)
+        with accelerator.autocast():
+            assert torch.equal(logits(model), untouched)
 
 
 def test_runs_with_other_numbers_of_classes_share_a_base(
@@ -228,8 +282,12 @@ def test_a_merged_model_is_the_adapted_one(ended: Saved, tmp_path: Path, command
     assert printed.startswith(f"{tmp_path / 'model'}: ")
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
     (saved,) = find_saved([run_id], ended.runs_dir)
-    with Base(saved).holding(saved, build_accelerator(saved.config)) as adapted:
-        torch.testing.assert_close(logits(merged), logits(adapted), rtol=0, atol=1e-5)
+    accelerator = build_accelerator(saved.config)
+    with Base(saved).holding(saved, accelerator) as adapted, accelerator.autocast():
+        exact = saved.config.model.dtype == "float32"
+        torch.testing.assert_close(
+            logits(merged).float(), logits(adapted).float(), rtol=0, atol=1e-5 if exact else 1e-2
+        )
     assert merged.config.id2label == dict(enumerate(sorted(WORDS)))
     assert AutoTokenizer.from_pretrained(tmp_path / "model")("a text")["input_ids"]
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
@@ -371,3 +429,33 @@ def test_what_cannot_be_merged_is_refused(ended: Saved, tmp_path: Path, command:
         "into it (load_adapter, then merge_and_remove)."
     ]
     assert not (tmp_path / "model").exists()
+
+
+# ---------------------------------------------------------------- many adapters on one base
+
+
+def test_adapters_are_switched_on_one_base_that_stays_as_it_is(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("many_adapters", ROOT / "benchmarks" / "many_adapters.py")
+    assert spec is not None and spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "many_adapters", benchmark)
+        spec.loader.exec_module(benchmark)
+    tiny = ModelConfig(name="tiny", tiny=TinyModel.bert)
+    measured = benchmark.measure(tiny, 4, tmp_path)
+    assert len(measured.switch_seconds) == 4
+    assert measured.num_params == 2 * 2 * 8 * (64 + 64)  # q and v of two blocks
+    assert measured.live_bytes == 4 * (measured.num_params + 8 * 64 + 8)
+    assert "| bitwise equal, 4 of 4 |" in benchmark.table(measured, "tiny", 4)
+
+    # Each check can fail.
+    model = load_model(tiny, num_labels=8, pad_token_id=0, seed=0).model
+    check = benchmark.BaseChecker(model)
+    check("nothing")
+    with torch.no_grad():
+        model.bert.pooler.dense.bias[0] += 1e-6
+    with pytest.raises(benchmark.CheckError, match=r"after this bert.pooler.dense.bias has other values"):
+        check("this")
+    model.bert.pooler.dense.bias.data = check.head["bert.pooler.dense.bias"]
+    with pytest.raises(benchmark.CheckError, match=r"after that bert.pooler.dense.bias lies elsewhere"):
+        check("that")

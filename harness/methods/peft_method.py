@@ -281,7 +281,12 @@ def _refusals_explained(config: RunConfig) -> Iterator[None]:
 
 
 # Said of what is set here on purpose, or of names inside transformers.
-_NOISE = ("fan_in_fan_out", "is_gradient_checkpointing", "`r` is not used in AdaLora")
+_NOISE = (
+    "fan_in_fan_out",
+    "is_gradient_checkpointing",
+    "`r` is not used in AdaLora",
+    "rank_pattern keys did not match any targeted module",  # AdaLoRA's are of parameters
+)
 
 
 @contextmanager
