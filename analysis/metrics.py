@@ -12,8 +12,9 @@ DERIVED = {
     LEARNED: Metric("nats", Direction.HIGHER, "learned: test nll before \N{MINUS SIGN} after", "+z.4f"),
 }
 FORGETTING = "forgetting_nll"
+FORGETTING_SCORE = "forgetting_score"
 # Means over seeds with a spread that counts, as the scores on val and test are.
-_QUALITY = {FORGETTING, LEARNED, "base_domain_nll"}
+_QUALITY = {FORGETTING, LEARNED, "base_domain_nll", FORGETTING_SCORE, "earlier_tasks_score"}
 # What the memory peak is made of.
 MEMORY_PARTS = ("weights_bytes", "gradients_bytes", "optimizer_bytes", "activations_bytes")
 

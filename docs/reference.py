@@ -20,7 +20,7 @@ from typing import Any
 from harness.config.schema import DatasetConfig, RunConfig, default_of
 from harness.content.assets import ASSETS
 from harness.placement.architectures import ARCHITECTURES, GROUPS, ROLES, UNEMBEDDING
-from harness.results.effects import DATA_SOURCE, MODEL_SOURCE, is_setting_without_effect
+from harness.results.effects import DATA_SOURCE, MODEL_SOURCE, STARTING_POINT, is_setting_without_effect
 from harness.results.methods import METHODS
 from harness.results.metrics import METRICS, SCORES, Metric, Score
 
@@ -186,7 +186,7 @@ def _identity(name: str, added_later: bool) -> str:
         return NONE
     if name == "seed":
         return SEED
-    if (group == "model" and key in MODEL_SOURCE) or (group == "dataset" and key in DATA_SOURCE):
+    if (group == "model" and key in (*MODEL_SOURCE, *STARTING_POINT)) or (group == "dataset" and key in DATA_SOURCE):
         return CONTENT
     if group == "model.scratch" and key in ("path", "file"):
         return CONTENT

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 
 from harness.config.schema import Blocks, Optimizer, RunConfig, Task
 from harness.config.validation import ConfigError
-from harness.content.files import base_model
+from harness.content.files import base_model, continued_adapter
 from harness.methods import peft_method
 from harness.methods.counts import count_parameters, set_trainable
 from harness.methods.lora import features_of, is_linear
+from harness.methods.peft_files import start_from_adapter
 from harness.methods.rates import learning_rates
 from harness.methods.registry import find_method_module
 from harness.models.configs import build_skeleton, task_head
@@ -85,6 +86,10 @@ def adapt(model: PreTrainedModel, config: RunConfig, head: tuple[str, ...]) -> l
         ranks = ranks_of(targets, rank=config.rank.rank, pattern=pattern, num_blocks=num_blocks)
         targets = [replace(target, rank=rank) for target, rank in zip(targets, ranks, strict=True)]
     method.adapt(model, targets, config)
+    adapter = continued_adapter(config)
+    if adapter is not None:
+        named = "adapter" if config.model.adapter is not None else "from_sweep"
+        start_from_adapter(model, adapter.weights_dir, named=f"model.{named}={getattr(config.model, named)}")
     if METHODS[config.method.name].peft is not None:
         # Those of `method.peft.target_modules`, too.
         known = {target.module: target for target in targets}

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from harness.chain import EarlierTask, chain_of, load_earlier_tasks, start_head
 from harness.config.schema import Device, Precision, RunConfig
 from harness.config.validation import ConfigError
 from harness.content.digests import require_content
@@ -58,6 +59,7 @@ class PreparedRun:
     base: BaseModel
     companions: Companions
     during_training: DuringTraining
+    earlier: list[EarlierTask]
 
 
 def prepare(config: RunConfig, identity: Identity | None = None) -> PreparedRun:
@@ -95,6 +97,8 @@ def _prepare(config: RunConfig, identity: Identity, accelerator: Accelerator, co
     check_vocabulary(base, model, tokenizer, used)
     require_packing(model.config.model_type, config)
     targets = adapt(model, config, loaded.head)
+    start_head(loaded, config, data)
+    earlier = load_earlier_tasks(config, loaded, tokenizer, num_processes=accelerator.num_processes)
     steps_per_epoch = count_steps_per_epoch(len(data.train), config.trainer.batch_size)
     method = during_training(model, config, count_steps(config.trainer, steps_per_epoch))
     if config.trainer.gradient_checkpointing:
@@ -122,6 +126,7 @@ def _prepare(config: RunConfig, identity: Identity, accelerator: Accelerator, co
         base=loaded,
         companions=companions,
         during_training=method,
+        earlier=earlier,
     )
 
 
@@ -160,6 +165,9 @@ def _facts(
         facts["positive_label"] = data.label_names[data.positive_class]
     if base.notes:
         facts["model_notes"] = base.notes
+    chain = chain_of(config)
+    if chain:
+        facts["chain"] = chain
     if data.label_names:
         facts["label_names"] = data.label_names
     return facts

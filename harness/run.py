@@ -48,6 +48,7 @@ from harness.save import save_weights
 from harness.score import (
     score_after_training,
     score_before_training,
+    score_earlier_tasks,
     score_generations,
 )
 from harness.tasks.objective import Objective
@@ -212,6 +213,7 @@ def _train_and_evaluate(
             metrics["checkpoint_bytes"] = callbacks.once("save", lambda: save_weights(prepared, directory))
         with prepared.accelerator.autocast():
             metrics |= score_generations(prepared, directory, callbacks, stop)
+        metrics |= score_earlier_tasks(prepared, callbacks, stop)
     except (PreemptedError, ClaimLostError):
         raise
     except TrainingDivergedError as problem:

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from harness.chain import save_heads
 from harness.methods.registry import TrainedModel, find_method_module
 from harness.prepare import PreparedRun
 from harness.results.files import CHECKPOINT_FILE, LABELS_FILE, SAVING_DIR, write_json_atomically
@@ -43,4 +44,6 @@ def _save_weights(prepared: PreparedRun, directory: Path) -> int:
     trained = TrainedModel(
         prepared.config, prepared.model, prepared.tokenizer, prepared.base, prepared.head, label_names
     )
-    return find_method_module(name).save(trained, directory)
+    num_bytes = find_method_module(name).save(trained, directory)
+    save_heads(prepared.earlier, directory)
+    return num_bytes

@@ -23,7 +23,7 @@ from harness.models.configs import build_skeleton, is_scratch, is_tiny
 from harness.models.loading import BaseModel, PreTrainedModel, load_model
 from harness.models.tokenizers import PreTrainedTokenizerBase, load_tokenizer
 from harness.processes.distributed import place_on_device
-from harness.results.effects import MODEL_SOURCE
+from harness.results.effects import MODEL_SOURCE, STARTING_POINT
 from harness.results.files import RESULT_FILE
 from harness.results.methods import METHODS
 from harness.results.schema import ResultError, RunResult, Status, read_result
@@ -106,8 +106,10 @@ def _find(run_id: str, runs_dir: Path, changed: Callable[[dict[str, Any]], dict[
         raise ConfigError(
             [f"its weights were not kept ({folder / method.weights_dir}); rerun it with save_weights=true rerun=all."]
         )
-    # Additional evaluation datasets are scored while a run trains, and need not be here any more.
-    config = from_dict(changed({**result.config, "runs_dir": str(runs_dir), "evaluate_also": {}}))
+    # What a run continued, and what else was scored while it trained, need not be here any more.
+    model = {**result.config["model"], **dict.fromkeys(STARTING_POINT)}
+    gone = {"model": model, "evaluate_also": {}, "score_earlier_tasks": True}
+    config = from_dict(changed({**result.config, "runs_dir": str(runs_dir), **gone}))
     saved = SavedRun(config, result, folder / method.weights_dir)
     _require_base(saved)
     return saved
@@ -138,7 +140,7 @@ def base_key(saved: SavedRun) -> str:
     model = base_model(saved.config)
     content = model_content(saved.config)
     values: dict[str, Any] = asdict(model)
-    for name in ("name", "dropout", *(MODEL_SOURCE if content.keys() == {"model"} else ())):
+    for name in ("name", "dropout", *STARTING_POINT, *(MODEL_SOURCE if content.keys() == {"model"} else ())):
         del values[name]
     if is_tiny(model) or is_scratch(model):
         values["seed"] = saved.config.seed  # every weight is drawn from it

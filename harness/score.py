@@ -1,16 +1,20 @@
-"""Scores before and after training, and the texts that a language model generates."""
+"""Scores before and after training, on earlier tasks, and the texts that a language model generates."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from harness.chain import EarlierTask, with_head
 from harness.data.blocks import Prompt
 from harness.prepare import PreparedRun, wanted_generation_metrics
 from harness.processes.stopping import StopRequest
 from harness.results.files import GENERATIONS_DIR, GENERATIONS_FILE, PREDICTIONS_DIR, write_atomically
+from harness.results.metrics import METRICS, Direction
+from harness.tasks.families import find_family
 from harness.tasks.generation import generate
 from harness.tasks.generation_scores import score_texts, write_texts
 from harness.tasks.objective import Evaluation, Objective
@@ -134,3 +138,48 @@ def keep_generations(folder: Path, prompts: Sequence[Prompt], texts: Sequence[st
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomically(folder / GENERATIONS_FILE, lines.encode())
     write_texts(folder, texts, [prompt.references for prompt in prompts])
+
+
+def score_earlier_tasks(
+    prepared: PreparedRun, callbacks: RunCallbacks | FollowerCallbacks, stop: StopRequest
+) -> dict[str, float]:
+    """Scores the model at its best step on the tasks before it, each with its own head, and what was forgotten.
+
+    Every score, before and after, is recorded in the environment by dataset. The metrics are means over the tasks of
+    each one's own `best_metric` on test; they do not exist where more is not better in all.
+    """
+    found: dict[str, Any] = {}
+    for task in prepared.earlier:
+        config = replace(prepared.config, dataset=task.record.dataset, save_predictions=False)
+        objective = find_family(task.record.dataset.task).build_objective(config, task.data, {}, stop)
+        after: dict[str, float] = {}
+        for name in ("val", "test"):
+            split = getattr(task.data, name)
+
+            def evaluate(task: EarlierTask = task, objective: Any = objective, split: Any = split) -> dict[str, float]:
+                with with_head(prepared.model, task.head), prepared.accelerator.autocast():
+                    return objective.evaluate_split(prepared.model, split).scores
+
+            scores = callbacks.once(f"score earlier {task.name} {name}", evaluate)
+            after |= {f"{name}_{score}": value for score, value in scores.items()}
+        found[task.name] = {
+            "run_id": task.record.run_id,
+            "metric": task.record.dataset.best_metric,
+            "before": task.record.scores,
+            "after": after,
+        }
+    if not found:
+        return {}
+    prepared.environment["earlier_tasks"] = found
+    names = {task: f"test_{each['metric']}" for task, each in found.items()}
+    if any(METRICS[name].direction is not Direction.HIGHER for name in names.values()):
+        return {}
+    pairs = [(each["before"].get(names[task]), each["after"].get(names[task])) for task, each in found.items()]
+    if any(value is None for pair in pairs for value in pair):
+        return {}
+    before, after_all = (sum(values) / len(pairs) for values in zip(*pairs, strict=True))
+    return {
+        "earlier_tasks_score_before": before,
+        "earlier_tasks_score": after_all,
+        "forgetting_score": before - after_all,
+    }

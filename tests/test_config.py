@@ -322,7 +322,7 @@ def test_every_problem_is_reported_at_once() -> None:
             "learning_rate",
             ["allow_busy_device", "dataset", "device", "evaluate_also", "method", "model", "num_threads"],
         ),
-        ("model.hub", ["asset", "attention", "dropout", "dtype", "hub_id", "name", "path", "quantization", "revision"]),
+        ("model.hub", ["adapter", "asset", "attention", "dropout", "dtype", "from_sweep", "hub_id", "name", "path"]),
         ("rank.r", ["alpha", "alpha_per_rank", "alpha_policy", "pattern", "rank"]),
         ("target_layers.layers", ["blocks", "modules", "name", "projections"]),
         ("tracking.group", ["entity", "log_every", "progress", "project", "wandb"]),

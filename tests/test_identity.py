@@ -71,7 +71,7 @@ def _local(path: Path, **changes: Any) -> RunConfig:
 # ---------------------------------------------------------------- settings
 
 # They name local content, which is what counts.
-OF_CONTENT = {"dataset.path", "model.path", "model.run"}
+OF_CONTENT = {"dataset.path", "model.path", "model.run", "model.adapter", "model.from_sweep"}
 
 
 def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

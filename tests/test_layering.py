@@ -36,6 +36,7 @@ ROOMS = (
     "harness.tasks",
     "harness.training",
     "harness.plan",
+    "harness.chain",
     "harness.prepare",
     "harness.score",
     "harness.save",

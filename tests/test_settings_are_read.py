@@ -106,6 +106,7 @@ SCENARIOS = [
     ("a base to be pretrained", "full"),
     ("by muon", "lora"),
     ("by lion", "lora"),
+    ("an adapter", "lora"),
 ]
 
 SPECIAL = {
@@ -113,6 +114,7 @@ SPECIAL = {
     "a base to be pretrained": "causal_lm",
     "by muon": "classification",
     "by lion": "classification",
+    "an adapter": "classification",
 }
 
 # Another valid value, where one more or one letter more is none; with what else must then change.
@@ -175,6 +177,8 @@ def _values(scenario: str, method: str, folder: Path) -> Values:
             del dataset[name]
         dataset |= {"hub_id": "a/b", "revision": "0" * 40}
         values["rank"] = {"rank": 2, "alpha_policy": "proportional", "alpha_per_rank": 2}
+    if scenario == "an adapter":  # that the run of the first scenario leaves
+        values["model"]["adapter"] = identify(from_dict(_values("classification", "lora", folder))).run_id
     if scenario == "a base to be pretrained":
         scratch = {"num_blocks": 1, "width": 16, "num_heads": 2, "max_tokens": 32, "vocab_size": 260}
         values["model"] = {"name": "own", "scratch": {**scratch, "path": str(folder), "file": "text.txt"}}

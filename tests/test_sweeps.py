@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,16 @@ from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.types import HydraContext, RunMode
 from omegaconf import OmegaConf
-from transformers import FalconH1Config, GPT2Config, Lfm2Config, LlamaConfig, RobertaConfig
+from transformers import BertConfig, FalconH1Config, GPT2Config, Lfm2Config, LlamaConfig, RobertaConfig
 
 from harness.__main__ import main
 from harness.config.composing import register, to_dict
+from harness.content.files import base_model
 from harness.measure.environment import environment
+from harness.methods.peft_files import save_adapter
 from harness.models import configs
-from harness.models.configs import load_model_config
+from harness.models.configs import build_skeleton, load_model_config
+from harness.plan import adapt
 from harness.results.launches import read_launches
 from harness.results.schema import RunResult, Status, write_result
 from hydra_plugins.lora_harness import _composing
@@ -40,6 +44,8 @@ NOT_GOLDEN = {
     "e2e": "starts from the weights of the run that sweeps=newsgpt makes, and reads the files of a local folder",
     "gpt2_e2e": "reads the files of a local folder",
     "gpt2_e2e_rank": "reads the files of a local folder",
+    **{f"forgetting_chain_{step}": "continues the runs of the step before" for step in (2, 3)},
+    **{f"forgetting_glue_{step}": "continues the runs of the step before" for step in (2, 3, 4)},
 }
 
 
@@ -98,6 +104,7 @@ def sweep(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_factory: pyt
 # What `config.json` of each hub model says of shapes, where it is not the default of its family.
 PUBLISHED = {
     "FacebookAI/roberta-base": RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1),
+    "google-bert/bert-base-uncased": BertConfig(),
     "openai-community/gpt2-medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16),
     "openai-community/gpt2-large": GPT2Config(n_embd=1280, n_layer=36, n_head=20),
     "tiiuae/Falcon-H1-0.5B-Base": FalconH1Config(
@@ -147,6 +154,30 @@ def newsgpt(sweep: Any, tmp_path: Path) -> str:
     return run.run_id
 
 
+def finish(path: Path, sweep: Any, runs_dir: Path) -> None:
+    """Launches what a sweep file continues, in the order of the chain, and leaves results and weights in its place."""
+    before = yaml.safe_load(path.read_text()).get("model", {}).get("from_sweep")
+    if before is None:
+        return
+    finish(path.with_name(f"{before}.yaml"), sweep, runs_dir)
+    code, seen = sweep(f"sweeps={before}")
+    assert code == 0
+    for each in seen["runs"]:
+        folder, config, identity = runs_dir / each.run_id, each.config, each.planned.identity
+        if config.method.name == "full":
+            model = replace(config.model, from_sweep=None)
+            load_model_config(model, num_labels=2, pad_token_id=0).save_pretrained(folder / "model")
+            (folder / "model" / "of.json").write_text(each.run_id)  # each has weights of its own
+        else:
+            skeleton = build_skeleton(base_model(config), num_labels=2)
+            adapt(skeleton, replace(config, model=replace(config.model, from_sweep=None)), ("classifier",))
+            skeleton.to_empty(device="cpu")
+            save_adapter(skeleton, folder / "adapter", rank=config.rank, head_modules=["classifier"])
+        facts = {"content": identity.content}
+        result = RunResult(each.run_id, identity.cell_id, before, Status.FINISHED, to_dict(config), environment=facts)
+        write_result(folder, result)
+
+
 def comment_of(path: Path) -> str:
     lines = path.read_text().splitlines()
     return "\n".join(line for line in lines if line.startswith("#"))
@@ -165,6 +196,7 @@ def test_every_sweep_file_expands_validates_and_counts_right(
     shapes_without_a_hub(monkeypatch)
     if "override /model: newsgpt\n" in path.read_text():
         request.getfixturevalue("newsgpt")
+    finish(path, sweep, tmp_path)
     head = comment_of(path)
     for heading in ("Which table:", "Command:", "Runs:", "Time:"):
         assert heading in head

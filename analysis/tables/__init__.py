@@ -13,6 +13,7 @@ import pandas as pd
 from analysis.comparisons import MARGIN
 from analysis.select import best_cells, records
 from analysis.tables.costs_and_quality import costs, tradeoff
+from analysis.tables.forgetting import earlier_tasks
 from analysis.tables.lora_against_full import summary
 from analysis.tables.notes import setting_note
 from analysis.tables.placements import rank_by_target_layers, target_layers_at_budget
@@ -24,6 +25,7 @@ from analysis.tables.tasks import tasks_by_methods
 __all__ = [
     "PaperTable",
     "costs",
+    "earlier_tasks",
     "learning_rates",
     "paper_tables",
     "rank_by_target_layers",
@@ -61,6 +63,7 @@ def paper_tables(
         rank_sweep(best, published=published),
         tasks_by_methods(best, published=published),
         learning_rates(table, best),
+        earlier_tasks(best, frame),
     ]
     # Each is pasted alone, and must say by itself what it is about.
     setting = setting_note(records(best), scores)

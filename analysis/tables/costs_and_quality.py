@@ -8,7 +8,7 @@ import pandas as pd
 
 from analysis.code_spans import as_code
 from analysis.comparisons import Cell
-from analysis.metrics import FORGETTING, GENERATION_SCORES, TRAINABLE_SHARE, format_value, metric
+from analysis.metrics import FORGETTING, FORGETTING_SCORE, GENERATION_SCORES, TRAINABLE_SHARE, format_value, metric
 from analysis.names import name_notes
 from analysis.select import additional_scores, num_status, records, score_columns
 from analysis.tables.cells import EN_DASH, MISSING, TIMES, same_everywhere, show_rate, show_status
@@ -92,8 +92,7 @@ def tradeoff(best: pd.DataFrame, frame: pd.DataFrame, *, scores: str = "best") -
 def _score_names(best: pd.DataFrame, frame: pd.DataFrame) -> list[str]:
     """By what each dataset is judged, on both splits, then on test alone what else it names, then forgetting."""
     names = [*score_columns(best), *additional_scores(frame)]
-    if FORGETTING in best and best[f"{FORGETTING}_n"].any():
-        names.append(FORGETTING)
+    names += [name for name in (FORGETTING, FORGETTING_SCORE) if name in best and best[f"{name}_n"].any()]
     return [name for name in dict.fromkeys(names) if name in best]
 
 

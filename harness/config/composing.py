@@ -24,7 +24,7 @@ from omegaconf.errors import (
 )
 
 from harness.config.folders import CONF_DIR
-from harness.config.schema import MethodConfig, RunConfig
+from harness.config.schema import DatasetConfig, MethodConfig, RunConfig
 from harness.config.validation import ConfigError, find_problems
 from harness.results.methods import ANY_PEFT, METHODS
 from harness.results.peft_types import PEFT_TYPES
@@ -62,6 +62,15 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
     Texts are taken literally, unlike in what Hydra composes: a config that was resolved once may hold `${...}`.
     """
     return _validated(cast(dict[str, Any], _without_interpolation(values)))
+
+
+def dataset_from_dict(values: dict[str, Any]) -> DatasetConfig:
+    """A recorded `dataset` of a config that was validated then. Raises `ConfigError` for what is no setting now."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(DatasetConfig), _without_interpolation(values))
+        return cast(DatasetConfig, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        raise ConfigError([f"dataset.{explain_omegaconf(error)}"]) from error
 
 
 def _without_interpolation(value: Any) -> Any:

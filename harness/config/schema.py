@@ -207,6 +207,10 @@ def _is_given(dataset: DatasetConfig, split: str) -> bool:
     return getattr(dataset, f"{split}_split" if is_hub else f"{split}_file") is not None
 
 
+def _continues(config: RunConfig) -> bool:
+    return any(name is not None for name in (config.model.adapter, config.model.from_sweep, config.model.run))
+
+
 def _generates(config: RunConfig) -> bool:
     return not set(config.dataset.metrics).isdisjoint(scores_of(of="generated"))
 
@@ -246,6 +250,7 @@ _OF_A_AND_B = _of_method(
     lambda method: method.uses_rank and method.peft is None,
 )
 _OF_LORA = _of_method("by method=lora", lambda method: method.has_variants)
+_OF_CONTINUED = _of_method("by method=lora and method=full", lambda method: method.has_variants or method.trains_base)
 _OF_PEFT = _of_method(
     "by the methods of the peft package (method=ia3, adalora, ..., or method=peft)",
     lambda method: method.peft is not None,
@@ -298,6 +303,10 @@ class ModelConfig:
         dropout: the rate of every dropout in the base model.
         run: the run id of a finished full fine-tuning in the same runs folder, whose model is the base of this run.
         scratch: a random model to be pretrained, with a vocabulary learned from text.
+        adapter: where LoRA continues instead of starting anew: the run id of a finished LoRA run in the same runs
+            folder, or a folder with an adapter in PEFT's format. Rank, target layers and variant are those of that run.
+        from_sweep: the sweep that this run continues: of LoRA the adapter, of full fine-tuning the model of its
+            finished run with the same method, rank, target layers, variant, base and seed.
         quantization: how frozen weights are quantised (the extra `quant`).
     """
 
@@ -316,6 +325,8 @@ class ModelConfig:
     run: str | None = field(default=None, metadata=ADDED_LATER)
     scratch: ScratchConfig | None = field(default=None, metadata=ADDED_LATER)
     quantization: Quantization = field(default=Quantization.none, metadata=ADDED_LATER)
+    adapter: str | None = field(default=None, metadata=ADDED_LATER | _OF_LORA)
+    from_sweep: str | None = field(default=None, metadata=ADDED_LATER | _OF_CONTINUED)
 
 
 @dataclass
@@ -691,6 +702,8 @@ class RunConfig:
         seed: draws the head, the adapters, the order of the rows and dropout.
         evaluate_also: additional language datasets by name, whose test split is scored before and after training; the
             first is the domain of the base model, on which forgetting is measured.
+        score_earlier_tasks: whether a classifier that continues an earlier run is also scored on the tasks of that run
+            and of those before it, each with the head that it had: what was forgotten.
         tracking: where the numbers go.
         sweep: the sweep that the run belongs to.
         runs_dir: the folder of all runs.
@@ -712,6 +725,14 @@ class RunConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     seed: int = 0
     evaluate_also: dict[str, DatasetConfig] = field(default_factory=dict, metadata=ADDED_LATER)
+    score_earlier_tasks: bool = field(
+        default=True,
+        metadata=ADDED_LATER
+        | _read(
+            "where a run with labels continues another (model.adapter, model.from_sweep or model.run)",
+            lambda config: not config.dataset.task.is_language and _continues(config),
+        ),
+    )
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     sweep: str | None = None
     runs_dir: str = "runs"

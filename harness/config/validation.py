@@ -110,6 +110,14 @@ def _model_problems(model: ModelConfig) -> list[str]:
         problems.append(f"model.dropout={model.dropout}: allowed is 0 <= dropout < 1.")
     if model.run is not None and re.fullmatch(r"\w[\w.+-]*", model.run) is None:
         problems.append(f"model.run={model.run!r}: the id of a run, as its folder is called.")
+    if model.from_sweep is not None:
+        problems += _name_problems("model.from_sweep", model.from_sweep)
+        for name in ("adapter", "run", "path"):
+            if getattr(model, name) is not None:
+                problems.append(
+                    f"model.from_sweep={model.from_sweep} and model.{name}={getattr(model, name)} both say where this "
+                    "run starts; set one of them to null."
+                )
     if model.quantization is not Quantization.none and (model.tiny or model.scratch) and model.path is None:
         problems.append(
             f"model.quantization={model.quantization}: quantises weights as they are read, and random ones are not "
@@ -403,6 +411,11 @@ def _variant_problems(config: RunConfig) -> list[str]:
         problems.append(
             f"variant.learning_rate_ratio={variant.learning_rate_ratio} and trainer.learning_rate_B="
             f"{config.trainer.learning_rate_B} both give the rate of B; set one of them to its default (1, null)."
+        )
+    if variant.init is not Init.kaiming and (config.model.adapter or config.model.from_sweep):
+        problems.append(
+            f"variant.init={variant.init}: A and B begin as the adapter that is continued; set it to kaiming, its "
+            "default."
         )
     if config.model.quantization is not Quantization.none and (variant.dora or variant.init is Init.pissa):
         setting = "dora=true" if variant.dora else "init=pissa"

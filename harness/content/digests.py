@@ -13,19 +13,30 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from harness.config.schema import DatasetConfig, ModelConfig, RunConfig
 from harness.content.assets import ASSETS, cache_dir
 from harness.content.errors import ContentError, DataError, ModelError
-from harness.content.files import base_model, chat_template_file, data_files, vocabulary_file
-from harness.results.files import write_atomically
+from harness.content.files import (
+    Continued,
+    base_model,
+    chat_template_file,
+    continued,
+    continued_adapter,
+    data_files,
+    vocabulary_file,
+)
+from harness.results.files import HEADS_DIR, LABELS_FILE, write_atomically
 
 _SPLITS = ("train", "val", "test")
 
 # What transformers may read of a model's folder; not its README, nor what a trainer left beside the weights.
 _MODEL_ENDINGS = (".safetensors", ".bin", ".json", ".model", ".jinja", ".tiktoken")
 _MODEL_TEXTS = ("vocab.txt", "merges.txt")
+# What of an adapter's folder decides where a run starts: A and B, whose rows they are, and the head's labels.
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin", "adapter_parts.json", LABELS_FILE)
 _NOT_OF_THE_MODEL = ("training_args.bin", "trainer_state.json", "optimizer.bin", "scheduler.bin")
 
 # A time stamp can be as coarse as two seconds: a file changed within them is digested again.
@@ -45,7 +56,8 @@ def find_content(config: RunConfig) -> dict[str, str]:
     found = _dataset_content("dataset", config.dataset)
     for name, dataset in config.evaluate_also.items():
         found |= _dataset_content(f"evaluate_also.{name}", dataset)
-    return found | model_content(config)
+    found |= model_content(config)
+    return found | _continued_content(config, found)
 
 
 def require_content(config: RunConfig, content: Mapping[str, str]) -> None:
@@ -128,6 +140,69 @@ def model_content(config: RunConfig) -> dict[str, str]:
         path = vocabulary_file(Path(model.scratch.path).expanduser(), model.scratch.file)
         return {"model.scratch": file_digest(path) + _ending(path.name)}
     return {}
+
+
+def _continued_content(config: RunConfig, found: Mapping[str, str]) -> dict[str, str]:
+    """The adapter that is continued, and the heads of earlier tasks beside it or beside a full run's model.
+
+    Raises `ModelError` for an adapter of another base, as far as that is known.
+    """
+    content: dict[str, str] = {}
+    adapter, source = continued_adapter(config), continued(config)
+    if adapter is not None:
+        _require_base(config, adapter, found)
+        # Not its config: rank, scaling and targets are the run's own, which must be equal.
+        names = [name for name in _ADAPTER_FILES if (adapter.weights_dir / name).is_file()]
+        try:
+            content["model.adapter"] = _folder_digest({name: file_digest(adapter.weights_dir / name) for name in names})
+        except OSError as error:
+            raise ModelError(f"{error.filename}: cannot be read ({error.strerror}).") from error
+    if source is not None and not config.dataset.task.is_language and config.score_earlier_tasks:
+        heads = sorted((source.weights_dir / HEADS_DIR).glob("*.*"))
+        if heads:
+            content["model.heads"] = _folder_digest({path.name: file_digest(path) for path in heads})
+    return content
+
+
+def _require_base(config: RunConfig, adapter: Continued, found: Mapping[str, str]) -> None:
+    """Raises `ModelError` where the adapter is known to belong to another base model than the run's."""
+    named = f"model.adapter={config.model.adapter}"
+    if config.model.adapter is None:
+        named = f"model.from_sweep={config.model.from_sweep} ({adapter.weights_dir.parent.name})"
+    own = base_model(config)
+    if adapter.result is None:
+        theirs, digest = _base_in_file(adapter.weights_dir)
+        is_same = digest == found["model"] if digest is not None and "model" in found else None
+        if is_same is None and own.path is None and own.hub_id is not None and theirs is not None:
+            is_same = theirs == own.hub_id
+    else:
+        other = adapter.result.config["model"]
+        digest = adapter.result.environment.get("content", {}).get("model")
+        theirs = " ".join(f"{name}={other[name]}" for name in ("name", "hub_id", "revision", "tiny") if other.get(name))
+        if digest is not None or "model" in found:
+            is_same = digest == found.get("model")
+        else:
+            names = ("hub_id", "revision", "tiny", "scratch")
+            is_same = all(other.get(name) == asdict(own)[name] for name in names)
+            if is_same and (own.tiny or own.scratch) and adapter.result.config["seed"] != config.seed:
+                is_same, theirs = False, f"{theirs}, drawn at random from seed={adapter.result.config['seed']}"
+    if is_same is False:
+        mine = own.path or own.asset or own.hub_id or f"drawn at random from seed={config.seed}"
+        raise ModelError(
+            f"{named}: this adapter belongs to another base model ({theirs}) than model={config.model.name} "
+            f"({mine}); choose the base that it was trained on."
+        )
+
+
+def _base_in_file(folder: Path) -> tuple[str | None, str | None]:
+    """What PEFT's config of an adapter calls its base, and the digest of that where it is a folder that is here."""
+    try:
+        name = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{folder}: its adapter_config.json is not readable ({error}).") from error
+    if not isinstance(name, str) or not (Path(name) / "config.json").is_file():
+        return name if isinstance(name, str) else None, None
+    return name, _folder_digest(_model_files(Path(name)))
 
 
 def _model_files(folder: Path) -> dict[str, str]:

@@ -16,8 +16,15 @@ from typing import Any
 
 from harness.config.schema import DatasetConfig, ModelConfig, RunConfig, default_of
 from harness.content.digests import find_content, is_pinned, pinned_names
+from harness.content.files import continued
 from harness.placement.select import canonical_projections
-from harness.results.effects import DATA_SOURCE, MODEL_SOURCE, canonical_blocks, is_setting_without_effect
+from harness.results.effects import (
+    DATA_SOURCE,
+    MODEL_SOURCE,
+    STARTING_POINT,
+    canonical_blocks,
+    is_setting_without_effect,
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,17 @@ def identify(config: RunConfig) -> Identity:
     slug = _slug(config)
     run_id = f"{slug}-s{config.seed}-{_hash(values)}"
     del values["seed"]
+    if config.model.from_sweep is not None:
+        # Each seed continues its own run: the cell is that of the cell which it continues.
+        kept = {name: value for name, value in values["model"].items() if name not in ("adapter", "heads", "content")}
+        values["model"] = {**kept, "continues": _continued_cell(config)}
     return Identity(run_id, f"{slug}-{_hash(values)}", content)
+
+
+def _continued_cell(config: RunConfig) -> str:
+    source = continued(config)
+    assert source is not None and source.result is not None
+    return source.result.cell_id
 
 
 def scientific(config: RunConfig, content: Mapping[str, str]) -> dict[str, Any]:
@@ -97,7 +114,11 @@ def _with_content(
 
 
 def _model_with_content(values: dict[str, Any], config: ModelConfig, content: Mapping[str, str]) -> dict[str, Any]:
-    if config.path is not None or config.run is not None:
+    values = {name: value for name, value in values.items() if name not in STARTING_POINT}
+    for name in ("adapter", "heads"):
+        if f"model.{name}" in content:
+            values[name] = {"content": content[f"model.{name}"]}
+    if config.path is not None or config.run is not None or (config.from_sweep and "adapter" not in values):
         if is_pinned(config, content):
             return {**values, "path": None}
         kept = {name: value for name, value in values.items() if name not in MODEL_SOURCE}

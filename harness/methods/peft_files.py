@@ -185,11 +185,7 @@ def load_adapter(model: nn.Module, directory: Path) -> list[str]:
         LoRAError: with the model as it was, when a file is missing, uses a variant that this layer does not compute, or
             does not fit the model.
     """
-    config = _read_adapter_config(directory / ADAPTER_CONFIG_FILE)
-    path, tensors = _read_adapter_tensors(directory)
-    names = {name.rpartition(".lora_")[0] for name in tensors if _FACTOR.search(name)}
-    if not names:
-        raise LoRAError(f"{path} holds no LoRA tensors.")
+    config, path, tensors, names = _read_adapter(directory)
     ordered = [name for name, _ in model.named_modules() if name in names]
     _check_complete(model, config, names, path)
     ranks = {name: _rank_of(name, config) for name in names}
@@ -221,6 +217,100 @@ def load_adapter(model: nn.Module, directory: Path) -> list[str]:
                 setattr(own, leaf, nn.Parameter(value, requires_grad=parameter.requires_grad))
         replace_module(model, name, own)
     return ordered
+
+
+def start_from_adapter(model: nn.Module, directory: Path, *, named: str) -> None:
+    """Gives the LoRA layers that a model has the values of an adapter's file; on the meta device, only checks it.
+
+    `named` is the setting that named the adapter. What the file holds whole (a head) is left where it is.
+
+    Raises:
+        LoRAError: with the model as it was, when the file cannot be read, or has other modules, rows, ranks or scalings
+            than the layers.
+    """
+    config, path, tensors, names = _read_adapter(directory)
+    layers = dict(lora_layers(model))
+    has_dora = bool(config.get("use_dora"))
+    problems = _other_modules(names, [*layers])
+    for name, layer in layers.items() if not problems else ():
+        parts = _targets_of(name, _rank_of(name, config), directory / PARTS_FILE)
+        problems += _differences(name, layer, parts)
+        if has_dora != (layer.row_squares is not None):
+            problems.append(f"it has {'' if has_dora else 'no '}DoRA: set variant.dora={str(has_dora).lower()}")
+        if problems:
+            break
+    leaves = {
+        name: {leaf: tensors.get(f"{name}.{leaf}") for leaf in _leaves(layers[name].base, config)}
+        for name in names & layers.keys()
+    }
+    for name, values in leaves.items():
+        in_features, out_features = features_of(layers[name].base)
+        rank = _rank_of(name, config).rank
+        shapes = ((rank, in_features), (out_features, rank), (out_features,))
+        for (leaf, value), shape in zip(values.items(), shapes, strict=False):
+            if not problems and (value is None or tuple(value.shape) != shape):
+                found = "absent" if value is None else tuple(value.shape)
+                problems.append(f"{name}.{leaf} is {found}, this model needs {shape}")
+    if problems:
+        raise LoRAError(f"{named}: {path} does not fit this run: {'; '.join(problems)}.")
+    with torch.no_grad():
+        for name, layer in layers.items():
+            if not any(parameter.is_meta for parameter in layer.parameters()):
+                _fill(layer, {leaf: value for leaf, value in leaves[name].items() if value is not None})
+
+
+def _other_modules(names: Iterable[str], own: Sequence[str]) -> list[str]:
+    """How the modules of a file differ from those of a run's target layers."""
+    absent, beyond = sorted(set(own) - set(names)), sorted(set(names) - set(own))
+    if not absent and not beyond:
+        return []
+    found = [f"it has none of {', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}"] if absent else []
+    found += [f"it has {', '.join(beyond[:3])}{', ...' if len(beyond) > 3 else ''}, too"] if beyond else []
+    return [f"it adapts other modules ({'; '.join(found)}): choose the target_layers that it was trained with"]
+
+
+def _differences(name: str, layer: AdaptedLayer, parts: Sequence[tuple[Target, RankConfig]]) -> list[str]:
+    """How the updates of one module in a file differ from those of a run, with the settings that would make it fit."""
+    theirs = {(each.role if each.rows is not None else ""): (each.rows, own) for each, own in parts}
+    updates = {(role if update.rows is not None else ""): update for role, update in layer.updates().items()}
+    if theirs.keys() != updates.keys() or any(theirs[role][0] != update.rows for role, update in updates.items()):
+        words = " and ".join(filter(None, map(str, theirs))) or "all rows at once"
+        return [f"of {name} it adapts {words}: choose the target_layers that it was trained with"]
+    for role, update in updates.items():
+        own = theirs[role][1]
+        where = f"{name} ({role})" if role else name
+        if own.rank != update.rank:
+            return [f"it has rank {own.rank} on {where}, this run {update.rank}: set rank.rank={own.rank}"]
+        if not math.isclose(own.scaling, update.scaling, rel_tol=1e-6):
+            return [
+                f"it has scaling {own.scaling:g} on {where}, this run {update.scaling:g}: set the alpha that it was "
+                f"trained with (rank.alpha={own.scaling * own.rank:g} with rank.alpha_policy=fixed)"
+            ]
+    return []
+
+
+def read_saved_modules(directory: Path) -> dict[str, Tensor]:
+    """The tensors that an adapter's file holds beside A and B, of the modules that it saves whole: the head.
+
+    Raises `LoRAError` for a file that cannot be read.
+    """
+    config, _, tensors, _ = _read_adapter(directory)
+    saved = _saved_modules(config)
+    return {
+        name: value
+        for name, value in tensors.items()
+        if _is_saved(name.rpartition(".")[0], saved) and ".lora_" not in name
+    }
+
+
+def _read_adapter(directory: Path) -> tuple[dict[str, Any], Path, dict[str, Tensor], set[str]]:
+    """Config, tensor file and tensors of an adapter, and the names of the modules that it adapts."""
+    config = _read_adapter_config(directory / ADAPTER_CONFIG_FILE)
+    path, tensors = _read_adapter_tensors(directory)
+    names = {name.rpartition(".lora_")[0] for name in tensors if _FACTOR.search(name)}
+    if not names:
+        raise LoRAError(f"{path} holds no LoRA tensors.")
+    return config, path, tensors, names
 
 
 def _leaves(base: nn.Module, config: Mapping[str, Any]) -> list[str]:

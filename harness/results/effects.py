@@ -6,6 +6,8 @@ from typing import Any
 
 # Where a model or a dataset comes from. Once its content is known, it decides nothing.
 MODEL_SOURCE = ("asset", "hub_id", "revision", "tiny", "path", "run", "scratch")
+# What a run continues, likewise; between runs it is a difference of the recipe.
+STARTING_POINT = ("adapter", "from_sweep")
 DATA_SOURCE = (
     "asset",
     "hub_id",
@@ -49,6 +51,8 @@ FACTS_WITHOUT_EFFECT = {
     "first_step_at",
     "ended_at",
     "evaluated_also",  # scores, which differ from run to run
+    "earlier_tasks",  # likewise
+    "chain",  # ids; what was continued is in the config, and what it was in the content
 }
 
 

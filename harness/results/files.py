@@ -20,6 +20,7 @@ GENERATIONS_FILE = "generations.jsonl"
 HYPOTHESES_FILE = "hypotheses.txt"
 REFERENCES_FILE = "references.tsv"
 LABELS_FILE = "labels.json"
+HEADS_DIR = "heads"
 WANDB_DIR = "wandb"
 
 # While a run is computed, and where it was stopped.

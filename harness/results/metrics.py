@@ -94,6 +94,11 @@ METRICS: dict[str, Metric] = {
     "forgetting_nll": Metric("nats", Direction.LOWER, "forgetting", "+z.4f"),
     "base_domain_nll_last": Metric("nats", Direction.LOWER, "base domain nll (last step)", "z.4f"),
     "forgetting_nll_last": Metric("nats", Direction.LOWER, "forgetting (last step)", "+z.4f"),
+    # Of the tasks that the run continues: means over them of each one's own score on test (its `best_metric`), when it
+    # had been trained and at the best step of this run, with the head that it had; and how much of that is gone.
+    "earlier_tasks_score_before": Metric("1", Direction.NEUTRAL, "earlier tasks before", "z.4f"),
+    "earlier_tasks_score": Metric("1", Direction.HIGHER, "earlier tasks", "z.4f"),
+    "forgetting_score": Metric("1", Direction.LOWER, "forgotten of earlier tasks", "+z.4f"),
     # Of the model as training found it; a language model has such a score, a fresh task head has none worth having.
     "val_nll_before": Metric("nats", Direction.NEUTRAL, "val nll before training", "z.4f"),
     "test_nll_before": Metric("nats", Direction.NEUTRAL, "test nll before training", "z.4f"),

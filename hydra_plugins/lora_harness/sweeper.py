@@ -37,6 +37,7 @@ from harness.config.schema import RunConfig
 from harness.config.validation import ConfigError
 from harness.content.assets import AssetError
 from harness.content.errors import DataError, ModelError
+from harness.content.files import base_model, continued_adapter
 from harness.content.identity import PlannedRun
 from harness.folder import require_writable, run_dir
 from harness.results.files import RESULT_FILE
@@ -190,7 +191,13 @@ def _plan_all(runs: Sequence[SweepRun]) -> dict[str, Plan]:
         config, dataset = run.config, run.config.dataset
         texts = (dataset.task, dataset.blocks, dataset.attend_across_documents, config.evaluate_also)
         method = (config.method.name, config.method.peft)
-        key = repr((config.model, config.runs_dir, method, config.rank, config.target_layers, texts))
+        placed = (config.rank, config.target_layers, config.variant, config.trainer.optimizer)
+        try:
+            starts = (base_model(config), continued_adapter(config))
+        except ModelError as error:  # gone since it was composed
+            problems.setdefault(str(error), []).append(run.overrides)
+            continue
+        key = repr((starts, method, placed, texts))
         if key not in known:
             try:
                 known[key] = plan(run.config)
