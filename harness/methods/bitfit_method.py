@@ -47,7 +47,7 @@ def save(trained: TrainedModel, directory: Path) -> int:
 
 def load(model: nn.Module, directory: Path, config: RunConfig, *, head: Sequence[str]) -> None:
     """Reads what `save` wrote."""
-    adapt(model, (), config, ranks=())
+    adapt(model, (), config)
     load_part(model, directory / FILE)
 
 
