@@ -7,8 +7,9 @@ config is the one that the run recorded.
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,6 @@ COMMANDS = ("evaluate", "export")
 SPLITS = ("train", "val", "test")
 # Settings of the runs that may be others here: they change how a number is computed and not what it is a number of.
 _SETTINGS = ("device", "num_threads", "trainer.eval_batch_size")
-
-logger = logging.getLogger("harness")
 
 
 @dataclass(frozen=True)
@@ -87,6 +86,8 @@ def _read(command: str, value: str, arguments: Sequence[str]) -> Request:
         if word in ("-m", "--multirun"):
             problems.append(f"{word}: {command} is no sweep; several runs stand between commas: evaluate=A,B.")
         elif equals and name in ("runs_dir", "to", "split"):
+            if name in words:
+                problems.append(f"{word}: {name} is given twice.")
             words[name] = given
         elif equals and (name == "dataset" or name.startswith("dataset.")) and command == "evaluate":
             dataset.append(word)
@@ -168,13 +169,35 @@ def carry_out(request: Request) -> None:
         return result
 
     runs = find_saved(request.run_ids, request.runs_dir, changed)
-    if request.command == "export":
-        (saved,) = runs
-        assert request.to is not None
-        num_bytes = export(saved, request.to)
-        print(f"{request.to}: {num_bytes / 2**20:.1f} MiB; transformers loads it, and so does model.path={request.to}")
+    with _new_folder(request.to) as folder:
+        if request.command == "export":
+            assert folder is not None
+            num_bytes = export(runs[0], folder)
+            said = (
+                f"{request.to}: {num_bytes / 2**20:.1f} MiB; transformers loads it, and so does model.path={request.to}"
+            )
+        else:
+            scored = evaluate(runs, splits=request.splits, own_data=not request.dataset, folder=folder)
+            if folder is not None:
+                write_scores(folder / SCORES_FILE, scored)
+            said = as_text(scored)
+    print(said)
+
+
+@contextmanager
+def _new_folder(to: Path | None) -> Iterator[Path | None]:
+    """Where to write what is to be in `to`: it is there whole when all has gone well, and not at all before."""
+    if to is None:
+        yield None
         return
-    scored = evaluate(runs, splits=request.splits, own_data=not request.dataset, folder=request.to)
-    if request.to is not None:
-        write_scores(request.to / SCORES_FILE, scored)
-    print(as_text(scored))
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise ConfigError([f"to={to}: cannot be written ({error.strerror}); name another folder."]) from error
+    with scratch as name:
+        # One level down, because a temporary directory is closed to other users.
+        folder = Path(name) / "new"
+        folder.mkdir()
+        yield folder
+        folder.replace(to)  # also an empty one

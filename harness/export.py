@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -25,7 +23,7 @@ _TOLERANCE = 1e-3
 
 
 def export(saved: SavedRun, directory: Path) -> int:
-    """Writes model, tokenizer, head and names of classes into a new folder; returns the bytes of the tensor files.
+    """Writes model, tokenizer, head and names of classes into a folder; returns the bytes of the tensor files.
 
     The merged model's logits are compared with the adapted model's.
 
@@ -59,20 +57,13 @@ def export(saved: SavedRun, directory: Path) -> int:
                 ]
             )
         logger.info("%s: merged; logits are those of the adapted model to %.1g", saved.run_id, difference)
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".exporting-") as scratch:
-            building = Path(scratch) / "model"
-            num_bytes = save_model(
-                model,
-                base.tokenizer,
-                building,
-                own_settings=base.base.own_settings,
-                label_names=saved.label_names,
-            )
-            if directory.exists():
-                directory.rmdir()  # an empty one
-            shutil.move(building, directory)
-    return num_bytes
+        return save_model(
+            model,
+            base.tokenizer,
+            directory,
+            own_settings=base.base.own_settings,
+            label_names=saved.label_names,
+        )
 
 
 def _made_up_inputs(model: PreTrainedModel) -> dict[str, Tensor]:

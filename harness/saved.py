@@ -87,6 +87,8 @@ def find_saved(
 
 def _find(run_id: str, runs_dir: Path, changed: Callable[[dict[str, Any]], dict[str, Any]]) -> SavedRun:
     folder = runs_dir / run_id
+    if Path(run_id).name != run_id:
+        raise ConfigError(["the id of a run is the name of its folder; say where that lies with runs_dir=DIR."])
     if not (folder / RESULT_FILE).is_file():
         ended = sorted(path.parent.name for path in runs_dir.glob(f"*/{RESULT_FILE}"))
         near = difflib.get_close_matches(run_id, ended, n=3) or ended[:3]
@@ -97,6 +99,8 @@ def _find(run_id: str, runs_dir: Path, changed: Callable[[dict[str, Any]], dict[
         result = read_result(folder / RESULT_FILE)
     except ResultError as error:
         raise ConfigError([str(error)]) from None
+    if result.run_id != run_id:
+        raise ConfigError([f"{folder} holds the run {result.run_id}; give the folder that name."])
     if result.status is not Status.FINISHED:
         raise ConfigError([f"the run ended as {result.status}, and only finished runs keep weights."])
     method = METHODS.get(result.config["method"]["name"])

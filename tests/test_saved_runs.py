@@ -122,20 +122,22 @@ def test_every_method_has_the_scores_of_its_result_to_the_bit(
     monkeypatch.setattr(saved_module, "load_model", counted)
     ids = ended.ids()
     code, printed, errors = command(
-        f"evaluate={','.join(ids)}", "split=test,val", f"to={tmp_path / 'scores'}", f"runs_dir={ended.runs_dir}"
+        f"evaluate={','.join(ids)}", "split=test,val,train", f"to={tmp_path / 'scores'}", f"runs_dir={ended.runs_dir}"
     )
     assert code == 0, errors
     assert "differ" not in errors
     # Each base once, and in each form in which it is held; the full model is its own.
     assert sorted(loaded) == ["own", "tiny_bert", "tiny_bert", "tiny_gpt2"]
     table = read_scores(tmp_path / "scores")
-    assert [(row["run_id"], row["split"]) for row in table] == [(e, s) for e in ids for s in ("test", "val")]
+    assert [(row["run_id"], row["split"]) for row in table] == [(e, s) for e in ids for s in ("test", "val", "train")]
     # Where the best step is not the last one, both were scored: each with its own weights, also in bf16.
     in_half = ended.results["bitfit_in_half"].metrics
     assert in_half["best_step"] < in_half["num_steps"] and in_half["test_nll"] != in_half["test_nll_last"]
     lines = printed.splitlines()
     assert lines[0].split() == list(table[0]) and len(lines) == 1 + len(table)
     for row in table:
+        if row["split"] == "train":
+            continue
         metrics = next(result.metrics for result in ended.results.values() if result.run_id == row["run_id"])
         for name in ("accuracy", "nll", "majority_share"):
             assert float(row[name]) == metrics[f"{row['split']}_{name}"], (row["run_id"], name)
@@ -317,6 +319,8 @@ def failing(outcome: tuple[int, str, str]) -> list[str]:
             "rank=r8: evaluate takes split=val,test, dataset=NAME, dataset.test_file=FILE, to=DIR, runs_dir=DIR, "
             "device=..., num_threads=..., trainer.eval_batch_size=...; all else is as the run had it.",
         ),
+        ("evaluate=A split=val split=test", "split=test: split is given twice."),
+        ("evaluate=../A", "../A: the id of a run is the name of its folder; say where that lies with runs_dir=DIR."),
         ("evaluate=A to=taken", "to=taken: is there already and not empty; name a new folder."),
         ("export=A", "export=A: to=DIR is needed, a folder that is not there yet."),
         ("export=A,B to=DIR", "export=A,B: one run at a time, each into a folder of its own."),
@@ -412,8 +416,14 @@ def test_an_adapter_that_is_damaged_or_of_another_shape(ended: Saved, tmp_path: 
         shutil.copytree(ended.runs_dir / run_id, tmp_path / run_id)
         (path,) = tmp_path.glob(f"{run_id}/*/*.safetensors")
         path.write_bytes(b"nothing")
-        (message,) = failing(command(f"evaluate={run_id}", f"runs_dir={tmp_path}"))
+        (message,) = failing(command(f"evaluate={run_id}", f"runs_dir={tmp_path}", f"to={tmp_path / 'scores'}"))
         assert fault in message and str(path) in message
+    there = sorted(path.name for path in tmp_path.iterdir())
+    assert there == sorted(ended.ids("lora", "bitfit"))  # nothing of the scores
+    to = tmp_path / there[0] / "result.json" / "new"
+    assert failing(command(f"evaluate={ended.ids('lora')[0]}", f"runs_dir={ended.runs_dir}", f"to={to}")) == [
+        f"to={to}: cannot be written (Not a directory); name another folder."
+    ]
 
 
 def test_what_cannot_be_merged_is_refused(ended: Saved, tmp_path: Path, command: Command) -> None:
