@@ -422,7 +422,7 @@ def test_an_adapter_that_is_damaged_or_of_another_shape(ended: Saved, tmp_path: 
     assert there == sorted(ended.ids("lora", "bitfit"))  # nothing of the scores
     to = tmp_path / there[0] / "result.json" / "new"
     assert failing(command(f"evaluate={ended.ids('lora')[0]}", f"runs_dir={ended.runs_dir}", f"to={to}")) == [
-        f"to={to}: cannot be written (Not a directory); name another folder."
+        f"to={to}: cannot be written (File exists); name another folder."
     ]
 
 
