@@ -12,16 +12,24 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_analysis_load import save_run
+from test_analysis_tables import measured
 from test_run import config, exact, rows  # noqa: F401
 
+from analysis.load import load_runs
+from analysis.select import cells
+from analysis.tables import paper_tables
+from harness.chain import load_earlier_tasks, with_head
 from harness.config.composing import from_dict, to_dict
 from harness.config.schema import RunConfig
 from harness.config.validation import ConfigError
 from harness.content.errors import DataError, ModelError
+from harness.content.files import base_model
 from harness.content.identity import identify
 from harness.methods.adapting import lora_layers
 from harness.methods.lora import LoRAError
-from harness.methods.peft_files import start_from_adapter
+from harness.methods.peft_files import load_adapter, start_from_adapter
+from harness.models.loading import load_model
 from harness.plan import plan
 from harness.prepare import prepare
 from harness.results.launches import record_launch
@@ -303,3 +311,107 @@ def test_an_adapter_of_peft_continues_without_a_run(rows: Path, tmp_path: Path) 
     with pytest.raises(LoRAError, match="peft_type='IA3', this loads LORA"):
         start_from_adapter(prepared.model, tmp_path / "adapter", named="model.adapter=x")
     assert exact(result.metrics)
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_parts"),
+    [
+        ({"model": {"name": "tiny_gpt2", "tiny": "gpt2"}}, 2),  # q and v are rows of one matrix
+        ({"rank": {"rank": 4, "alpha": 12.0, "pattern": {"v": 2, "q@first_1": 3}}}, 1),
+        ({"target_layers": {"name": "x", "projections": ["q", "embedding"]}}, 1),
+    ],
+)
+def test_whatever_is_adapted_begins_where_it_ended(
+    rows: Path,  # noqa: F811
+    tmp_path: Path,
+    changes: dict[str, Any],
+    num_parts: int,
+) -> None:
+    first = finished(config(rows, tmp_path, **changes))
+    model = {**changes.get("model", {}), "adapter": first.run_id}
+    prepared = prepare(config(rows, tmp_path, **{**changes, "model": model}))
+    layers = dict(lora_layers(prepared.model))
+    assert {len(layer.updates()) for layer in layers.values()} == {num_parts}
+    (saved,) = find_saved([first.run_id], tmp_path)
+    reference = load_model(base_model(saved.config), num_labels=3, pad_token_id=0, seed=0).model
+    load_adapter(reference, saved.weights_dir)
+    expected = dict(lora_layers(reference))
+    assert expected.keys() == layers.keys()
+    for name, layer in layers.items():
+        torch.testing.assert_close(layer.delta_weight(), expected[name].delta_weight())
+        assert layer.delta_weight().any()
+
+
+def test_an_adapter_on_the_hub_names_its_base(rows: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Of a folder that no run left: the repository and revision in PEFT's config, where they are there."""
+    first = finished(config(rows, tmp_path / "elsewhere"))
+    shutil.copytree(tmp_path / "elsewhere" / first.run_id / "adapter", tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    values = json.loads(path.read_text())
+    source = {"hub_id": "a/b", "revision": "1" * 40, "tiny": None, "adapter": str(tmp_path / "adapter")}
+    wanted = config(rows, tmp_path, model=source)
+    for name, revision, fits in (
+        ("a/b", "1" * 40, True),
+        ("a/b", None, True),
+        (None, None, True),
+        ("a/b", "2" * 40, False),
+        ("a/c", None, False),
+    ):
+        path.write_text(json.dumps({**values, "base_model_name_or_path": name, "revision": revision}))
+        if fits:
+            identify(wanted)
+            continue
+        with pytest.raises(ModelError, match=rf"another base model \({name}.*choose the base"):
+            identify(wanted)
+
+
+def test_a_sweep_does_not_continue_itself_and_parts_of_a_head_are_none(
+    rows: Path,  # noqa: F811
+    colours: Path,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(ConfigError, match=r"model.from_sweep=one: is the sweep of this run itself"):
+        config(rows, tmp_path, model={"from_sweep": "one"}, sweep="one")
+    first = finished(config(rows, tmp_path))
+    wanted = config(rows, tmp_path, dataset=on(colours, "colours"), model={"adapter": first.run_id}, shard_model=True)
+    prepared = prepare(wanted)
+    assert len(prepared.earlier) == 1
+    with pytest.raises(ConfigError, match=r"score_earlier_tasks=true: .* shard_model=true holds in parts"):
+        load_earlier_tasks(wanted, prepared.base, prepared.tokenizer, num_processes=2)
+    own = prepared.model.get_parameter("classifier.weight")
+    with with_head(prepared.model, prepared.earlier[0].head):
+        assert prepared.model.get_parameter("classifier.weight").shape[0] == 3
+    assert prepared.model.get_parameter("classifier.weight") is own
+
+
+def test_the_report_has_a_table_of_earlier_tasks(tmp_path: Path) -> None:
+    """Numbers worked by hand: two seeds that lose 0.1 and 0.3 of one task and gain 0.05 and 0.15 of another."""
+    for seed, (words, colours) in enumerate([((0.9, 0.8), (0.5, 0.55)), ((0.8, 0.5), (0.6, 0.75))]):
+        save_run(tmp_path, f"a-s{seed}", cell_id="a", seed=seed, metrics=measured(forgetting_score=0.1))
+        path = tmp_path / f"a-s{seed}" / "result.json"
+        values = json.loads(path.read_text())
+        values["environment"]["earlier_tasks"] = {
+            name: {
+                "run_id": "x",
+                "metric": "accuracy",
+                "before": {"test_accuracy": before, "val_accuracy": 0.0},
+                "after": {"test_accuracy": after, "val_accuracy": 0.0},
+            }
+            for name, (before, after) in (("words", words), ("more.colours", colours))
+        }
+        path.write_text(json.dumps(values))
+    frame = load_runs(tmp_path).frame
+    tables = {table.name: table for table in paper_tables(frame, cells(frame))}
+    found = tables["earlier_tasks"]
+    first = found.text.titles.index("earlier task")
+    assert [row[first:] for row in found.text.rows] == [
+        ["words", "test accuracy", "0.8500 ± 0.0707", "0.6500 ± 0.2121", "+0.2000 ± 0.1414"],
+        ["more.colours", "test accuracy", "0.5500 ± 0.0707", "0.6500 ± 0.1414", "-0.1000 ± 0.0707"],
+    ]
+    assert found.run_ids == [("a-s0", "a-s1")] * 2
+    assert found.numbers["forgotten"].tolist() == pytest.approx([0.2, -0.1])
+    assert "forgotten of earlier tasks ↓" in tables["tradeoff"].text.titles
+
+    save_run(tmp_path / "others", "b-s0", cell_id="b", seed=0, metrics=measured())
+    frame = load_runs(tmp_path / "others").frame
+    assert "earlier_tasks" not in {table.name for table in paper_tables(frame, cells(frame))}

@@ -45,6 +45,7 @@ NOT_GOLDEN = {
     "gpt2_e2e": "reads the files of a local folder",
     "gpt2_e2e_rank": "reads the files of a local folder",
     **{f"forgetting_chain_{step}": "continues the runs of the step before" for step in (2, 3)},
+    "roberta_from_mnli_2": "continues the runs of the step before",
     **{f"forgetting_glue_{step}": "continues the runs of the step before" for step in (2, 3, 4)},
 }
 

@@ -514,6 +514,10 @@ def _run_problems(config: RunConfig) -> list[str]:
     problems = []
     if not 0 <= config.seed < 2**32:
         problems.append(f"seed={config.seed}: allowed is 0 to {2**32 - 1}.")
+    if config.sweep is not None and config.sweep == config.model.from_sweep:
+        problems.append(
+            f"model.from_sweep={config.model.from_sweep}: is the sweep of this run itself; name the one before it."
+        )
     if config.sweep is not None:
         problems += _name_problems("sweep", config.sweep)
     if config.num_threads is not None and config.num_threads < 1:

@@ -171,10 +171,11 @@ def _require_base(config: RunConfig, adapter: Continued, found: Mapping[str, str
         named = f"model.from_sweep={config.model.from_sweep} ({adapter.weights_dir.parent.name})"
     own = base_model(config)
     if adapter.result is None:
-        theirs, digest = _base_in_file(adapter.weights_dir)
+        theirs, revision, digest = _base_in_file(adapter.weights_dir)
         is_same = digest == found["model"] if digest is not None and "model" in found else None
         if is_same is None and own.path is None and own.hub_id is not None and theirs is not None:
-            is_same = theirs == own.hub_id
+            is_same = theirs == own.hub_id and revision in (None, own.revision)
+            theirs = f"{theirs} at revision {revision}" if revision is not None else theirs
     else:
         other = adapter.result.config["model"]
         digest = adapter.result.environment.get("content", {}).get("model")
@@ -194,15 +195,16 @@ def _require_base(config: RunConfig, adapter: Continued, found: Mapping[str, str
         )
 
 
-def _base_in_file(folder: Path) -> tuple[str | None, str | None]:
-    """What PEFT's config of an adapter calls its base, and the digest of that where it is a folder that is here."""
+def _base_in_file(folder: Path) -> tuple[str | None, str | None, str | None]:
+    """Name and revision of its base in PEFT's config of an adapter, and the digest of a base that is a folder here."""
     try:
-        name = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        name, revision = config.get("base_model_name_or_path"), config.get("revision")
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(f"{folder}: its adapter_config.json is not readable ({error}).") from error
     if not isinstance(name, str) or not (Path(name) / "config.json").is_file():
-        return name if isinstance(name, str) else None, None
-    return name, _folder_digest(_model_files(Path(name)))
+        return name if isinstance(name, str) else None, revision, None
+    return name, revision, _folder_digest(_model_files(Path(name)))
 
 
 def _model_files(folder: Path) -> dict[str, str]:
