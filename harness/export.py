@@ -19,7 +19,7 @@ from harness.saved import Base, SavedRun
 logger = logging.getLogger("harness")
 
 # Of a logit, relative to the largest one: rounding of a sum in float32 is far below.
-_TOLERANCE = 1e-3
+_TOLERANCE = 1e-4
 
 
 def export(saved: SavedRun, directory: Path) -> int:

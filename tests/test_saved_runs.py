@@ -22,6 +22,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from harness import saved as saved_module
 from harness.__main__ import main
 from harness.config.schema import ModelConfig, RunConfig, TinyModel
+from harness.methods import lora_method
+from harness.methods.adapting import remove_lora
 from harness.models.loading import load_model
 from harness.models.saving import save_model
 from harness.models.tokenizers import load_tokenizer
@@ -37,6 +39,8 @@ PEFT = {
     "ia3": {"name": "ia3"},
     "adalora": {"name": "adalora", "peft": {"tinit": 1, "tfinal": 2}},
     "vera": {"name": "vera", "peft": {"r": 8}},
+    "lily": {"name": "lily", "peft": {"r": 4}},
+    "trainable_tokens": {"name": "trainable_tokens", "peft": {"token_indices": [36, 68, 87]}},
 }
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", {"rank": RANK}),
@@ -53,6 +57,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ia3": ("ia3", {"method": PEFT["ia3"], "target_layers": PLACED}),
     "adalora": ("adalora", {"method": PEFT["adalora"], "target_layers": PLACED, "rank": RANK}),
     "vera": ("vera", {"method": PEFT["vera"], "target_layers": PLACED}),
+    "lily": ("lily", {"method": PEFT["lily"], "target_layers": PLACED}),
+    "trainable_tokens": ("trainable_tokens", {"method": PEFT["trainable_tokens"]}),
 }
 
 
@@ -276,7 +282,7 @@ def test_another_dataset_with_the_same_labels(
 # ---------------------------------------------------------------- export
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name != "lily"])
 def test_a_merged_model_is_the_adapted_one(ended: Saved, tmp_path: Path, command: Command, name: str) -> None:
     (run_id,) = ended.ids(name)
     code, printed, errors = command(f"export={run_id}", f"to={tmp_path / 'model'}", f"runs_dir={ended.runs_dir}")
@@ -426,7 +432,20 @@ def test_an_adapter_that_is_damaged_or_of_another_shape(ended: Saved, tmp_path: 
     ]
 
 
-def test_what_cannot_be_merged_is_refused(ended: Saved, tmp_path: Path, command: Command) -> None:
+def test_what_cannot_be_merged_is_refused(
+    ended: Saved, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = f"runs_dir={ended.runs_dir}"
+    assert failing(command(f"export={ended.ids('lily')[0]}", f"to={tmp_path / 'model'}", here)) == [
+        "LILY of peft cannot be merged into its base model: This method is not supported for Lily."
+    ]
+    # A merge that loses what was trained is seen in the logits.
+    with monkeypatch.context() as patch:
+        patch.setattr(lora_method, "merge", remove_lora)
+        (message,) = failing(command(f"export={ended.ids('lora')[0]}", f"to={tmp_path / 'model'}", here))
+    assert f"{ended.ids('lora')[0]}: method=lora does not merge: a logit of the merged model is off by 0." in message
+    assert not list(tmp_path.iterdir())
+
     (run_id,) = ended.ids("lora")
     shutil.copytree(ended.runs_dir / run_id, tmp_path / run_id)
     path = tmp_path / run_id / "result.json"

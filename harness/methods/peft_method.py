@@ -138,7 +138,9 @@ def load(model: nn.Module, directory: Path, config: RunConfig, *, head: Sequence
     peft = _require_peft(config)
     for name, value in model.named_parameters():
         if is_head(name, head):
-            value.data = value.data.float()  # as it was trained, whatever the base is held in
+            # As it was trained, whatever the base is held in; and a copy, because peft writes into the head of a type
+            # that it does not know `modules_to_save` of (trainable tokens).
+            value.data = value.data.to(torch.float32, copy=True)
     try:
         with _refusals_explained(config), _seeded(config.seed), _noise_left_out():
             model.__dict__[_HELD] = peft.PeftModel.from_pretrained(model, str(directory), _ADAPTER)
