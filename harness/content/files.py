@@ -200,7 +200,7 @@ def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "method": config["method"]["name"],
         "seed": config["seed"],
-        "rank": {"pattern": {}, **rank} if rank else {},
+        "rank": {**rank, "pattern": rank.get("pattern") or {}} if rank else {},
         "target_layers": {name: value for name, value in placement.items() if name != "name"},
         "dora": variant.get("dora", False),
         "learning_rate_ratio": variant.get("learning_rate_ratio", 1.0),
