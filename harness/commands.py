@@ -50,7 +50,8 @@ class Request:
 
 def find_request(arguments: Sequence[str]) -> Request | None:
     """The request of a command line, None where it is a run or a sweep. Raises `ConfigError`, one line a problem."""
-    named = [word for word in arguments if word.partition("=")[0].lstrip("+-") in COMMANDS]
+    own = config_dir(arguments)  # a folder may be called like a command
+    named = [word for word in arguments if word.partition("=")[0].lstrip("+-") in COMMANDS and word != own]
     if not named:
         return None
     word = named[0]

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from harness import saved as saved_module
 from harness.__main__ import main
+from harness.commands import find_request
 from harness.config.schema import ModelConfig, RunConfig, TinyModel
 from harness.methods import lora_method
 from harness.methods.adapting import remove_lora
@@ -341,6 +342,11 @@ def test_words_that_ask_for_nothing(
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("")
     assert failing(command(*words.split())) == [message]
+
+
+def test_a_run_is_no_request() -> None:
+    assert find_request(["rank=r8", "target_layers=qv", "evaluate_also=wikitext2"]) is None
+    assert find_request(["--config-dir", "evaluate", "-m", "sweeps=export"]) is None
 
 
 def test_every_run_that_cannot_be_used_has_a_line(
