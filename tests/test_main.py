@@ -265,8 +265,8 @@ def test_a_projection_that_the_model_has_not(run_here: Callable[..., Outcome], t
     assert_refused(
         run_here("rank=r8", "target_layers=gate"),
         tmp_path,
-        "target_layers.projections=['gate'] on bert: gate does not exist. It has: q, k, v, o, up, down (and the groups "
-        "attention, mlp, all).",
+        "target_layers.projections=['gate'] on bert: gate does not exist. It has: q, k, v, o, up, down, "
+        "embedding (and the groups attention, mlp, recurrent, all).",
     )
 
 
