@@ -489,6 +489,24 @@ def test_dora_trains_the_length_of_each_row_and_its_direction_apart() -> None:
     assert count_parameters(model, ()).num_adapter_params == 3 * (12 + 10) + 10
 
 
+def test_a_row_of_zeros_stays_one_under_dora_and_a_merged_layer_knows_its_delta() -> None:
+    torch.manual_seed(0)
+    base = nn.Linear(12, 10)
+    with torch.no_grad():
+        base.weight[3] = 0
+    model = nn.ModuleDict({"m": base})
+    apply_lora(model, ["m"], rank=RankConfig(3, alpha=6), variant=VariantConfig(dora=True))
+    layer, x = model["m"], torch.randn(5, 12)
+    assert isinstance(layer, LoRALayer)
+    assert_close(layer(x).detach(), base(x).detach(), **TOLERANCE)
+    layer(x).sum().backward()
+    assert all(one.grad.isfinite().all() for one in (layer.lora_A, layer.lora_B, layer.lora_magnitude))
+    _randomise(model)
+    delta = layer.delta_weight()
+    layer.merge()
+    assert_close(layer.delta_weight(), delta)
+
+
 def test_gradients_of_dora_are_those_of_peft() -> None:
     ours, theirs = _gpt2(), None
     _adapt(ours, "o", variant=VariantConfig(dora=True))

@@ -119,7 +119,7 @@ class AdaptedLayer(nn.Module):
         delta = scaling * (high @ low)
         lengths = self.length_ratios()
         if lengths is not None:
-            rows = rows_of_weight(self.base).float()
+            rows = self._base_rows()
             delta = lengths[:, None] * (rows + delta) - rows
         return delta if isinstance(self.base, nn.Linear) else delta.T
 
@@ -144,9 +144,15 @@ class AdaptedLayer(nn.Module):
         """The length of each row of W + s B A, `(out,)`, without forming that sum."""
         assert self.row_squares is not None
         low, high, scaling = self.factors()
-        rows = rows_of_weight(self.base).float()
+        rows = self._base_rows()
         squared = self.row_squares + 2 * scaling * ((rows @ low.T) * high).sum(1)
-        return (squared + scaling**2 * ((high @ (low @ low.T)) * high).sum(1)).clamp(min=0).sqrt()
+        # A row of zeros has no direction; its trained length is 0, and what it is divided by must not be.
+        return (squared + scaling**2 * ((high @ (low @ low.T)) * high).sum(1)).clamp(min=1e-12).sqrt()
+
+    def _base_rows(self) -> Tensor:
+        """The base weight as `(out, in)` in float32, unmerged."""
+        rows = self._unmerged[0].detach() if self._unmerged else _weight(self.base).detach()
+        return (rows if isinstance(self.base, nn.Linear) else rows.T).float()
 
     @property
     def weight(self) -> Tensor:
