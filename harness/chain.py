@@ -225,7 +225,7 @@ def _head_of(source: Continued, head_modules: Sequence[str]) -> dict[str, Tensor
 
 @contextmanager
 def with_head(model: nn.Module, head: Mapping[str, Tensor]) -> Iterator[None]:
-    """While inside, the model has an earlier head, of its own number of classes, in the place of its own."""
+    """While inside, the model has an earlier head, with its number of classes, in the place of the present one."""
     replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
     try:
         for name, value in head.items():

@@ -520,7 +520,7 @@ class RankConfig:
     pattern: Any = field(default=None, metadata=ADDED_LATER | _OF_LORA)
 
     def at(self, rank: int) -> RankConfig:
-        """The same policy at another rank, for a target of its own."""
+        """The same policy at another rank, for one target."""
         return replace(self, rank=rank, pattern=None)
 
     @property

@@ -14,7 +14,6 @@ from harness.methods.lora import (
     LoRAError,
     LowRank,
     require_unquantised,
-    rows_of_weight,
     take_rows,
 )
 
@@ -22,7 +21,7 @@ from harness.methods.lora import (
 def start(layer: AdaptedLayer, variant: VariantConfig, generator: torch.Generator | None = None) -> None:
     """Gives A, B and the lengths of rows of a new layer their first values; on the meta device only their shapes."""
     if variant.dora:
-        layer.row_squares = rows_of_weight(layer.base).float().square().sum(1)
+        layer.row_squares = layer.base_rows().square().sum(1)
     for update in layer.updates().values():
         if layer.row_squares is not None:
             update.lora_magnitude = nn.Parameter(take_rows(layer.row_squares, update.rows).sqrt())
@@ -33,7 +32,7 @@ def start(layer: AdaptedLayer, variant: VariantConfig, generator: torch.Generato
                 if not is_meta:
                     update.lora_B.copy_(_drawn(update.lora_B, "normal", 1.0, generator))
             elif variant.init is Init.pissa:
-                _start_from_weight(update, take_rows(rows_of_weight(layer.base).float(), update.rows))
+                _start_from_weight(update, take_rows(layer.base_rows(), update.rows))
             elif not is_meta:
                 _start_at_zero(update, variant.init, generator)
 

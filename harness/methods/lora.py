@@ -119,7 +119,7 @@ class AdaptedLayer(nn.Module):
         delta = scaling * (high @ low)
         lengths = self.length_ratios()
         if lengths is not None:
-            rows = self._base_rows()
+            rows = self.base_rows()
             delta = lengths[:, None] * (rows + delta) - rows
         return delta if isinstance(self.base, nn.Linear) else delta.T
 
@@ -144,12 +144,12 @@ class AdaptedLayer(nn.Module):
         """The length of each row of W + s B A, `(out,)`, without forming that sum."""
         assert self.row_squares is not None
         low, high, scaling = self.factors()
-        rows = self._base_rows()
+        rows = self.base_rows()
         squared = self.row_squares + 2 * scaling * ((rows @ low.T) * high).sum(1)
         # A row of zeros has no direction; its trained length is 0, and what it is divided by must not be.
         return (squared + scaling**2 * ((high @ (low @ low.T)) * high).sum(1)).clamp(min=1e-12).sqrt()
 
-    def _base_rows(self) -> Tensor:
+    def base_rows(self) -> Tensor:
         """The base weight as `(out, in)` in float32, unmerged."""
         rows = self._unmerged[0].detach() if self._unmerged else _weight(self.base).detach()
         return (rows if isinstance(self.base, nn.Linear) else rows.T).float()
@@ -158,7 +158,7 @@ class AdaptedLayer(nn.Module):
     def weight(self) -> Tensor:
         """The adapted weight, for models that compute with a module's weight and not with the module.
 
-        transformers' fused kernels of recurrent blocks do, and DeBERTa where it is given queries of its own.
+        transformers' fused kernels of recurrent blocks do, and DeBERTa where its queries are given.
         """
         base = _weight(self.base)
         return base if self.merged or not base.is_floating_point() else base + self._delta_weight().to(base.dtype)
@@ -261,7 +261,7 @@ class LoRALayer(MatrixLayer, LowRank):
 
 
 class SlicedLoRALayer(MatrixLayer):
-    """A frozen projection whose rows are several roles, with a low-rank update of its own for each adapted one.
+    """A frozen projection whose rows are several roles, with one low-rank update for each adapted role.
 
     Computes one product with all A, one under the other, and one with all B, each in its rows and its columns of a
     matrix that is zero elsewhere: nothing is learned for the other rows, whose delta weight is exactly zero. Dropout
@@ -377,12 +377,6 @@ def _weight(base: nn.Module) -> Tensor:
     weight = base.weight
     assert isinstance(weight, Tensor)
     return weight
-
-
-def rows_of_weight(base: nn.Module) -> Tensor:
-    """The base weight as `(out_features, in_features)`."""
-    weight = _weight(base).detach()
-    return weight if isinstance(base, nn.Linear) else weight.T
 
 
 def take_rows(values: Tensor, rows: Rows | None) -> Tensor:

@@ -30,7 +30,7 @@ from harness.placement.architectures import (
 
 @dataclass(frozen=True)
 class Target:
-    """What gets an adapter of its own.
+    """What gets one adapter.
 
     Attributes:
         module: the module's name.
