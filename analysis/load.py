@@ -56,6 +56,7 @@ CAME_LATER: dict[str, Any] = {
     "config.variant.dora": False,
     "config.variant.init": "kaiming",
     "config.variant.learning_rate_ratio": 1.0,
+    "config.variant.bias": "none",
 }
 # The order of runs where no sweep file gives one: equal settings side by side, the placement before the rank.
 _ORDER = (

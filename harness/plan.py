@@ -12,7 +12,7 @@ from harness.methods.counts import count_parameters, set_trainable
 from harness.methods.lora import features_of, is_linear
 from harness.methods.peft_files import start_from_adapter
 from harness.methods.rates import learning_rates
-from harness.methods.registry import find_method_module
+from harness.methods.registry import find_method_module, is_adapter
 from harness.models.configs import build_skeleton, task_head
 from harness.models.loading import PreTrainedModel
 from harness.placement.architectures import ARCHITECTURES
@@ -41,7 +41,7 @@ def plan(config: RunConfig) -> Plan:
     require_packing(skeleton.config.model_type, config)
     head = task_head(skeleton.config, None if is_language else 2)
     targets = adapt(skeleton, config, head)
-    counts = count_parameters(skeleton, head, is_adapter=find_method_module(config.method.name).is_adapter)
+    counts = count_parameters(skeleton, head, is_adapter=is_adapter(skeleton, config))
     return Plan(targets, counts.num_adapter_params)
 
 
@@ -94,7 +94,8 @@ def adapt(model: PreTrainedModel, config: RunConfig, head: tuple[str, ...]) -> l
         # Those of `method.peft.target_modules`, too.
         known = {target.module: target for target in targets}
         targets = [known.get(name) or Target(name) for name in peft_method.adapted_modules(model)]
-    set_trainable(model, head, is_adapter=method.is_adapter, trains_base=METHODS[config.method.name].trains_base)
+    trains_base = METHODS[config.method.name].trains_base
+    set_trainable(model, head, is_adapter=is_adapter(model, config), trains_base=trains_base)
     if config.trainer.optimizer is Optimizer.muon and not hidden_matrices(model, learning_rates(config, head)):
         raise ConfigError(
             [

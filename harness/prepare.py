@@ -20,7 +20,7 @@ from harness.measure.device import require_free_device
 from harness.measure.environment import environment
 from harness.methods.counts import ParameterCounts, count_parameters
 from harness.methods.during_training import DuringTraining
-from harness.methods.registry import during_training, find_method_module
+from harness.methods.registry import during_training, is_adapter
 from harness.models import configs
 from harness.models.configs import build_skeleton
 from harness.models.loading import (
@@ -175,12 +175,11 @@ def _facts(
 
 def _count_parameters(config: RunConfig, base: BaseModel, num_labels: int | None) -> ParameterCounts:
     """From shapes: a quantised weight has fewer entries than its matrix, so its model is counted as it was before."""
-    is_adapter = find_method_module(config.method.name).is_adapter
     if not getattr(base.model, "is_quantized", False):
-        return count_parameters(base.model, base.head, is_adapter=is_adapter)
+        return count_parameters(base.model, base.head, is_adapter=is_adapter(base.model, config))
     skeleton = build_skeleton(base_model(config), num_labels=num_labels)
     adapt(skeleton, config, base.head)
-    return count_parameters(skeleton, base.head, is_adapter=is_adapter)
+    return count_parameters(skeleton, base.head, is_adapter=is_adapter(skeleton, config))
 
 
 def wanted_generation_metrics(config: RunConfig) -> list[str]:

@@ -28,11 +28,21 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from harness.config.schema import AlphaPolicy, Init, RankConfig, VariantConfig
-from harness.methods.adapting import apply_lora, lora_layers, merge, merge_and_remove, remove_lora, unmerge
+from harness.config.schema import AlphaPolicy, Bias, Init, RankConfig, VariantConfig
+from harness.methods.adapting import (
+    apply_lora,
+    lora_layers,
+    merge,
+    merge_and_remove,
+    remove_lora,
+    trained_biases,
+    unmerge,
+)
 from harness.methods.counts import count_parameters, is_lora, set_trainable
 from harness.methods.lora import LoRAError, LoRALayer, SlicedLoRALayer, put_rows, take_rows
+from harness.methods.lora_method import is_adapter_in
 from harness.methods.peft_files import load_adapter, save_adapter
+from harness.models.configs import head_of
 from harness.placement.architectures import ARCHITECTURES, PlacementError, Rows, head_modules
 from harness.placement.ranks import pattern_problems, ranks_of
 from harness.placement.select import Target, select_targets
@@ -129,6 +139,8 @@ def _randomise(model: nn.Module) -> None:
                 update.lora_B.add_(0.3 * torch.empty(update.lora_B.shape).normal_(generator=generator))
                 if update.lora_magnitude is not None:
                     update.lora_magnitude.mul_(1.1)
+        for bias in trained_biases(model).values():
+            bias.add_(0.3 * torch.empty(bias.shape).normal_(generator=generator))
 
 
 def _tokens() -> Tensor:
@@ -352,6 +364,9 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, int], VariantConfig]] = {
     "pissa": (("o", "up"), {}, VariantConfig(init=Init.pissa)),
     "pissa of parts": (("v", "k"), {"k": 2}, VariantConfig(init=Init.pissa)),
     "random_b": (("o",), {}, VariantConfig(init=Init.random_b)),
+    "bias": (("qkv", "down"), {"down": 2}, VariantConfig(bias=Bias.adapted)),
+    "all biases": (("q", "v"), {}, VariantConfig(bias=Bias.all)),
+    "bias of dora": (("o",), {}, VariantConfig(bias=Bias.adapted, dora=True)),
 }
 POLICIES = {"fixed": RANK, "rslora": RankConfig(4, AlphaPolicy.rslora, alpha=8)}
 
@@ -380,8 +395,10 @@ def test_an_adapter_of_any_kind_loads_in_peft_and_here(case: str, model_type: st
     assert_close(_logits(theirs), expected, **TOLERANCE)
 
     again = FUSED[model_type]()
+    base = {name: (value, value.clone()) for name, value in again.named_parameters()}
     load_adapter(again, tmp_path)
     assert_close(_logits(again), expected, **TOLERANCE)
+    assert trained_biases(again).keys() == trained_biases(model).keys()
     kinds = {name: (type(layer), list(layer.updates())) for name, layer in lora_layers(model)}
     assert {name: (type(layer), list(layer.updates())) for name, layer in lora_layers(again)} == kinds
     merge(again)
@@ -390,6 +407,9 @@ def test_an_adapter_of_any_kind_loads_in_peft_and_here(case: str, model_type: st
     assert_close(_logits(again), expected, **TOLERANCE)
     remove_lora(again)
     assert torch.equal(_logits(again), _logits(FUSED[model_type]()))
+    left = dict(again.named_parameters())
+    assert left.keys() == base.keys() and not trained_biases(again)
+    assert all(left[name] is own and torch.equal(own, value) for name, (own, value) in base.items())
 
 
 @pytest.mark.parametrize(
@@ -399,15 +419,17 @@ def test_an_adapter_of_any_kind_loads_in_peft_and_here(case: str, model_type: st
         {"target_modules": ["c_proj", "c_fc"], "alpha_pattern": {"attn.c_proj": 32}, "use_rslora": True},
         {"target_modules": ["c_attn"], "use_dora": True},
         {"target_modules": ["wte", "c_attn"]},
+        {"target_modules": ["c_attn"], "bias": "lora_only"},
+        {"target_modules": ["c_attn"], "bias": "all"},
     ],
-    ids=["rank_pattern", "alpha_pattern", "dora", "embedding"],
+    ids=["rank_pattern", "alpha_pattern", "dora", "embedding", "bias", "all biases"],
 )
 def test_an_adapter_of_peft_of_any_kind_loads_here(settings: dict[str, Any], tmp_path: Path) -> None:
     theirs = peft.get_peft_model(_gpt2(), peft.LoraConfig(r=4, fan_in_fan_out=True, task_type="CAUSAL_LM", **settings))
     torch.manual_seed(5)
     with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            if "lora_" in name:
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
                 parameter.add_(0.2 * torch.randn_like(parameter))
     theirs.save_pretrained(str(tmp_path))
     model = _gpt2()
@@ -529,6 +551,131 @@ def test_gradients_of_dora_are_those_of_peft() -> None:
         assert_close(layer.lora_B.grad, others[name].lora_B["default"].weight.grad, **TOLERANCE)
         magnitude = others[name].lora_magnitude_vector["default"].weight
         assert_close(layer.lora_magnitude.grad, magnitude.grad, **TOLERANCE)
+
+
+# The roles, and how many entries of biases train, by hand: of the GPT-2 above in two blocks 96 and 32 of attention, 128
+# and 32 of the MLP, two norms; then a last norm. Of the BERT of tests/test_placement.py in three blocks 4 of attention,
+# 48 and 32 of the MLP, two norms; then the embeddings' norm and the pooler.
+BIASES = {
+    ("gpt2", Bias.adapted): (("qkv", "up"), 2 * (96 + 128)),
+    ("gpt2", Bias.all): (("q", "v"), 2 * (96 + 32 + 128 + 32 + 2 * 32) + 32),
+    ("bert", Bias.adapted): (("q", "v"), 3 * 2 * 32),
+    ("bert", Bias.all): (("q", "v"), 3 * (4 * 32 + 48 + 32 + 2 * 32) + 32 + 32),
+}
+
+
+@pytest.mark.parametrize(("model_type", "bias"), BIASES)
+def test_biases_beside_lora_train_as_in_peft_and_nothing_else_does(model_type: str, bias: Bias) -> None:
+    roles, num_biases = BIASES[model_type, bias]
+    build = FUSED.get(model_type, partial(_described, model_type))
+    ours, base = build(), dict(build().named_parameters())
+    head = head_of(ours, language_model=model_type == "gpt2")
+    targets = _adapt(ours, *roles, variant=VariantConfig(bias=bias), head=head)
+    is_adapter = is_adapter_in(ours)
+    set_trainable(ours, head, is_adapter=is_adapter)
+    layers = dict(lora_layers(ours))
+    counts = count_parameters(ours, head, is_adapter=is_adapter)
+    factors = sum(
+        4 * (one.in_features + one.out_features) for each in layers.values() for one in each.updates().values()
+    )
+    assert counts.num_adapter_params == factors + num_biases
+    assert counts.num_trainable_params == counts.num_adapter_params + counts.num_head_params
+    assert counts.num_total_params == sum(value.numel() for value in base.values()) + factors
+
+    if not any(target.rows for target in targets):
+        config = peft.LoraConfig(
+            r=4,
+            lora_alpha=8,
+            target_modules=[*layers],
+            bias="lora_only" if bias is Bias.adapted else "all",
+            fan_in_fan_out=model_type == "gpt2",
+            task_type="CAUSAL_LM" if model_type == "gpt2" else "SEQ_CLS",
+        )
+        theirs = peft.get_peft_model(build(), config)
+        for name, module in theirs.base_model.model.named_modules():
+            if name in layers:
+                module.lora_A["default"].weight.data = layers[name].lora_A.detach().clone()
+        losses = [_steps(model, 10) for model in (ours, theirs)]
+        assert_close(losses[0], losses[1], **TOLERANCE)
+    else:
+        losses = [_steps(ours, 10)]
+    assert losses[0][-1] < losses[0][0] - 0.01
+    own = {name.replace(".base.", "."): value for name, value in ours.named_parameters()}
+    changed = {name for name, value in base.items() if not torch.equal(own[name], value)}
+    in_head = {name for name in base if name.startswith(tuple(f"{module}." for module in head))}
+    adapted = {f"{name}.bias" for name in layers}
+    expected = {name for name in base if name.endswith(".bias") and (bias is Bias.all or name in adapted)}
+    still = {name for name in expected if ".key." in name}  # softmax cancels what all keys have in common
+    assert expected - still <= changed <= expected | in_head
+
+
+def _steps(model: nn.Module, num_steps: int) -> Tensor:
+    optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.1)
+    losses = []
+    for _ in range(num_steps):
+        loss = _loss(model)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return torch.tensor(losses)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "roles", "bias", "message"),
+    [
+        ("llama", ("q",), Bias.adapted, r"variant\.bias=adapted: the adapted modules have no bias, so nothing more"),
+        ("llama", ("q",), Bias.all, r"variant\.bias=all: the base model has no biases, so nothing more would train"),
+        ("gpt2", ("embedding",), Bias.adapted, r"variant\.bias=adapted: the adapted modules have no bias"),
+        ("gpt2", ("q",), Bias.adapted, r"c_attn\[q\] is some of the rows of a module, whose bias is that of all its"),
+    ],
+)
+def test_biases_that_are_not_there_are_refused(
+    model_type: str, roles: tuple[str, ...], bias: Bias, message: str
+) -> None:
+    model = FUSED.get(model_type, partial(_described, model_type))()
+    names = [name for name, _ in model.named_parameters()]
+    with pytest.raises(LoRAError, match=message):
+        _adapt(model, *roles, variant=VariantConfig(bias=bias))
+    assert [name for name, _ in model.named_parameters()] == names
+
+
+def test_a_norm_in_half_precision_takes_a_bias_in_float32_and_gets_its_own_back() -> None:
+    model = _described("bert").to(torch.bfloat16)
+    before = {name: (value, value.clone()) for name, value in model.named_parameters()}
+    _adapt(model, "q", variant=VariantConfig(bias=Bias.all), head=head_of(model, language_model=False))
+    set_trainable(model, (), is_adapter=is_adapter_in(model))
+    norm = model.bert.embeddings.LayerNorm
+    assert norm.bias.dtype is norm.weight.dtype is torch.float32
+    assert norm.bias.requires_grad and not norm.weight.requires_grad
+    with torch.autocast("cpu", torch.bfloat16):
+        _loss(model).backward()
+    assert norm.bias.grad.any()
+    remove_lora(model)
+    for name, value in model.named_parameters():
+        own, content = before[name]
+        assert value is own and value.dtype is torch.bfloat16 and torch.equal(value, content)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bias": "all"}, r"has bias=all and holds no .*; the file is not complete, or belongs to another model"),
+        ({"bias": "none"}, r"c_attn\.base_layer\.bias differs from the model's: the adapter belongs to another base"),
+        ({"bias": "vera_only"}, r"bias='vera_only' is not supported, only 'none', 'lora_only', 'all'"),
+    ],
+)
+def test_biases_of_a_file_that_do_not_fit_are_refused(change: dict[str, str], message: str, tmp_path: Path) -> None:
+    model = _gpt2()
+    _adapt(model, "qkv", variant=VariantConfig(bias=Bias.adapted))
+    _randomise(model)
+    _save(model, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    again = _gpt2()
+    with pytest.raises(LoRAError, match=message):
+        load_adapter(again, tmp_path)
+    assert torch.equal(_logits(again), _logits(_gpt2()))
 
 
 def test_a_weight_that_is_read_instead_of_its_module_is_the_adapted_one() -> None:

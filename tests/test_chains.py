@@ -26,7 +26,7 @@ from harness.config.validation import ConfigError
 from harness.content.errors import DataError, ModelError
 from harness.content.files import base_model
 from harness.content.identity import identify
-from harness.methods.adapting import lora_layers
+from harness.methods.adapting import lora_layers, trained_biases
 from harness.methods.lora import LoRAError
 from harness.methods.peft_files import load_adapter, start_from_adapter
 from harness.models.loading import load_model
@@ -245,6 +245,11 @@ def test_what_does_not_fit_is_refused_before_training(rows: Path, colours: Path,
         (continuing(target_layers={"name": "q", "projections": ["q"]}), LoRAError, "it adapts other modules .*, too"),
         (continuing(target_layers={"name": "x", "projections": ["q", "k", "v"]}), LoRAError, "it has none of"),
         (continuing(variant={"name": "dora", "dora": True}), LoRAError, "no DoRA: set variant.dora=false"),
+        (
+            continuing(variant={"name": "bias", "bias": "adapted"}),
+            LoRAError,
+            r"it has bias=none in PEFT's words and this run trains other biases .*: set variant.bias=none",
+        ),
         (continuing(seed=1), ModelError, "another base model .*drawn at random from seed=0"),
         (continuing(model={"tiny": "gpt2"}), ModelError, "another base model"),
         (continuing("nothing"), ModelError, "neither a run in runs_dir"),
@@ -319,6 +324,7 @@ def test_an_adapter_of_peft_continues_without_a_run(rows: Path, tmp_path: Path) 
         ({"model": {"name": "tiny_gpt2", "tiny": "gpt2"}}, 2),  # q and v are rows of one matrix
         ({"rank": {"rank": 4, "alpha": 12.0, "pattern": {"v": 2, "q@first_1": 3}}}, 1),
         ({"target_layers": {"name": "x", "projections": ["q", "embedding"]}}, 1),
+        ({"variant": {"name": "bias", "bias": "all"}}, 1),
     ],
 )
 def test_whatever_is_adapted_begins_where_it_ended(
@@ -340,6 +346,9 @@ def test_whatever_is_adapted_begins_where_it_ended(
     for name, layer in layers.items():
         torch.testing.assert_close(layer.delta_weight(), expected[name].delta_weight())
         assert layer.delta_weight().any()
+    biases, own = trained_biases(prepared.model), trained_biases(reference)
+    assert biases.keys() == own.keys() and bool(biases) == ("variant" in changes)
+    assert all(torch.equal(biases[name], value) for name, value in own.items())
 
 
 def test_an_adapter_on_the_hub_names_its_base(rows: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -26,13 +26,14 @@ from transformers import (
     XLNetConfig,
 )
 
-from harness.config.schema import ModelConfig, RankConfig, TinyModel
+from harness.config.schema import Bias, ModelConfig, RankConfig, TinyModel, VariantConfig
 from harness.data.batches import Batch
 from harness.data.blocks import NO_TARGET
 from harness.methods import flops
 from harness.methods.adapting import apply_lora
 from harness.methods.counts import set_trainable
 from harness.methods.flops import FlopsError, StepFlops, counted_flops, formula_flops
+from harness.methods.lora_method import is_adapter_in
 from harness.methods.registry import find_method_module
 from harness.models.configs import build_skeleton
 from harness.placement.architectures import ARCHITECTURES, head_modules
@@ -93,7 +94,9 @@ def _classifier(tiny: TinyModel) -> PreTrainedModel:
     return build_skeleton(ModelConfig(name="tiny", tiny=tiny), num_labels=5)
 
 
-def _train(model: PreTrainedModel, method: str, *roles: str, blocks: object = "all") -> PreTrainedModel:
+def _train(
+    model: PreTrainedModel, method: str, *roles: str, blocks: object = "all", bias: Bias = Bias.none
+) -> PreTrainedModel:
     """Makes of a model what the harness trains."""
     model_type, language_model = model.config.model_type, model.get_output_embeddings() is not None
     if roles:
@@ -101,11 +104,10 @@ def _train(model: PreTrainedModel, method: str, *roles: str, blocks: object = "a
         selected = select_targets(
             names, model_type=model_type, projections=roles, blocks=blocks, language_model=language_model
         )
-        apply_lora(model, selected, rank=RankConfig(RANK, alpha=8))
+        apply_lora(model, selected, rank=RankConfig(RANK, alpha=8), variant=VariantConfig(bias=bias))
     head = head_modules(model_type, language_model=language_model)
-    set_trainable(
-        model, head, is_adapter=find_method_module(method).is_adapter, trains_base=METHODS[method].trains_base
-    )
+    is_adapter = is_adapter_in(model) if roles else find_method_module(method).is_adapter
+    set_trainable(model, head, is_adapter=is_adapter, trains_base=METHODS[method].trains_base)
     return model
 
 
@@ -257,6 +259,14 @@ def test_a_classifiers_formula_is_what_is_counted(tiny: TinyModel, trained: str)
     method, roles, blocks = TRAINED[trained]
     model = _train(_classifier(tiny), method, *roles, blocks=blocks)
     assert formula_flops(model) == counted_flops(model)
+
+
+@pytest.mark.parametrize("bias", [Bias.adapted, Bias.all])
+@pytest.mark.parametrize("blocks", ["all", "last_half"])
+def test_biases_that_train_beside_adapters_are_what_is_counted(blocks: str, bias: Bias) -> None:
+    for model in (_language_model("gpt2"), _classifier(TinyModel.bert)):
+        _train(model, "lora", "up", blocks=blocks, bias=bias)
+        assert formula_flops(model) == counted_flops(model)
 
 
 @pytest.mark.parametrize("trained", ["full", "qv", "all, last half", "all and lm_head"])

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import test_run_language
 import torch
+from test_bitfit_and_norms import COUNTS
 from test_run import WORDS, config, rows  # noqa: F401
 from test_run_language import data  # noqa: F401
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from harness.methods.adapting import remove_lora
 from harness.models.loading import load_model
 from harness.models.saving import save_model
 from harness.models.tokenizers import load_tokenizer
+from harness.plan import plan
 from harness.prepare import build_accelerator
 from harness.results.schema import RunResult, Status
 from harness.run import run
@@ -50,6 +52,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dora": ("lora", {"variant": {"name": "dora", "dora": True}}),
     "pissa": ("lora", {"variant": {"name": "pissa", "init": "pissa"}}),
     "embedding": ("lora", {"target_layers": {"name": "x", "projections": ["q", "embedding"]}}),
+    "bias": ("lora", {"variant": {"name": "bias", "bias": "adapted"}}),
+    "biases_in_half": (
+        "lora",
+        {
+            "variant": {"name": "bias_all", "bias": "all"},
+            "model": {"dtype": "bfloat16"},
+            "trainer": {"precision": "bf16"},
+        },
+    ),
     "full": ("full", {}),
     "head_only": ("head_only", {}),
     "bitfit": ("bitfit", {}),
@@ -153,6 +164,15 @@ def test_every_method_has_the_scores_of_its_result_to_the_bit(
         pd.testing.assert_frame_equal(again, own, check_exact=True)
 
 
+def test_biases_are_planned_and_counted_as_adapter_parameters(ended: Saved) -> None:
+    factors = 2 * 2 * 4 * (64 + 64)  # q and v of two blocks
+    for name, num_biases in (("bias", 2 * 2 * 64), ("biases_in_half", COUNTS["bitfit"])):
+        (saved,) = find_saved(ended.ids(name), ended.runs_dir)
+        metrics = saved.result.metrics
+        assert metrics["num_adapter_params"] == plan(saved.config).num_adapter_params == factors + num_biases
+        assert metrics["num_trainable_params"] == factors + num_biases + metrics["num_head_params"]
+
+
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_a_language_model_has_the_scores_of_its_result_to_the_bit(
     data: Path,  # noqa: F811
@@ -194,7 +214,7 @@ def test_a_language_model_has_the_scores_of_its_result_to_the_bit(
 def test_the_base_is_bitwise_what_it_was_whatever_was_in_it(ended: Saved) -> None:
     saved = find_saved(ended.ids(*(name for name in CASES if name != "full")), ended.runs_dir)
     groups = by_base(saved)
-    assert [len(group) for group in groups] == [len(CASES) - 3, 1, 1]
+    assert [len(group) for group in groups] == [len(CASES) - 4, 1, 2]
     for group in groups:
         check_bitwise(group)
 

@@ -134,6 +134,17 @@ class Init(StrEnum):
     pissa = "pissa"
 
 
+class Bias(StrEnum):
+    """Which biases of the base model train beside A and B; `peft` calls `adapted` lora_only.
+
+    `adapted`: those of the adapted modules. `all`: every one outside the task head, those of norms included.
+    """
+
+    none = "none"
+    adapted = "adapted"
+    all = "all"
+
+
 class Schedule(StrEnum):
     """Shape of the learning rate after warm-up."""
 
@@ -223,7 +234,8 @@ def _read_by_optimizer(*optimizers: Optimizer) -> dict[str, ReadWhere]:
 def _has_adamw(config: RunConfig) -> bool:
     """Whether AdamW updates something: beside Muon's hidden matrices, all that is none of an adapter's."""
     method = METHODS.get(config.method.name)
-    only_adapters = config.dataset.task.is_language and method is not None and method.uses_rank
+    has_vectors = config.variant.dora or config.variant.bias is not Bias.none
+    only_adapters = config.dataset.task.is_language and method is not None and method.uses_rank and not has_vectors
     return config.trainer.optimizer in (Optimizer.adamw, Optimizer.adamw8bit) or (
         config.trainer.optimizer is Optimizer.muon and not only_adapters
     )
@@ -547,12 +559,14 @@ class VariantConfig:
         dora: whether each row of the adapted weight has a trained length (DoRA: Liu et al. 2024, arXiv 2402.09353).
         init: how A and B begin.
         learning_rate_ratio: the learning rate of B over that of A (LoRA+: Hayou et al. 2024, arXiv 2402.12354).
+        bias: which biases of the base model train, too, at `trainer.learning_rate_base`.
     """
 
     name: str = field(default="plain", metadata=_OF_LORA)
     dora: bool = field(default=False, metadata=_OF_LORA)
     init: Init = field(default=Init.kaiming, metadata=_OF_LORA)
     learning_rate_ratio: float = field(default=1.0, metadata=_OF_LORA)
+    bias: Bias = field(default=Bias.none, metadata=ADDED_LATER | _OF_LORA)
 
 
 @dataclass
@@ -653,9 +667,14 @@ class TrainerConfig:
     learning_rate_base: float | None = field(
         default=None,
         metadata=ADDED_LATER
-        | _of_method(
-            "by methods that train parameters of the base model",
-            lambda method: method.trains_base or method.trains_part_of_base,
+        | _read(
+            "where parameters of the base model train: by method=full, bitfit, ..., and with variant.bias",
+            lambda config: (
+                config.variant.bias is not Bias.none
+                or config.method.name not in METHODS
+                or METHODS[config.method.name].trains_base
+                or METHODS[config.method.name].trains_part_of_base
+            ),
         ),
     )
     lion_beta2: float = field(default=0.99, metadata=ADDED_LATER | _read_by_optimizer(Optimizer.lion))

@@ -10,6 +10,7 @@ from typing import Any
 
 from harness.config.schema import (
     AlphaPolicy,
+    Bias,
     DatasetConfig,
     Dtype,
     GenerationConfig,
@@ -422,6 +423,11 @@ def _variant_problems(config: RunConfig) -> list[str]:
         problems.append(
             f"variant.{setting}: reads the rows of the base weights, which model.quantization="
             f"{config.model.quantization} has packed; set model.quantization=none."
+        )
+    if config.model.quantization is not Quantization.none and variant.bias is not Bias.none:
+        problems.append(
+            f"variant.bias={variant.bias}: the layers of model.quantization={config.model.quantization} round their "
+            "biases to the type of their input, so that none can train; set model.quantization=none."
         )
     return problems
 

@@ -204,6 +204,7 @@ def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
         "target_layers": {name: value for name, value in placement.items() if name != "name"},
         "dora": variant.get("dora", False),
         "learning_rate_ratio": variant.get("learning_rate_ratio", 1.0),
+        "bias": variant.get("bias", "none"),
         # Where it continues something itself is its own affair, and how its weights are held no part of them.
         "base": {name: model.get(name) for name in ("asset", "hub_id", "revision", "tiny", "path", "run", "scratch")},
     }

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from harness.config.schema import RankConfig, VariantConfig
+from harness.config.schema import Bias, RankConfig, VariantConfig
+from harness.methods.counts import is_bias, is_head
 from harness.methods.inits import check_variant, start
 from harness.methods.lora import (
     AdaptedLayer,
@@ -23,6 +24,8 @@ from harness.placement.select import Target
 
 # Where a model keeps the base modules, by name, in whose place `load_adapter` put the adapter's own.
 REPLACED = "_modules_replaced_by_adapter"
+# And the base's own parameters in whose place others are: each with the module that has it, and its name there.
+_REPLACED_PARAMETERS = "_parameters_replaced_by_adapter"
 
 
 def check_rank(base: nn.Module, rank: int, *, rows: Rows | None = None) -> None:
@@ -49,6 +52,7 @@ def apply_lora(
     variant: VariantConfig | None = None,
     generator: torch.Generator | None = None,
     any_rank: bool = False,
+    head: Sequence[str] = (),
 ) -> None:
     """Puts an adapted layer in the place of every module that is a target, or some of whose rows are, in place.
 
@@ -57,9 +61,10 @@ def apply_lora(
         targets: what is adapted; a name stands for the whole module.
         rank: of all targets, or of each.
         dropout: on the input of every update; an embedding has none.
-        variant: how A and B begin, and whether rows have trained lengths.
+        variant: how A and B begin, whether rows have trained lengths, and which biases of the base train.
         generator: draws A and B, in the order of the targets.
         any_rank: whether a rank may be larger than the smaller side of its matrix, as in files of others.
+        head: the modules of the task head, whose biases are none of the base's.
 
     Raises:
         LoRAError: and changes nothing, when a module does not exist, cannot be adapted or allows no such rank.
@@ -79,6 +84,7 @@ def apply_lora(
             check_variant(modules[target.module], variant)
         except LoRAError as error:
             raise LoRAError(f"{target}: {error}") from None
+    biases = _biases(model, wanted, variant.bias, head)
     of_module: dict[str, list[tuple[Target, RankConfig]]] = {}
     for target, own in zip(wanted, at, strict=True):
         of_module.setdefault(target.module, []).append((target, own))
@@ -86,6 +92,64 @@ def apply_lora(
         layer = _layer_around(modules[name], parts, dropout)
         start(layer, variant, generator)
         replace_module(model, name, layer.train(modules[name].training))
+    replace_biases(model, biases)
+
+
+def _biases(model: nn.Module, targets: Sequence[Target], which: Bias, head: Sequence[str]) -> list[str]:
+    """The names of the biases that `variant.bias` says, before anything is adapted. Raises `LoRAError` for none."""
+    if which is Bias.none:
+        return []
+    names = [name for name, _ in model.named_parameters() if is_bias(name) and not is_head(name, head)]
+    if which is Bias.adapted:
+        for target in targets:
+            if target.rows is not None:
+                raise LoRAError(
+                    f"variant.bias=adapted: {target} is some of the rows of a module, whose bias is that of all its "
+                    f"rows; adapt the module whole, or set variant.bias=all or none."
+                )
+        adapted = {target.module for target in targets}
+        names = [name for name in names if name.rpartition(".")[0] in adapted]
+    if not names:
+        where = "the adapted modules have no bias" if which is Bias.adapted else "the base model has no biases"
+        raise LoRAError(f"variant.bias={which}: {where}, so nothing more would train; set variant.bias=none.")
+    return names
+
+
+def replace_biases(model: nn.Module, names: Sequence[str]) -> None:
+    """Puts a copy in float32 in the place of biases of the base model, to be trained; `remove_lora` puts these back.
+
+    Names are those of the base model.
+    """
+    layers = dict(lora_layers(model))
+    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for name in names:
+        module, _, leaf = name.rpartition(".")
+        owner = layers[module].base if module in layers else model.get_submodule(module)
+        replaced.append((owner, leaf, getattr(owner, leaf)))
+        weight = getattr(owner, "weight", None)
+        # Some of PyTorch's kernels want the weight of a norm in the type of its bias.
+        if isinstance(weight, nn.Parameter) and weight.ndim == 1 and weight.dtype is not torch.float32:
+            replaced.append((owner, "weight", weight))
+    for owner, leaf, own in replaced:
+        copied = own.detach().to(torch.float32, copy=True)
+        setattr(owner, leaf, nn.Parameter(copied, requires_grad=is_bias(leaf)))
+    if replaced:
+        model.__dict__[_REPLACED_PARAMETERS] = (*model.__dict__.get(_REPLACED_PARAMETERS, ()), *replaced)
+
+
+def trained_biases(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The biases that train in the place of the base's own, by the names that they have in the adapted model."""
+    trained = {id(getattr(owner, leaf)) for owner, leaf, _ in _replaced_parameters(model) if is_bias(leaf)}
+    return {name: value for name, value in model.named_parameters() if id(value) in trained} if trained else {}
+
+
+def original_parameters(model: nn.Module) -> dict[int, nn.Parameter]:
+    """The base model's own parameters that others replace, each by the `id` of the one in its place."""
+    return {id(getattr(owner, leaf)): own for owner, leaf, own in reversed(_replaced_parameters(model))}
+
+
+def _replaced_parameters(model: nn.Module) -> Sequence[tuple[nn.Module, str, nn.Parameter]]:
+    return model.__dict__.get(_REPLACED_PARAMETERS, ())
 
 
 def _layer_around(base: nn.Module, parts: Sequence[tuple[Target, RankConfig]], dropout: float) -> AdaptedLayer:
@@ -99,11 +163,15 @@ def _layer_around(base: nn.Module, parts: Sequence[tuple[Target, RankConfig]], d
 
 
 def remove_lora(model: nn.Module) -> None:
-    """Puts the base modules back, also those in whose place `load_adapter` put others; merged ones are unmerged first.
+    """Puts the base modules and biases back, also modules in whose place `load_adapter` put others; unmerges first.
 
     They stay frozen: what is trained next is for `set_trainable` to say.
     """
     unmerge(model)
+    for owner, leaf, own in reversed(_replaced_parameters(model)):
+        own.data = own.data.to(getattr(owner, leaf).device)  # the model may have been moved meanwhile
+        setattr(owner, leaf, own)
+    model.__dict__.pop(_REPLACED_PARAMETERS, None)
     for name, layer in list(lora_layers(model)):
         replace_module(model, name, layer.base)
     for name, module in replaced_modules(model).items():
@@ -145,6 +213,7 @@ def merge_and_remove(model: nn.Module) -> None:
     for name, layer in list(lora_layers(model)):
         replace_module(model, name, layer.base)
     model.__dict__.pop(REPLACED, None)
+    model.__dict__.pop(_REPLACED_PARAMETERS, None)
 
 
 def _is_shared(model: nn.Module, layer: AdaptedLayer) -> bool:

@@ -10,18 +10,20 @@ from torch import nn
 from harness.config.schema import RunConfig
 from harness.config.validation import ConfigError
 from harness.methods.base_part import keep, load_part, save_part
-from harness.methods.counts import is_head
+from harness.methods.counts import is_bias, is_head
 from harness.methods.norms_method import is_norm
 from harness.methods.registry import TrainedModel
-from harness.placement.architectures import head_modules
+from harness.models.configs import head_of
 from harness.placement.select import Target
 
 FILE = "bitfit.safetensors"
 
+is_adapter = is_bias
+
 
 def adapt(model: nn.Module, targets: Sequence[Target], config: RunConfig) -> None:
     """Nothing is added. Raises `ConfigError` for a model without biases."""
-    head = head_modules(model.config.model_type, language_model=config.dataset.task.is_language)
+    head = head_of(model, language_model=config.dataset.task.is_language)
     if not any(is_adapter(name) and not is_head(name, head) for name, _ in model.named_parameters()):
         raise ConfigError(
             [
@@ -32,12 +34,6 @@ def adapt(model: nn.Module, targets: Sequence[Target], config: RunConfig) -> Non
     for module in model.modules():
         if is_norm(module):  # some of PyTorch's kernels want its weight in the type of its bias, which is float32
             module.float()
-
-
-def is_adapter(name: str) -> bool:
-    """Whether it is a bias, those of norms included; DeBERTa calls some `q_bias`."""
-    leaf = name.rpartition(".")[2]
-    return leaf == "bias" or leaf.endswith("_bias")
 
 
 def save(trained: TrainedModel, directory: Path) -> int:

@@ -13,6 +13,12 @@ def is_lora(name: str) -> bool:
     return name.rpartition(".")[2] in ("lora_A", "lora_B", "lora_magnitude")
 
 
+def is_bias(name: str) -> bool:
+    """Whether a parameter of this name is a bias, those of norms included; DeBERTa calls some `q_bias`."""
+    leaf = name.rpartition(".")[2]
+    return leaf == "bias" or leaf.endswith("_bias")
+
+
 def is_head(name: str, head_modules: Sequence[str]) -> bool:
     """Whether a parameter of this name belongs to the task head."""
     return any(name.startswith(module + ".") for module in head_modules)

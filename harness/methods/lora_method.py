@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from harness.config.schema import RunConfig
-from harness.methods.adapting import apply_lora, merge_and_remove
+from harness.methods.adapting import apply_lora, merge_and_remove, trained_biases
 from harness.methods.counts import is_lora
 from harness.methods.peft_files import load_adapter, save_adapter
 from harness.methods.registry import TrainedModel
+from harness.models.configs import head_of
 from harness.placement.select import Target
 
 is_adapter = is_lora
+
+
+def is_adapter_in(model: nn.Module) -> Callable[[str], bool]:
+    """A and B, and with `variant.bias` the biases of the base that train beside them."""
+    biases = trained_biases(model).keys()
+    return lambda name: is_lora(name) or name in biases
 
 
 def adapt(model: nn.Module, targets: Sequence[Target], config: RunConfig) -> None:
@@ -25,6 +32,7 @@ def adapt(model: nn.Module, targets: Sequence[Target], config: RunConfig) -> Non
     apply_lora(
         model,
         targets,
+        head=head_of(model, language_model=config.dataset.task.is_language),
         rank=[config.rank.at(target.rank or config.rank.rank) for target in targets],
         dropout=config.method.adapter_dropout,
         variant=config.variant,

@@ -18,9 +18,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from harness.config.schema import AlphaPolicy, RankConfig, VariantConfig
-from harness.methods.adapting import REPLACED, apply_lora, lora_layers, remove_lora, replace_module, replaced_modules
-from harness.methods.counts import is_head
+from harness.config.schema import AlphaPolicy, Bias, RankConfig, VariantConfig
+from harness.methods.adapting import (
+    REPLACED,
+    apply_lora,
+    lora_layers,
+    original_parameters,
+    remove_lora,
+    replace_biases,
+    replace_module,
+    replaced_modules,
+    trained_biases,
+)
+from harness.methods.counts import is_bias, is_head
 from harness.methods.lora import (
     AdaptedLayer,
     EmbeddingLoRALayer,
@@ -76,6 +86,10 @@ def save_adapter(
     ]
     for name, tensor in head_state(model, saved_modules).items():
         tensors[_PEFT_PREFIX + name] = tensor
+    biases = {name: value for name, value in _own_biases(model).items() if not is_head(name, saved_modules)}
+    for name, tensor in biases.items():
+        module, _, leaf = name.rpartition(".")
+        tensors[f"{_PEFT_PREFIX}{module}.{'base_layer.' if module in layers else ''}{leaf}"] = tensor
     use_rslora = rank.alpha_policy is AlphaPolicy.rslora
     shapes = {name: (r, _alpha(r, scaling, use_rslora=use_rslora)) for name, (r, scaling) in scalings.items()}
     (most_have_rank, most_have_alpha), _ = Counter(shapes.values()).most_common(1)[0]
@@ -94,7 +108,7 @@ def save_adapter(
         "target_modules": [*layers],
         "modules_to_save": saved_modules,
         "fan_in_fan_out": any(type(layer.base).__name__ == "Conv1D" for layer in layers.values()),
-        "bias": "none",
+        "bias": _bias_of(biases, layers),
         "inference_mode": True,
     }
     write_json_atomically(directory / ADAPTER_CONFIG_FILE, config)
@@ -122,6 +136,24 @@ def _tensors_of(layer: AdaptedLayer) -> tuple[dict[str, Tensor], tuple[int, floa
             lengths = own if update.rows is None else put_rows(lengths, update.rows, own)
         tensors[_PEFT_MAGNITUDE] = lengths
     return tensors, (len(low), scaling)
+
+
+def _own_biases(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The biases that train in the place of the base's own, by their names in the base model."""
+    own = {f"{name}.base.": f"{name}." for name, _ in lora_layers(model)}
+    found = {}
+    for name, value in trained_biases(model).items():
+        module = name[: name.rfind(".") + 1]
+        found[own.get(module, module) + name.removeprefix(module)] = value
+    return found
+
+
+def _bias_of(biases: Iterable[str], adapted: Iterable[str]) -> str:
+    """What PEFT calls the choice of these biases, of a model with these adapted modules."""
+    modules = {name.rpartition(".")[0] for name in biases}
+    if not modules:
+        return "none"
+    return "lora_only" if modules <= set(adapted) else "all"
 
 
 def _alpha(rank: int, scaling: float, *, use_rslora: bool) -> float:
@@ -155,7 +187,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> int:
 # values that do. null means the default everywhere.
 _SUPPORTED: dict[str, tuple[object, ...]] = {
     "use_qalora": (False,),
-    "bias": ("none",),
+    "bias": ("none", "lora_only", "all"),
     "lora_bias": (False,),
     # The others (pissa, olora, corda, ...) change the base weight, too.
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
@@ -168,6 +200,7 @@ _READ = {
     *("peft_type", "task_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "lora_dropout", "use_rslora"),
     *("use_dora", "target_modules", "modules_to_save"),
 }
+_BIASES = {"none": Bias.none, "lora_only": Bias.adapted, "all": Bias.all}
 _WITHOUT_EFFECT = {
     *("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "fan_in_fan_out"),
     *("exclude_modules", "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core", "runtime_config"),
@@ -178,8 +211,9 @@ _WITHOUT_EFFECT = {
 def load_adapter(model: nn.Module, directory: Path) -> list[str]:
     """Loads an adapter written by us or by `peft`, in place of any adapter that the model has.
 
-    Modules that the adapter holds whole (the head, PEFT's `modules_to_save`) take the place of the model's until
-    `remove_lora`; a tied weight among them is untied, as `peft` does it. Returns the names of the adapted modules.
+    Modules that the adapter holds whole (the head, PEFT's `modules_to_save`) and biases that it trained take the place
+    of the model's until `remove_lora`; a tied weight among them is untied, as `peft` does it. Returns the names of the
+    adapted modules.
 
     Raises:
         LoRAError: with the model as it was, when a file is missing, uses a variant that this layer does not compute, or
@@ -189,7 +223,9 @@ def load_adapter(model: nn.Module, directory: Path) -> list[str]:
     ordered = [name for name, _ in model.named_modules() if name in names]
     _check_complete(model, config, names, path)
     ranks = {name: _rank_of(name, config) for name in names}
+    biases = _biases_in(tensors, config)
     whole_modules = _check_fits(model, tensors, ranks=ranks, config=config, path=path)
+    _check_biases(model, biases, names, config, path)
     targets = [each for name in ordered for each in _targets_of(name, ranks[name], directory / PARTS_FILE)]
     variant = VariantConfig(name=str(directory), dora=bool(config.get("use_dora")))
 
@@ -205,6 +241,8 @@ def load_adapter(model: nn.Module, directory: Path) -> list[str]:
     with torch.no_grad():
         for name, layer in lora_layers(model):
             _fill(layer, {leaf: tensors[f"{name}.{leaf}"] for leaf in _leaves(layer.base, config)})
+    replace_biases(model, [*biases])
+    _fill_biases(model, biases)
     originals = {name: model.get_submodule(name) for name in whole_modules}
     model.__dict__[REPLACED] = originals
     for name, original in originals.items():
@@ -232,6 +270,9 @@ def start_from_adapter(model: nn.Module, directory: Path, *, named: str) -> None
     layers = dict(lora_layers(model))
     has_dora = bool(config.get("use_dora"))
     problems = _other_modules(names, [*layers])
+    biases = _biases_in(tensors, config)
+    if not problems:
+        problems += _other_biases(biases, _own_biases(model), config)
     for name, layer in layers.items() if not problems else ():
         parts = _targets_of(name, _rank_of(name, config), directory / PARTS_FILE)
         problems += _differences(name, layer, parts)
@@ -257,6 +298,73 @@ def start_from_adapter(model: nn.Module, directory: Path, *, named: str) -> None
         for name, layer in layers.items():
             if not any(parameter.is_meta for parameter in layer.parameters()):
                 _fill(layer, {leaf: value for leaf, value in leaves[name].items() if value is not None})
+        _fill_biases(model, biases)
+
+
+def _biases_in(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The biases of a file that were trained beside A and B, by their names in the base model."""
+    if _bias_setting(config) is Bias.none:
+        return {}
+    saved = _saved_modules(config)
+    named = {name.replace(".base_layer.", "."): value for name, value in tensors.items()}
+    return {
+        name: value
+        for name, value in named.items()
+        if is_bias(name) and ".lora_" not in name and not _is_saved(name.rpartition(".")[0], saved)
+    }
+
+
+def _bias_setting(config: Mapping[str, Any]) -> Bias:
+    return _BIASES[config.get("bias") or "none"]
+
+
+def _check_biases(
+    model: nn.Module, biases: Iterable[str], adapted: set[str], config: Mapping[str, Any], path: Path
+) -> None:
+    """Raises `LoRAError` when a file lacks a bias that its config says it trained."""
+    setting, saved = _bias_setting(config), _saved_modules(config)
+    named = (name.rpartition(".") for name in _base_parameters(model) if setting is not Bias.none)
+    # Not those that DeBERTa calls `q_bias`: `peft` does not know them for biases.
+    wanted = {
+        f"{module}.{leaf}"
+        for module, _, leaf in named
+        if leaf == "bias" and not _is_saved(module, saved) and (setting is Bias.all or module in adapted)
+    }
+    absent = sorted(wanted - set(biases))
+    if absent:
+        raise LoRAError(
+            f"{path} has bias={config['bias']} and holds no {', '.join(absent[:5])}{', ...' if len(absent) > 5 else ''}"
+            "; the file is not complete, or belongs to another model."
+        )
+
+
+def _other_biases(biases: Mapping[str, Tensor], own: Mapping[str, Tensor], config: Mapping[str, Any]) -> list[str]:
+    """How the trained biases of a file differ from those of a run."""
+    # What `peft` does not know for biases begins as the base has it.
+    differing = sorted(biases.keys() - own.keys()) + sorted(
+        name for name in own.keys() - biases.keys() if name.endswith(".bias")
+    )
+    if differing:
+        return [
+            f"it has bias={config.get('bias')} in PEFT's words and this run trains other biases (it differs in "
+            f"{', '.join(differing[:3])}{', ...' if len(differing) > 3 else ''}): set "
+            f"variant.bias={_bias_setting(config)}"
+        ]
+    wrong = [
+        f"{name} is {tuple(value.shape)}, this model needs {tuple(own[name].shape)}"
+        for name, value in biases.items()
+        if value.shape != own[name].shape
+    ]
+    return wrong[:5]
+
+
+def _fill_biases(model: nn.Module, biases: Mapping[str, Tensor]) -> None:
+    """Copies biases of a file, by their names in the base model, into those that train."""
+    own = _own_biases(model)
+    with torch.no_grad():
+        for name, value in biases.items():
+            if not own[name].is_meta:
+                own[name].copy_(value)
 
 
 def _other_modules(names: Iterable[str], own: Sequence[str]) -> list[str]:
@@ -417,7 +525,8 @@ def _read_adapter_tensors(directory: Path) -> tuple[Path, dict[str, Tensor]]:
         plain = re.sub(r"\.(lora_[AB]|lora_embedding_[AB]|modules_to_save)\.default\b", r".\1", plain)
         plain = re.sub(r"\.lora_magnitude_vector(\.default)?(\.weight)?$", f".{_PEFT_MAGNITUDE}", plain)
         plain = plain.replace(".modules_to_save.", ".")
-        if plain in tensors:
+        # With bias=all the biases of a saved module are there under two names.
+        if plain in tensors and not torch.equal(tensors[plain], value):
             raise LoRAError(f"{path} holds {plain} twice, of several adapters; save one of them alone.")
         tensors[plain] = value
     return path, tensors
@@ -473,7 +582,8 @@ def _base_parameters(model: nn.Module) -> dict[str, Tensor]:
         found |= {f"{name}.{leaf}": value for leaf, value in layer.base_parameters()}
     for name, module in replaced_modules(model).items():
         found |= {f"{name}.{leaf}": value for leaf, value in module.named_parameters()}
-    return found
+    originals = original_parameters(model)
+    return {name: originals.get(id(value), value) for name, value in found.items()}
 
 
 def _check_fits(
@@ -508,7 +618,7 @@ def _check_fits(
         expected[name] = None if known is None else tuple(known.shape)
         if own_name == name and known is not None and _is_saved(module, _saved_modules(config)):
             whole_modules.append(module)
-        elif known is not None:
+        elif known is not None and not (is_bias(own_name) and _bias_setting(config) is not Bias.none):
             of_the_base[name] = known
     wrong = [
         f"{name} is {tuple(tensors[name].shape) if name in tensors else 'absent'}, the model needs {shape or 'none'}"

@@ -35,7 +35,8 @@ from harness.methods.lora import LoRAError
 from harness.methods.norms_method import is_norm
 from harness.methods.peft_files import ADAPTER_FILE, head_state, save_tensors
 from harness.methods.registry import TrainedModel
-from harness.placement.architectures import ARCHITECTURES, head_modules
+from harness.models.configs import head_of
+from harness.placement.architectures import ARCHITECTURES
 from harness.placement.select import Target
 from harness.results.files import write_json_atomically
 from harness.results.methods import METHODS
@@ -242,13 +243,8 @@ def _feedforward(model: nn.Module, target_modules: Sequence[str]) -> list[str]:
 
 def _norms(model: nn.Module, config: RunConfig) -> list[str]:
     """The normalisation layers of the base: peft knows those of a few model types alone."""
-    head = _head_of(model, config)
+    head = head_of(model, language_model=config.dataset.task.is_language)
     return [name for name, module in model.named_modules() if is_norm(module) and not is_head(f"{name}.", head)]
-
-
-def _head_of(model: nn.Module, config: RunConfig) -> tuple[str, ...]:
-    model_type = cast(Any, model).config.model_type
-    return head_modules(model_type, language_model=config.dataset.task.is_language)
 
 
 # ---------------------------------------------------------------- putting it into the model
@@ -324,7 +320,8 @@ def _check_adapted(model: nn.Module, held: Any, target_modules: Sequence[str], c
             f"method={config.method.name}: of the target layers peft adapts other modules; it differs in "
             f"{', '.join(differing[:5])}{', ...' if len(differing) > 5 else ''}."
         )
-    in_head = sorted(name for name in adapted if is_head(f"{name}.", _head_of(model, config)))
+    head = head_of(model, language_model=config.dataset.task.is_language)
+    in_head = sorted(name for name in adapted if is_head(f"{name}.", head))
     if in_head:
         raise PeftMethodError(
             f"method.peft.target_modules={config.method.peft.get('target_modules')}: {_some(in_head)} is in the task "

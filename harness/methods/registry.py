@@ -7,7 +7,7 @@ at a step (`harness.methods.during_training`).
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
@@ -60,6 +60,14 @@ class MethodModule(Protocol):
         ...
 
 
+class PartlyOfBase(Protocol):
+    """The function of a method's module where settings decide which of the base's own parameters train, too."""
+
+    def is_adapter_in(self, model: nn.Module) -> Callable[[str], bool]:
+        """What `is_adapter` is in a model that `adapt` has adapted."""
+        ...
+
+
 class SavedMethod(Protocol):
     """The functions of a method's module that `evaluate=` and `export=` need; without them a run trains all the same.
 
@@ -81,6 +89,13 @@ class SavedMethod(Protocol):
 def find_method_module(name: str) -> MethodModule:
     """The module of a method, by the method's name in `METHODS`."""
     return cast(MethodModule, importlib.import_module(METHODS[name].module))
+
+
+def is_adapter(model: nn.Module, config: RunConfig) -> Callable[[str], bool]:
+    """Says of a parameter of an adapted model, by its name, whether it is the method's (`MethodModule.is_adapter`)."""
+    module = find_method_module(config.method.name)
+    build = getattr(module, "is_adapter_in", None)
+    return module.is_adapter if build is None else cast(Callable[[str], bool], build(model))
 
 
 def during_training(model: nn.Module, config: RunConfig, num_steps: int) -> DuringTraining:

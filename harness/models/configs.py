@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -61,16 +62,24 @@ def build_skeleton(config: ModelConfig, *, num_labels: int | None) -> PreTrained
 
 
 def task_head(model_config: PreTrainedConfig, num_labels: int | None) -> tuple[str, ...]:
-    """The modules of the task head: of a type that is not described, all that is outside transformers' base model."""
+    """The modules of the task head of a model that has so many outputs; a language model (None) has no task head."""
     if num_labels is None or model_config.model_type in ARCHITECTURES:
         return () if num_labels is None else head_modules(model_config.model_type)
     with torch.device("meta"):
-        model = auto_class(num_labels).from_config(model_config)
-    children = model.named_children()
+        return head_of(auto_class(num_labels).from_config(model_config), language_model=False)
+
+
+def head_of(model: nn.Module, *, language_model: bool) -> tuple[str, ...]:
+    """The modules of a model's task head: of a type that is not described, all outside transformers' base model."""
+    own = cast(PreTrainedModel, model)
+    if language_model:
+        return ()
+    if own.config.model_type in ARCHITECTURES:
+        return head_modules(own.config.model_type)
     return tuple(
         name
-        for name, child in children
-        if name != model.base_model_prefix and next(child.parameters(), None) is not None
+        for name, child in own.named_children()
+        if name != own.base_model_prefix and next(child.parameters(), None) is not None
     )
 
 
