@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from analysis.load import LoadError, load_runs
+from analysis.metrics import STYLES
 from analysis.status import print_status
 from harness.extensions import ExtensionError, load_extensions
 
@@ -41,6 +42,33 @@ def _parser(program: str = "python -m analysis") -> argparse.ArgumentParser:
         default="best",
         help="of the step that was best on val, or of the last step; default: %(default)s",
     )
+    report.add_argument(
+        "--rows",
+        type=_names,
+        default=(),
+        metavar="AXES",
+        help="a table of your own: its rows, as method,rank; with --columns and --value",
+    )
+    report.add_argument(
+        "--columns",
+        type=_names,
+        default=(),
+        metavar="AXES",
+        help="its columns, as epochs; without --rows the columns of one wide table, axes and metrics",
+    )
+    report.add_argument(
+        "--value",
+        type=_names,
+        default=(),
+        metavar="METRICS",
+        help="what stands in it, as test_accuracy or peak_memory_bytes/full; default: the score on test",
+    )
+    report.add_argument(
+        "--style",
+        choices=STYLES,
+        default="report",
+        help="paper: scores times 100 with one decimal, and small deviations; default: %(default)s",
+    )
     report.add_argument("--published", action="store_true", help="show what papers print underneath, marked as quoted")
     report.add_argument(
         "--margin",
@@ -61,6 +89,13 @@ def _parser(program: str = "python -m analysis") -> argparse.ArgumentParser:
     return parser
 
 
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be names with commas between them, as method,rank")
+    return names
+
+
 def _margin(text: str) -> float:
     try:
         margin = float(text)
@@ -74,6 +109,7 @@ def _margin(text: str) -> float:
 def _report(options: argparse.Namespace) -> None:
     # Imported late: the status comes without waiting for what draws figures.
     from analysis.report import write_report
+    from analysis.tables.asked import Asked
 
     report_dir = write_report(
         options.runs_dir,
@@ -82,6 +118,8 @@ def _report(options: argparse.Namespace) -> None:
         scores=options.scores,
         published=options.published,
         margin=options.margin,
+        asked=Asked(options.rows, options.columns, options.value),
+        style=options.style,
     )
     if options.wandb is not None:
         # Imported late: a report needs neither W&B nor the rest of the harness.

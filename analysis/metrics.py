@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+
 from harness.results.metrics import METRICS, Direction, Metric, scores_of
 
 # Computed here from others, so not in the registry of what runs record.
@@ -27,9 +32,42 @@ BY_DEVICE = {"step_seconds_median", "train_tokens_per_second"}
 ARROWS = {Direction.HIGHER: " ↑", Direction.LOWER: " ↓", Direction.NEUTRAL: ""}
 
 
+STYLES = ("report", "paper")
+_STYLE: ContextVar[str] = ContextVar("style", default="report")
+
+
+@contextmanager
+def table_style(style: str) -> Iterator[None]:
+    """How tables that are made inside show scores: `paper` has shares times 100, and one decimal.
+
+    A context, as `decimal.localcontext` is one for digits: which number stands where does not depend on it.
+    """
+    if style not in STYLES:
+        raise ValueError(f"style={style!r}: must be one of {', '.join(STYLES)}")
+    token = _STYLE.set(style)
+    try:
+        yield
+    finally:
+        _STYLE.reset(token)
+
+
 def metric(name: str) -> Metric:
-    """What a measured or derived number means."""
-    return DERIVED[name] if name in DERIVED else METRICS[name]
+    """What a measured or derived number means, and how it is shown in the style of the table that is being made."""
+    about = DERIVED[name] if name in DERIVED else METRICS[name]
+    if _STYLE.get() == "paper" and is_score(name):
+        if _is_share(name, about):
+            return replace(about, display_unit="%", display_divisor=0.01, format=f"{about.format[:-2]}1f")
+        if not _OUT_OF_100.isdisjoint(name.split("_")):
+            return replace(about, format=f"{about.format[:-2]}1f")
+    return about
+
+
+_OUT_OF_100 = {"bleu", "chrf"}
+
+
+def _is_share(name: str, about: Metric) -> bool:
+    """Whether a score lies between 0 and 1, or -1 and 1."""
+    return about.unit == "1" and about.format.endswith((".4f", ".3f")) and {"mse", "nist"}.isdisjoint(name.split("_"))
 
 
 def is_score(name: str) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -27,20 +27,12 @@ def conditions_and_recipes(frame: pd.DataFrame) -> tuple[dict[str, str], dict[st
     The recipe is what a comparison of methods, ranks and placements must hold fixed: everything but these, their own
     settings and the learning rate.
     """
-    settings = [
-        column
-        for column in frame.columns
-        if column.startswith("config.")
-        and not _is_without_effect(column)
-        and not is_source(column)
-        and not column.startswith("config.target_layers")
-        and column not in ("config.model.name", "config.dataset.name", "config.trainer.learning_rate", "config.seed")
-    ]
+    settings = scientific_settings(frame)
     firsts = frame.drop_duplicates("cell_id")
-    shown = {column: _values(firsts, column).tolist() for column in settings}
+    shown = {column: setting_values(firsts, column).tolist() for column in settings}
     names = [firsts["model"].tolist(), firsts["dataset"].tolist()]
-    fixed = [shown[column] for column in settings if not column.startswith(_OF_METHOD)]
-    varied = [shown[column] for column in settings if column.startswith(_OF_METHOD)]
+    fixed = [shown[column] for column in settings if not is_of_method(column.removeprefix("config."))]
+    varied = [shown[column] for column in settings if is_of_method(column.removeprefix("config."))]
     if "config.target_layers.name" in frame:
         varied.append(firsts["config.target_layers.name"].tolist())
     recipes: dict[tuple[Any, ...], str] = {}
@@ -65,9 +57,36 @@ def conditions_and_recipes(frame: pd.DataFrame) -> tuple[dict[str, str], dict[st
     return found
 
 
-# Settings of a method, which another method does not have: only what adapts a frozen base can hold it quantised. What a
-# run is scored on besides changes nothing that is compared.
-_OF_METHOD = ("config.method", "config.variant", "config.rank", "config.model.quantization", "config.evaluate_also")
+def scientific_settings(frame: pd.DataFrame) -> list[str]:
+    """The columns of the settings that can change a number, less names, sources, placement, learning rate and seed."""
+    return [
+        column
+        for column in frame.columns
+        if column.startswith("config.")
+        and not _is_without_effect(column)
+        and not is_source(column)
+        and not column.startswith("config.target_layers")
+        and column not in ("config.model.name", "config.dataset.name", "config.trainer.learning_rate", "config.seed")
+    ]
+
+
+def is_of_method(setting: str) -> bool:
+    """Whether a setting, by its name in a config, belongs to a method: another method does not have it."""
+    return setting.startswith(_OF_METHOD)
+
+
+# Only what adapts a frozen base can hold it quantised; only what has an A and a B has rates for them. What a run is
+# scored on besides changes nothing that is compared.
+_OF_METHOD = (
+    "method",
+    "variant",
+    "rank",
+    "model.quantization",
+    "trainer.learning_rate_A",
+    "trainer.learning_rate_B",
+    "trainer.learning_rate_base",
+    "evaluate_also",
+)
 
 
 # ---------------------------------------------------------------- departures
@@ -104,7 +123,7 @@ def _is_without_effect(column: str) -> bool:
     return is_setting_without_effect(name) if kind == "config" else is_fact_without_effect(name)
 
 
-def _values(frame: pd.DataFrame, setting: str) -> pd.Series[Any]:
+def setting_values(frame: pd.DataFrame, setting: str) -> pd.Series[Any]:
     """A setting's values as text; where it names a file, the content of that file in the runs that recorded it."""
     values = frame[setting].map(show_value)
     named = _NAMES_A_FILE.fullmatch(setting)
@@ -118,8 +137,16 @@ _NAMES_A_FILE = re.compile(
 _CONTENT_OF = {"path": "train", "train_file": "train", "val_file": "val", "test_file": "test"}
 
 
-def recipe_differences(frame: pd.DataFrame) -> dict[str, tuple[str, ...]]:
-    """By cell, the settings in which it departs from most runs, as text; cells that depart in none are left out."""
+def recipe_differences(
+    frame: pd.DataFrame, *, axes: Sequence[str] = (), following: Collection[str] = ()
+) -> dict[str, tuple[str, ...]]:
+    """By cell, the settings in which it departs from most runs, as text; cells that depart in none are left out.
+
+    Args:
+        frame: a row per run.
+        axes: settings that tables have columns for, in which rows may differ.
+        following: settings that differ along with those, compared among the runs that agree in them.
+    """
     differences: defaultdict[str, list[str]] = defaultdict(list)
     evaluated = _evaluated_also(frame)
     if any(evaluated):
@@ -127,7 +154,8 @@ def recipe_differences(frame: pd.DataFrame) -> dict[str, tuple[str, ...]]:
     for setting in frame.columns:
         if not setting.startswith(("config.", "environment.")) or _is_without_effect(setting):
             continue
-        if setting in _COMPARED or is_source(setting) or setting.startswith(_PART_OF_A_NAME):
+        name = setting.removeprefix("config.")
+        if setting in _COMPARED or name in axes or is_source(setting) or setting.startswith(_PART_OF_A_NAME):
             continue
         runs = frame
         if setting.startswith("environment."):
@@ -136,14 +164,14 @@ def recipe_differences(frame: pd.DataFrame) -> dict[str, tuple[str, ...]]:
         elif setting.startswith(f"{_ALSO}."):
             # That a run has no such set is one difference, and not one for each of the set's settings.
             runs = frame[[setting.split(".")[2] in names for names in evaluated]]
-        for values, cell_ids in _within_scopes(runs, setting):
+        for values, cell_ids in _within_scopes(runs, setting, axes if name in following else ()):
             if values.nunique() < 2:
                 continue
             usual = Counter(values).most_common(1)[0][0]
             for cell_id, own in values.groupby(cell_ids, sort=False):
                 if set(own) != {usual}:
                     shown = " and ".join(dict.fromkeys(own))
-                    differences[str(cell_id)].append(f"{setting.removeprefix('config.')}={shown} instead of {usual}")
+                    differences[str(cell_id)].append(f"{name}={shown} instead of {usual}")
     return {cell_id: tuple(found) for cell_id, found in differences.items()}
 
 
@@ -162,14 +190,17 @@ def _evaluated_also(frame: pd.DataFrame) -> list[tuple[str, ...]]:
     ]
 
 
-def _within_scopes(runs: pd.DataFrame, setting: str) -> Iterator[tuple[pd.Series[Any], pd.Series[Any]]]:
+def _within_scopes(
+    runs: pd.DataFrame, setting: str, axes: Sequence[str]
+) -> Iterator[tuple[pd.Series[Any], pd.Series[Any]]]:
     """A setting's values as text, and their cells, apart for each group of runs in which it must agree."""
-    values = _values(runs, setting)
+    values = setting_values(runs, setting)
     scope = next((column for prefix, column in _SCOPES.items() if setting.startswith(prefix)), None)
-    if scope not in runs:
+    scopes = [*([scope] if scope in runs else []), *(f"config.{axis}" for axis in axes)]
+    if not scopes:
         yield values, runs["cell_id"]
         return
-    for index in runs.groupby(scope, sort=False, dropna=False).indices.values():
+    for index in runs.groupby(scopes, sort=False, dropna=False).indices.values():
         yield values.iloc[index], runs["cell_id"].iloc[index]
 
 

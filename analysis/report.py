@@ -22,9 +22,11 @@ from analysis import figures, select, tables
 from analysis.code_spans import as_code
 from analysis.comparisons import MARGIN
 from analysis.load import LoadError, Runs, load_curves, load_runs
+from analysis.metrics import table_style
 from analysis.page import PageTable, page
 from analysis.recipes import show_value
 from analysis.tables import notes, writers
+from analysis.tables.asked import Asked
 from analysis.tables.structure import PaperTable
 from harness.results.files import write_atomically
 from harness.results.launches import Launch
@@ -43,9 +45,11 @@ def write_report(
     scores: str = "best",
     published: bool = False,
     margin: float = MARGIN,
+    asked: Asked | None = None,
+    style: str = "report",
     console: Console | None = None,
 ) -> Path:
-    """Writes the report of a sweep, or of all runs in the folder, prints its first table, and returns its folder.
+    """Writes the report of a sweep, or of all runs in the folder, prints a table of it, and returns its folder.
 
     Args:
         runs_dir: where the runs lie.
@@ -54,10 +58,12 @@ def write_report(
         scores: "best", the step chosen on val, or "last".
         published: whether quoted rows of papers stand under the measured ones.
         margin: how much of a metric's scale a difference may be and still not matter.
-        console: where the first table is printed; standard output by default.
+        asked: a table of the reader's own, before all others and printed in place of the first.
+        style: how tables show scores, of `metrics.STYLES`.
+        console: where the table is printed; standard output by default.
 
     Raises:
-        LoadError: there are no such runs, or the sweep's name is no name of a folder.
+        LoadError: there are no such runs, the sweep's name is no name of a folder, or what was asked for is not there.
     """
     name = sweep or ALL_RUNS
     if not re.fullmatch(r"\w[\w.-]*", name):
@@ -67,10 +73,13 @@ def write_report(
     runs = load_runs(runs_dir, sweep=sweep)
     frame = select.at_last_step(runs.frame) if scores == "last" else runs.frame
     cells = select.cells(frame)
-    paper_tables = tables.paper_tables(frame, cells, scores=scores, published=published, margin=margin)
+    with table_style(style):
+        paper_tables = tables.paper_tables(
+            frame, cells, scores=scores, published=published, margin=margin, asked=asked or Asked()
+        )
     summary = list(_summary(runs, scores))
     report_dir = reports_dir / name
-    _write_tables(report_dir / "tables", paper_tables, name, summary)
+    _write_tables(report_dir / "tables", paper_tables, name, summary, small_spread=style == "paper")
     curves = load_curves(runs_dir, runs.frame["run_id"])
     drawn = figures.paper_figures(cells, curves)
     pictures = figures.write_figures(drawn, report_dir / "figures")
@@ -109,13 +118,15 @@ def _print(name: str, summary: Sequence[str], table: PaperTable, report_dir: Pat
     console.print(Text(f"\nwritten to {report_dir}/: report.html report.md runs.csv tables/ figures/"))
 
 
-def _write_tables(directory: Path, paper_tables: Sequence[PaperTable], sweep: str, summary: Sequence[str]) -> None:
+def _write_tables(
+    directory: Path, paper_tables: Sequence[PaperTable], sweep: str, summary: Sequence[str], *, small_spread: bool
+) -> None:
     written = []
     for table in paper_tables:
         contents = {
             # Alone, a table needs the sentences that the page has at its head.
             "md": f"{_in_markdown(table)}\n{_as_list(summary)}",
-            "tex": writers.to_latex(table, label=f"{sweep}-{table.name}"),
+            "tex": writers.to_latex(table, label=f"{sweep}-{table.name}", small_spread=small_spread),
             "csv": writers.to_csv(table.numbers),
             "html": writers.to_html(table) + "\n",
         }

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.axes import is_axis, own_axes
 from analysis.comparisons import Cell, half_interval, ranked_by
 from analysis.methods import method_name
 from analysis.metrics import BY_MEDIAN, GENERATION_SCORES, LEARNED, TRAINABLE_SHARE, is_score
@@ -33,7 +34,7 @@ COLLAPSED_ABOVE = 0.999
 LARGEST = 1e150
 # In `cells` also when no run has them: what every table of results is expected to say.
 ALWAYS = ("num_adapter_params", "peak_memory_bytes", "step_seconds_median", "checkpoint_bytes")
-# Columns of `cells` that name a cell and keep their type; the others are numbers.
+# Columns of `cells` that name a cell and keep their type, as own axes do; the others are numbers.
 CELL_COLUMNS = (
     "cell_id",
     "condition_id",
@@ -74,7 +75,8 @@ def cells(frame: pd.DataFrame) -> pd.DataFrame:
 
     Columns: what names the cell (`cell_id`, `condition_id`, `recipe_id`, `model`, `dataset`, `method`, `rank`,
     `target_layers`, `learning_rate`, `best_metric`, `run_ids` of all its runs, and where any run has one the
-    `base_domain`), `model`, `dataset` and `target_layers` as `analysis.names` calls them; its runs by status
+    `base_domain`), `model`, `dataset` and `target_layers` as `analysis.names` calls them; its value of each own axis of
+    the runs (`analysis.axes`) under the name of the setting, as `trainer.num_epochs`; its runs by status
     (`num_finished`, `num_diverged`, ...) and how many of the finished ones collapsed (`num_collapsed`); in `differs`
     the settings in which its recipe departs from that of most others, and in `recipe` a number for each such way; in
     `by_seed` the scores of its finished runs, by metric and seed. Then, for each metric that any run has, over the
@@ -88,7 +90,8 @@ def cells(frame: pd.DataFrame) -> pd.DataFrame:
     finished = (frame["status"] == Status.FINISHED.value).to_numpy()
     shares = frame[["val_majority_share", "test_majority_share"]]
     collapsed = (shares > COLLAPSED_ABOVE).any(axis="columns").to_numpy() & finished
-    differences = recipe_differences(frame)
+    axes = own_axes(frame)
+    differences = recipe_differences(frame, axes=axes.settings, following=axes.following)
     conditions, recipes = conditions_and_recipes(frame)
     statuses, seeds = frame["status"].to_numpy(), frame["config.seed"].tolist()
     rows: list[dict[str, Any]] = []
@@ -98,6 +101,7 @@ def cells(frame: pd.DataFrame) -> pd.DataFrame:
         rows.append(
             {
                 **_name(frame.iloc[runs[0]]),
+                **{setting: frame[f"config.{setting}"].iloc[runs[0]] for setting in axes.settings},
                 "condition_id": conditions[str(cell_id)],
                 "recipe_id": recipes[str(cell_id)],
                 "run_ids": tuple(frame["run_id"].iloc[runs]),
@@ -113,8 +117,12 @@ def cells(frame: pd.DataFrame) -> pd.DataFrame:
         row["recipe"] = marks.get(row["differs"])
     # What names a cell stays an object: a rank 8 stays 8 beside a missing one, which stays None.
     table = pd.DataFrame(rows, dtype=object)
-    numbers = [column for column in table.columns if column not in CELL_COLUMNS]
+    numbers = [column for column in table.columns if not _names_a_cell(column)]
     return table.astype({column: pd.to_numeric(table[column]).dtype for column in numbers})
+
+
+def _names_a_cell(column: str) -> bool:
+    return column in CELL_COLUMNS or is_axis(column)
 
 
 def _measured(frame: pd.DataFrame) -> dict[str, FloatArray]:
@@ -253,7 +261,7 @@ def best_cells(table: pd.DataFrame) -> pd.DataFrame:
     order = {cell_id: position for position, cell_id in enumerate(table["cell_id"])}
     chosen.sort(key=lambda cell: min(order[cell["cell_id"]], len(order)))
     best_table = pd.DataFrame(chosen, columns=[*table.columns, "tried", "edge", "bounded", "is_chosen"], dtype=object)
-    return best_table.astype({column: table[column].dtype for column in table.columns if column not in CELL_COLUMNS})
+    return best_table.astype({column: table[column].dtype for column in table.columns if not _names_a_cell(column)})
 
 
 def _ends(best: Cell, candidates: Sequence[Cell], complete: Sequence[Cell]) -> tuple[str | None, str | None]:

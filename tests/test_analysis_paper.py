@@ -337,11 +337,12 @@ def test_full_fine_tuning_of_the_same_recipe_is_the_reference(tmp_path: Path) ->
     save_run(tmp_path, "full", method="full", metrics=measured(peak_memory_bytes=40 * MIB))
     save_run(tmp_path, "full-big", method="full", trainer__batch_size=64, metrics=measured(peak_memory_bytes=400 * MIB))
     tables = by_name(load_runs(tmp_path).frame)
-    column = tables["tradeoff"].text.titles.index("memory / full")
-    ratios = {row[0]: row[column] for row in tables["tradeoff"].text.rows}
-    assert ratios == {"lora": "0.25×", "lora [1]": "0.03×", "full": "1.00×", "full [1]": "1.00×"}  # noqa: RUF001
-    assert "bert on sst2: LoRA is lora rank 1 qv" in tables["summary"].notes[1]
-    assert "bert on sst2 [1]: LoRA is lora rank 8 qv [1]" in tables["summary"].notes[2]
+    size, ratio = (tables["tradeoff"].text.titles.index(title) for title in ("batch size", "memory / full"))
+    ratios = {(row[0], row[size]): row[ratio] for row in tables["tradeoff"].text.rows}
+    small, big, one = "0.25×", "0.03×", "1.00×"  # noqa: RUF001
+    assert ratios == {("lora", "16"): small, ("lora", "64"): big, ("full", "16"): one, ("full", "64"): one}
+    assert "bert on sst2, batch size 16: LoRA is lora rank 1 qv, " in tables["summary"].notes[1]
+    assert "bert on sst2, batch size 64: LoRA is lora rank 8 qv, " in tables["summary"].notes[2]
 
 
 def save_epochs_by_rank(runs_dir: Path) -> None:
@@ -381,7 +382,7 @@ def test_a_ratio_needs_full_fine_tuning_of_the_same_recipe(tmp_path: Path) -> No
     expected = full | {"lora1": {f"10{times}"}, "lora4": {f"40{times}"}, "lora16": {none}}
     assert ratios("learning_rates", "best / full's") == expected
     compared = [note.partition(":")[0] for note in tables["summary"].notes[1:3]]
-    assert compared == ["bert on sst2", "bert on sst2 [1]"]
+    assert compared == ["bert on sst2, epochs 1", "bert on sst2, epochs 4"]
     figures = paper_figures(select.cells(frame), {})
     drawn = next(figure for figure in figures if figure.name == "best_rates").draw()
     written = {text.get_text() for text in drawn.findobj(Text)}

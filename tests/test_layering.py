@@ -56,6 +56,7 @@ ROOMS = (
     "analysis.comparisons",
     "analysis.methods",
     "analysis.recipes",
+    "analysis.axes",
     "analysis.select",
     "analysis.tables",
     "analysis.figures",

@@ -1,4 +1,7 @@
-"""Figures for the paper: each drawn from cells and curves, a panel for each model and dataset, as PDF and PNG.
+"""Figures for the paper: each drawn from cells and curves, as PDF and PNG.
+
+A panel shows one model on one dataset, at one value of each own axis that methods share (`analysis.axes`); a figure for
+each own axis shows the scores along it.
 
     cells, curves --paper_figures--> list of Figure --write_figures--> <name>.pdf and <name>.png
 
@@ -17,6 +20,7 @@ from analysis.figures.curves import LOWEST_CURVES, TRAINING_CURVES
 from analysis.figures.engine import Figure, figures_of, write_figures
 from analysis.figures.forgetting import FORGETTING_BY_LEARNING
 from analysis.figures.memory import MEMORY
+from analysis.figures.own_axes import own_axis_figures
 from analysis.figures.panels import Curves, panels_of
 from analysis.figures.ranks import RANK_BY_PLACEMENT, RANK_CURVES
 from analysis.figures.rates import BEST_RATES, LEARNING_RATES
@@ -48,4 +52,4 @@ def paper_figures(cells: pd.DataFrame, curves: Curves) -> list[Figure]:
         cells: as `select.cells` makes them, at all learning rates.
         curves: by run id, the rows of its `metrics.jsonl`; may be empty.
     """
-    return figures_of(KINDS, panels_of(cells, curves))
+    return [*figures_of(KINDS, panels_of(cells, curves)), *own_axis_figures(cells, curves)]

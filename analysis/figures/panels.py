@@ -14,6 +14,7 @@ import matplotlib
 import pandas as pd
 from matplotlib import font_manager
 
+from analysis.axes import Axis, axes_texts, axis_order, varied
 from analysis.comparisons import Cell
 from analysis.figures.style import COLOURS, LINES, LOOK_OF_FULL, LOOK_WITHOUT_RANK, MARKERS, in_turn
 from analysis.methods import is_full
@@ -77,10 +78,11 @@ class PlottedCell:
 
 @dataclass(frozen=True)
 class Panel:
-    """What is shown of one model on one dataset.
+    """What is shown of one model on one dataset, at one value of each own axis that methods share.
 
     `tried` holds the cells of all learning rates, `best` one per condition; `numbers` are those of the families in the
-    whole sweep, so that a placement looks alike in all panels.
+    whole sweep, so that a placement looks alike in all panels. `along` is an own axis of which a panel has all values,
+    for a figure that has it as its x axis.
     """
 
     name: str
@@ -90,6 +92,7 @@ class Panel:
     test: str
     val: str
     numbers: Mapping[str, int]
+    along: Axis | None = None
 
     def with_metrics(self, *names: str) -> list[PlottedCell]:
         """The conditions that have all of these metrics."""
@@ -114,6 +117,14 @@ class Panel:
             colour, marker, line = (in_turn(kinds, number) for kinds in (COLOURS, MARKERS, LINES))
         return {"color": colour, "marker": marker, "linestyle": line}
 
+    def look_by_rank(self, cell: PlottedCell) -> dict[str, Any]:
+        """The colour of the family with the marker and the line style of the rank, where every rank is a line."""
+        look = self.look_of(cell)
+        if not cell.rank:
+            return look
+        number = self.ranks().index(cell.rank)
+        return look | {"marker": in_turn(MARKERS, number), "linestyle": in_turn(LINES, number)}
+
     def tuned_ranks(self) -> list[PlottedCell]:
         """The conditions of which several learning rates were tried, in placements that have several such ranks."""
         tuned = [cell for cell in self.with_metrics(self.val) if cell.rank and len(cell.row["tried"]) > 1]
@@ -135,36 +146,52 @@ class Panel:
 # ---------------------------------------------------------------- from cells to panels
 
 
-def panels_of(cells: pd.DataFrame, curves: Curves) -> list[Panel]:
-    """A panel for each model and dataset, from a table of `select.cells` at all learning rates."""
+def panels_of(cells: pd.DataFrame, curves: Curves, *, along: Axis | None = None) -> list[Panel]:
+    """The panels of a table of `select.cells` at all learning rates, those of a dataset in the order of own axes."""
     best = best_cells(cells)
-    groups: defaultdict[tuple[Any, ...], list[Cell]] = defaultdict(list)
+    by_dataset: defaultdict[tuple[Any, ...], list[Cell]] = defaultdict(list)
     for row in records(best):
-        groups[row["model"], row["dataset"], row["best_metric"]].append(row)
+        by_dataset[row["model"], row["dataset"], row["best_metric"]].append(row)
     one_method = best.loc[best["rank"].notna(), "method"].nunique() == 1
+    at_all_rates = records(cells)
     numbers: dict[str, int] = {}
     panels: list[Panel] = []
-    for (model, dataset, score), rows in groups.items():
-        chosen = {cell.row["condition_id"]: cell for cell in _named(rows, one_method=one_method)}
-        for cell in chosen.values():
-            if cell.rank:
-                numbers.setdefault(cell.family, len(numbers))
-        tried = [
-            PlottedCell(row, chosen[row["condition_id"]].label, chosen[row["condition_id"]].family)
-            for row in records(cells)
-            if row["condition_id"] in chosen
-        ]
-        name = f"{short_name(model)}, {short_name(dataset)}"
-        alike = sum(panel.name.partition(" #")[0] == name for panel in panels)
-        name += f" #{alike + 1}" if alike else ""
-        panels.append(Panel(name, [*chosen.values()], tried, curves, f"test_{score}", f"val_{score}", numbers))
+    for (model, dataset, score), members in by_dataset.items():
+        for facet, rows in _facets(members, along):
+            chosen = {cell.row["condition_id"]: cell for cell in _named(rows, one_method=one_method, along=along)}
+            for cell in chosen.values():
+                if cell.rank:
+                    numbers.setdefault(cell.family, len(numbers))
+            tried = [
+                PlottedCell(row, chosen[row["condition_id"]].label, chosen[row["condition_id"]].family)
+                for row in at_all_rates
+                if row["condition_id"] in chosen
+            ]
+            name = ", ".join([short_name(model), short_name(dataset), *facet])
+            alike = sum(panel.name.partition(" #")[0] == name for panel in panels)
+            name += f" #{alike + 1}" if alike else ""
+            panels.append(
+                Panel(name, [*chosen.values()], tried, curves, f"test_{score}", f"val_{score}", numbers, along)
+            )
     return panels
 
 
-def _named(rows: Sequence[Cell], *, one_method: bool) -> list[PlottedCell]:
+def _facets(rows: Sequence[Cell], along: Axis | None) -> list[tuple[list[str], list[Cell]]]:
+    """The rows of a dataset apart for each value of the own axes that methods share, with those values in words."""
+    axes = [axis for axis in varied(rows) if not axis.is_of_method and axis != along]
+    groups: defaultdict[tuple[Any, ...], list[Cell]] = defaultdict(list)
+    for row in rows:
+        groups[tuple(axis_order(row[axis.setting]) for axis in axes)].append(row)
+    return [
+        ([short_name(text, 40) for text in axes_texts(groups[key][0], axes)], groups[key]) for key in sorted(groups)
+    ]
+
+
+def _named(rows: Sequence[Cell], *, one_method: bool, along: Axis | None) -> list[PlottedCell]:
     """The rows with their names; where recipes differ, those that depart from the usual one are numbered: "(2)"."""
     known = variants(rows)
-    taken: Counter[str] = Counter()
+    own = [axis for axis in varied(rows) if axis != along]
+    taken: Counter[tuple[Any, str]] = Counter()
     cells = []
     for row in rows:
         number = known.index(_departures(row)) + 1
@@ -172,10 +199,12 @@ def _named(rows: Sequence[Cell], *, one_method: bool) -> list[PlottedCell]:
         method = short_name(row["method"])
         placement = [short_name(row["target_layers"])] if isinstance(row["target_layers"], str) else []
         rank: list[str] = [] if pd.isna(row["rank"]) else [f"r{row['rank']:g}"]
-        label = " ".join([method, *rank, *placement, *variant])
-        family = " ".join([*([] if one_method and rank else [method]), *placement, *variant]) or method
-        taken[label] += 1
-        again = f" #{taken[label]}" if taken[label] > 1 else ""
+        values = [short_name(text, 40) for text in axes_texts(row, own)]
+        label = " ".join([method, *rank, *placement, *values, *variant])
+        family = " ".join([*([] if one_method and rank else [method]), *placement, *values, *variant]) or method
+        at = None if along is None else row[along.setting]
+        taken[at, label] += 1
+        again = f" #{taken[at, label]}" if taken[at, label] > 1 else ""
         cells.append(PlottedCell(row, label + again, family + again))
     return cells
 

@@ -15,7 +15,6 @@ from analysis.figures.engine import FigureKind
 from analysis.figures.footnote import Footnote
 from analysis.figures.labels import label_end, label_point
 from analysis.figures.panels import Panel, PlottedCell
-from analysis.figures.style import LINES, MARKERS, in_turn
 
 
 def _draw_learning_rates(subfigure: SubFigure, panel: Panel, footnote: Footnote) -> None:
@@ -24,7 +23,7 @@ def _draw_learning_rates(subfigure: SubFigure, panel: Panel, footnote: Footnote)
     unfinished = []
     tuned = [cell for cell in panel.best if len(cell.row["tried"]) > 1]
     for chosen in tuned:
-        look = _look_by_rank(panel, chosen)
+        look = panel.look_by_rank(chosen)
         rates = [cell for cell in panel.tried if cell.row["condition_id"] == chosen.row["condition_id"]]
         rates.sort(key=lambda cell: float(cell.row["learning_rate"]))
         scored = [cell for cell in rates if cell.value(panel.val) is not None]
@@ -42,15 +41,6 @@ def _draw_learning_rates(subfigure: SubFigure, panel: Panel, footnote: Footnote)
     set_ticks(axes, [rate for cell in tuned for rate in cell.row["tried"]], rate_text)
     footnote.remarks.append("ring: the chosen rate")
     axes.set(xlabel="learning rate", ylabel=axis_label(panel.val, "y"))
-
-
-def _look_by_rank(panel: Panel, cell: PlottedCell) -> dict[str, Any]:
-    """The colour of the family with the marker and the line style of the rank: here every rank is a line."""
-    look = panel.look_of(cell)
-    if not cell.rank:
-        return look
-    number = panel.ranks().index(cell.rank)
-    return look | {"marker": in_turn(MARKERS, number), "linestyle": in_turn(LINES, number)}
 
 
 def _has_rates(panel: Panel) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.axes import Axis, axes_of, axes_texts, axis_number, axis_order, axis_text, varied
 from analysis.comparisons import Cell
 from analysis.metrics import FORGETTING, LEARNED, MEMORY_PARTS, format_spread, format_value, metric
 from analysis.recipes import show_value
@@ -58,7 +59,9 @@ def _task_name(cell: pd.Series[Any] | Cell) -> str:
 def cells_data(cells: pd.DataFrame, best: pd.DataFrame) -> dict[str, Any]:
     """Every cell with what is drawn and said of it, and the titles of axes."""
     tasks, chosen, rows = tasks_of(cells), set(best["cell_id"]), records(cells)
-    series = list(dict.fromkeys(map(_series, rows)))
+    axes, own = axes_of(cells.columns), {name: varied(records(table)) for name, table in tasks.items()}
+    series_of = [_series(row, own[_task_name(row)]) for row in rows]
+    series = list(dict.fromkeys(series_of))
     generated = generation_scores(cells)
     return {
         "tasks": [_task(table.iloc[0]) for table in tasks.values()],
@@ -69,15 +72,26 @@ def cells_data(cells: pd.DataFrame, best: pd.DataFrame) -> dict[str, Any]:
         "compute": f"{metric('train_flops').label} ({metric('train_flops').unit})",
         "learned": metric(LEARNED).label,
         "forgetting": metric(FORGETTING).label,
+        "axes": [axis.name for axis in axes],
         "cells": [
-            _cell(cell, generated)
+            _cell(cell, generated, own[_task_name(cell)])
             | {
                 "task": list(tasks).index(_task_name(cell)),
-                "series": series.index(_series(cell)),
+                "series": series.index(name),
                 "best": cell["cell_id"] in chosen,
+                "axes": [None if cell[axis.setting] is None else axis_text(cell[axis.setting]) for axis in axes],
+                "places": [_number(axis_number(cell[axis.setting])) for axis in axes],
             }
-            for cell in rows
+            for cell, name in zip(rows, series_of, strict=True)
         ],
+    }
+
+
+def axis_choices(cells: pd.DataFrame) -> dict[str, list[str]]:
+    """By the name of each own axis its values as text, in order."""
+    return {
+        axis.name: list(dict.fromkeys(map(axis_text, sorted(set(cells[axis.setting].dropna()), key=axis_order))))
+        for axis in axes_of(cells.columns)
     }
 
 
@@ -86,18 +100,18 @@ def _task(cell: pd.Series[Any]) -> dict[str, Any]:
     return {"higher": test.direction is not Direction.LOWER, "val": val.label, "test": test.label}
 
 
-def _series(cell: Cell) -> str:
-    """What shares a colour and may be joined by a line: a method with a placement, in one recipe."""
-    return ", ".join(str(part) for part in (cell["method"], cell["target_layers"]) if part is not None) + (
-        recipe_mark(cell)
-    )
+def _series(cell: Cell, axes: Sequence[Axis]) -> str:
+    """What shares a colour and may be joined by a line: a method with a placement, at one value of each own axis."""
+    parts = [str(part) for part in (cell["method"], cell["target_layers"]) if part is not None]
+    return ", ".join([*parts, *axes_texts(cell, axes)]) + recipe_mark(cell)
 
 
-def _cell(cell: Cell, generated: Sequence[str]) -> dict[str, Any]:
+def _cell(cell: Cell, generated: Sequence[str], axes: Sequence[Axis]) -> dict[str, Any]:
     val, test = score(cell, "val"), score(cell, "test")
     return {
         "method": str(cell["method"]),
-        "name": _name(cell),
+        "name": _name(cell, axes),
+        "bare": _name(cell, ()),
         "condition": cell["condition_id"],
         "rank": _number(cell["rank"]),
         "rate": _number(cell["learning_rate"]),
@@ -119,10 +133,10 @@ def _cell(cell: Cell, generated: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _name(cell: Cell) -> str:
+def _name(cell: Cell, axes: Sequence[Axis]) -> str:
     rank = None if cell["rank"] is None else f"rank {cell['rank']}"
-    parts = (cell["method"], rank, cell["target_layers"])
-    return ", ".join(str(part) for part in parts if part is not None) + recipe_mark(cell)
+    parts = [str(part) for part in (cell["method"], rank, cell["target_layers"]) if part is not None]
+    return ", ".join([*parts, *axes_texts(cell, axes)]) + recipe_mark(cell)
 
 
 def _lines(cell: Cell, scores: Iterable[str]) -> Iterator[str]:

@@ -16,7 +16,7 @@ import pandas as pd
 from plotly.offline import get_plotlyjs
 
 from analysis.code_spans import with_code
-from analysis.page.data import cells_data, detailed_runs, runs_data, tasks_of
+from analysis.page.data import axis_choices, cells_data, detailed_runs, runs_data, tasks_of
 from analysis.recipes import show_value
 from analysis.select import best_cells
 
@@ -42,6 +42,7 @@ _FIGURES = (
         "Right: learned more; down: forgot less. Lines join the ranks of a placement in their order.",
     ),
     ("rank", "Score and rank", "Dashed: conditions without a rank. Bars: sample standard deviation."),
+    ("axis", "Score along an axis of the sweep", "Lines join what differs in this setting alone."),
     ("rate", "Learning rates", "Score on val at every learning rate tried; filled: the chosen one."),
     ("parts", "Where the memory goes", "Mean over the runs of a cell, at the peak of a training step."),
     ("curves", "Training curves", "One line per run of the chosen cells."),
@@ -129,10 +130,15 @@ def _navigation(sections: Iterable[tuple[str, str]], cells: pd.DataFrame) -> str
     methods = "".join(_option(str(name), str(name)) for name in cells["method"].unique())
     tasks = "".join(_option(str(i), name) for i, name in enumerate(tasks_of(cells)))
     only = ' data-only="true"' if len(tasks_of(cells)) < 2 else ""
+    axes = "".join(
+        f'<label>{escape(name)} <select class="axis"><option value="">all</option>'
+        f"{''.join(_option(value, value) for value in values)}</select></label>"
+        for name, values in axis_choices(cells).items()
+    )
     return (
         f'<nav aria-label="Sections"><div class="links">{links}</div><div class="filters">'
         '<label>Rows with <input id="filter" type="search" placeholder="text in tables" autocomplete="off"></label>'
-        f'<label>Method <select id="method"><option value="">all</option>{methods}</select></label>'
+        f'<label>Method <select id="method"><option value="">all</option>{methods}</select></label>{axes}'
         f'<label{only}>Figures for <select id="task">{tasks}</select></label>'
         '<output id="shown" aria-live="polite"></output></div></nav>'
     )

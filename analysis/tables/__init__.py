@@ -12,10 +12,11 @@ import pandas as pd
 
 from analysis.comparisons import MARGIN
 from analysis.select import best_cells, records
+from analysis.tables.asked import Asked, asked_table
 from analysis.tables.costs_and_quality import costs, tradeoff
 from analysis.tables.forgetting import earlier_tasks
 from analysis.tables.lora_against_full import summary
-from analysis.tables.notes import setting_note
+from analysis.tables.notes import axes_notes, setting_note
 from analysis.tables.placements import rank_by_target_layers, target_layers_at_budget
 from analysis.tables.ranks import rank_sweep
 from analysis.tables.rates import learning_rates
@@ -23,6 +24,7 @@ from analysis.tables.structure import PaperTable
 from analysis.tables.tasks import tasks_by_methods
 
 __all__ = [
+    "Asked",
     "PaperTable",
     "costs",
     "earlier_tasks",
@@ -37,6 +39,9 @@ __all__ = [
 ]
 
 
+_NOTHING = Asked()
+
+
 def paper_tables(
     frame: pd.DataFrame,
     table: pd.DataFrame,
@@ -44,8 +49,9 @@ def paper_tables(
     scores: str = "best",
     published: bool = False,
     margin: float = MARGIN,
+    asked: Asked = _NOTHING,
 ) -> list[PaperTable]:
-    """Every table that the runs of a sweep allow, the trade-off first.
+    """Every table that the runs of a sweep allow, the trade-off first, and before it what was asked for.
 
     Args:
         frame: a row per run, from `load_runs`.
@@ -53,6 +59,10 @@ def paper_tables(
         scores: "best" or "last": which step the scores in both are of, for the captions.
         published: whether quoted rows of papers stand under the measured ones.
         margin: how much of a metric's scale a difference may be and still not matter.
+        asked: a table of the reader's own.
+
+    Raises:
+        LoadError: what was asked for is not there.
     """
     best = best_cells(table)
     found = [
@@ -66,6 +76,9 @@ def paper_tables(
         earlier_tasks(best, frame),
     ]
     # Each is pasted alone, and must say by itself what it is about.
-    setting = setting_note(records(best), scores)
-    others = [replace(one, notes=[setting, *one.notes]) for one in found if one is not None]
-    return [tradeoff(best, frame, scores=scores), *others]
+    rows = records(best)
+    setting, axes = setting_note(rows, scores), [*axes_notes(rows)]
+    own = [asked_table(asked, table, best, frame)] if asked != _NOTHING else []
+    own = [replace(one, notes=[setting, *one.notes, *axes]) for one in own]
+    others = [replace(one, notes=[setting, *one.notes, *axes]) for one in found if one is not None]
+    return [*own, tradeoff(best, frame, scores=scores), *others]

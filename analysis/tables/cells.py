@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from analysis.axes import axes_of, axes_texts, varied
 from analysis.comparisons import Cell
 from analysis.metrics import BY_MEDIAN, format_spread, format_value, is_score
 from analysis.select import num_status
@@ -56,10 +57,26 @@ def recipe_mark(row: Cell) -> str:
     return "" if row["recipe"] is None else f" [{row['recipe']}]"
 
 
-def cell_name(row: Cell) -> str:
-    """A cell in a sentence."""
+def cell_name(row: Cell, *, with_shared: bool = True) -> str:
+    """A cell in a sentence; without the own axes that all methods have where the sentence has named them."""
+    axes = [axis for axis in axes_of(row) if with_shared or axis.is_of_method]
     parts = [row["method"], f"rank {row['rank']}" if row["rank"] is not None else None, row["target_layers"]]
-    return " ".join(part for part in parts if part)
+    return ", ".join([" ".join(part for part in parts if part), *axes_texts(row, axes)])
+
+
+def comparison_name(row: Cell, rows: Sequence[Cell]) -> str:
+    """What a row shares with those of the table that it is compared with: model, dataset, own axes of all methods."""
+    shared = [axis for axis in varied(_of_dataset(row, rows)) if not axis.is_of_method]
+    return ", ".join([f"{row['model']} on {row['dataset']}", *axes_texts(row, shared)])
+
+
+def facet_texts(row: Cell, rows: Sequence[Cell]) -> list[str]:
+    """The values of a row on the own axes in which the rows of its model and dataset differ, in words."""
+    return axes_texts(row, varied(_of_dataset(row, rows)))
+
+
+def _of_dataset(row: Cell, rows: Sequence[Cell]) -> list[Cell]:
+    return [other for other in rows if (other["model"], other["dataset"]) == (row["model"], row["dataset"])]
 
 
 def show_status(row: Cell) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import pandas as pd
 
+from analysis.axes import axis_number, axis_text, is_axis, varied
 from analysis.comparisons import Cell
 from analysis.metrics import title
 from analysis.select import num_status, score
@@ -15,7 +16,7 @@ from harness.results.schema import Status
 
 
 def key_columns(rows: Sequence[Cell]) -> list[Column]:
-    """What names a row: model and dataset where they differ, method, rank, target layers."""
+    """What names a row: model and dataset where they differ, method, rank, target layers, own axes."""
     columns = [
         Column(name, [row[name] for row in rows])
         for name in ("model", "dataset")
@@ -26,7 +27,19 @@ def key_columns(rows: Sequence[Cell]) -> list[Column]:
         Column("method", [row["method"] + recipe_mark(row) for row in rows]),
         Column("rank", [MISSING if row["rank"] is None else str(row["rank"]) for row in rows], rank_values(rows)),
         Column("target layers", [row["target_layers"] or MISSING for row in rows]),
+        *axis_columns(rows),
     ]
+
+
+def axis_columns(rows: Sequence[Cell]) -> list[Column]:
+    """The own axes in which any two of the rows differ."""
+    columns = []
+    for axis in varied(rows):
+        values = [row[axis.setting] for row in rows]
+        texts = [MISSING if value is None else axis_text(value) for value in values]
+        numbers = [axis_number(value) for value in values]
+        columns.append(Column(axis.name, texts, numbers if any(n is not None for n in numbers) else None))
+    return columns
 
 
 def rank_values(rows: Sequence[Cell]) -> list[float | None]:
@@ -74,7 +87,12 @@ def methods_of(rows: Sequence[Cell]) -> list[str]:
 
 # ---------------------------------------------------------------- numbers
 
-CELL_NAMES = ["model", "dataset", "method", "rank", "target_layers", "learning_rate"]
+_CELL_NAMES = ("model", "dataset", "method", "rank", "target_layers", "learning_rate")
+
+
+def cell_names(columns: Iterable[Hashable]) -> list[str]:
+    """What names a cell, of the columns of a table of cells or the keys of a row."""
+    return [*_CELL_NAMES, *(str(column) for column in columns if is_axis(column))]
 
 
 def with_spread(table: pd.DataFrame, names: Sequence[str]) -> list[str]:
@@ -91,7 +109,7 @@ def scores_by_split(rows: Sequence[Cell]) -> pd.DataFrame:
             name = score(row, split)
             lines.append(
                 {
-                    **{key: row[key] for key in CELL_NAMES},
+                    **{key: row[key] for key in cell_names(row)},
                     "num_adapter_params": row.get("num_adapter_params"),
                     "metric": name,
                     "mean": row.get(name),

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from analysis.comparisons import Cell, best_beyond_noise
+from analysis.axes import axes_of, axis_order, shared_axes
+from analysis.comparisons import Cell, best_beyond_noise, ranked_by
 from analysis.methods import is_full
 from analysis.metrics import BY_DEVICE
-from analysis.select import LARGEST, num_status
+from analysis.select import LARGEST, num_status, score
 from harness.results.schema import Status
 
 
@@ -18,11 +19,20 @@ def comparison_of(row: Cell) -> tuple[str, str, str]:
 
 
 def full_of(rows: Sequence[Cell]) -> dict[tuple[str, str, str], Cell]:
-    """The finished full fine-tuning to compare with, by `comparison_of`; of several the one that departs in nothing."""
-    found: dict[tuple[str, str, str], Cell] = {}
-    for row in sorted(filter(is_full, rows), key=lambda row: row["recipe"] is not None):
+    """The finished full fine-tuning to compare with, by `comparison_of`.
+
+    Of several the one that departs in nothing; of those that differ in settings of its own the best on val.
+    """
+    several: dict[tuple[str, str, str], list[Cell]] = {}
+    for row in filter(is_full, rows):
         if row[num_status(Status.FINISHED)]:
-            found.setdefault(comparison_of(row), row)
+            several.setdefault(comparison_of(row), []).append(row)
+    found = {}
+    for comparison, members in several.items():
+        usual = [row for row in members if row["recipe"] is None] or members
+        ranked = ranked_by(usual, score(usual[0], "val"))
+        has_own_axes = len({tuple(row[axis.setting] for axis in axes_of(row)) for row in usual}) > 1
+        found[comparison] = usual[ranked[0]] if ranked and has_own_axes else usual[0]
     return found
 
 
@@ -34,20 +44,32 @@ def by_dataset(rows: Iterable[Cell]) -> list[list[Cell]]:
     return list(groups.values())
 
 
-def by_dataset_and_method(rows: Iterable[Cell]) -> list[list[Cell]]:
-    """The rows of each model, dataset and method: ranks and placements of different methods are no one axis."""
-    return [
-        [row for row in group if row["method"] == method]
-        for group in by_dataset(rows)
-        for method in dict.fromkeys(row["method"] for row in group)
-    ]
+def by_facet(rows: Iterable[Cell]) -> list[list[Cell]]:
+    """The rows of each model, dataset, method and value of the own axes.
+
+    Ranks and placements of different methods are no one axis, and those after different epochs none either.
+    """
+    groups: list[list[Cell]] = []
+    for group in by_dataset(rows):
+        facets: dict[tuple[Any, ...], list[Cell]] = {}
+        for row in group:
+            facets.setdefault((row["method"], *(row[axis.setting] for axis in axes_of(row))), []).append(row)
+        # Methods in the order of the rows, values in their own.
+        methods = list(dict.fromkeys(method for method, *_ in facets))
+        order = sorted(facets, key=lambda facet: (methods.index(facet[0]), *map(axis_order, facet[1:])))
+        groups += [facets[facet] for facet in order]
+    return groups
 
 
 def groups_of(rows: Sequence[Cell]) -> list[list[int]]:
-    """Indices of the rows that may be compared: those of one model on one dataset, in one recipe."""
+    """Indices of the rows that may be compared: those of one model on one dataset, in one recipe.
+
+    Own axes that methods share, as epochs, are a part of the recipe; a method's own, as alpha, are what is compared.
+    """
     groups: dict[tuple[Any, ...], list[int]] = {}
     for index, row in enumerate(rows):
-        groups.setdefault((row["model"], row["dataset"], row["recipe"]), []).append(index)
+        shared = tuple(row[axis.setting] for axis in shared_axes(row))
+        groups.setdefault((row["model"], row["dataset"], row["recipe"], *shared), []).append(index)
     return list(groups.values())
 
 

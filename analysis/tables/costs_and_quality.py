@@ -6,14 +6,15 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
+from analysis.axes import own_axes
 from analysis.code_spans import as_code
 from analysis.comparisons import Cell
 from analysis.metrics import FORGETTING, FORGETTING_SCORE, GENERATION_SCORES, TRAINABLE_SHARE, format_value, metric
-from analysis.names import name_notes
+from analysis.names import name_notes, with_names
 from analysis.select import additional_scores, num_status, records, score_columns
 from analysis.tables.cells import EN_DASH, MISSING, TIMES, same_everywhere, show_rate, show_status
 from analysis.tables.columns import (
-    CELL_NAMES,
+    cell_names,
     key_columns,
     learning_rate_columns,
     methods_of,
@@ -25,6 +26,8 @@ from analysis.tables.columns import (
 from analysis.tables.comparable import best_rows, comparison_of, full_of, ratio_to
 from analysis.tables.notes import (
     NOTE_N,
+    NOTE_RATIO,
+    axes_notes,
     best_metrics_of,
     bold_notes,
     count_note,
@@ -76,6 +79,8 @@ def tradeoff(best: pd.DataFrame, frame: pd.DataFrame, *, scores: str = "best") -
         numbers=best.drop(columns="by_seed"),
         notes=[
             *_definitions(rows, frame),
+            *axes_notes(rows),
+            *_following_notes(frame),
             *name_notes(frame),
             *forgetting_notes(rows),
             *_generation_notes(score_names, frame, scores),
@@ -106,6 +111,13 @@ def _generation_notes(names: Sequence[str], frame: pd.DataFrame, scores: str) ->
     asked = {name for metrics in frame.get("config.dataset.metrics", ()) for name in metrics or ()}
     if scores == "last" and asked.intersection(GENERATION_SCORES):
         yield "Texts were generated at the best step alone, so the last step has no score of them."
+
+
+def _following_notes(frame: pd.DataFrame) -> Iterator[str]:
+    """What differs along with the own axes and has no column."""
+    following = own_axes(with_names(frame)).following
+    if following:
+        yield f"Along with these axes: {'. '.join(following.values())}."
 
 
 def _sentence(text: str) -> str:
@@ -140,11 +152,6 @@ def _definitions(rows: Sequence[Cell], frame: pd.DataFrame) -> Iterator[str]:
     if len(rows) > len(full_of(rows)) > 0:
         yield f"/ full: {NOTE_RATIO}"
 
-
-NOTE_RATIO = (
-    "ratio to full fine-tuning of the same model, dataset and recipe (every setting but the learning rate and those of "
-    f"the method), for times also on the same device; {EN_DASH} where that was not run; below 1{TIMES} is less."
-)
 
 # ---------------------------------------------------------------- costs
 
@@ -184,7 +191,7 @@ def costs(best: pd.DataFrame) -> PaperTable | None:
         name="costs",
         caption="What the costs are made of.",
         text=text_table([*keys, *(metric_column(rows, name) for name in names), *ratios], num_key_columns=len(keys)),
-        numbers=best[[*CELL_NAMES, *with_spread(best, names)]],
+        numbers=best[[*cell_names(best), *with_spread(best, names)]],
         notes=[
             "Peak memory is the sum of weights, gradients, optimizer and activations at the moment of the peak, in "
             "bytes of live tensors. Peak RSS: of the whole process, the test split included.",

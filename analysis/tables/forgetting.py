@@ -13,7 +13,7 @@ from analysis.comparisons import Cell
 from analysis.metrics import FORGETTING_SCORE, format_spread, format_value, metric
 from analysis.select import records
 from analysis.tables.cells import MISSING
-from analysis.tables.columns import CELL_NAMES, key_columns, methods_of, run_ids_of
+from analysis.tables.columns import cell_names, key_columns, methods_of, run_ids_of
 from analysis.tables.notes import count_note, recipe_notes
 from analysis.tables.structure import Column, PaperTable, text_table
 from harness.results.metrics import METRICS, Direction
@@ -94,7 +94,7 @@ def _text(name: str, values: Sequence[float]) -> str:
 
 
 def _numbers(kept: _Kept) -> dict[str, object]:
-    line: dict[str, object] = {key: kept.row[key] for key in CELL_NAMES}
+    line: dict[str, object] = {key: kept.row[key] for key in cell_names(kept.row)}
     line |= {"earlier_task": kept.task, "metric": kept.score, "n": len(kept.before)}
     for moment, values in (("before", kept.before), ("after", kept.after), ("forgotten", kept.forgotten)):
         line[moment] = statistics.fmean(values)

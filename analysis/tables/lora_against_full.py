@@ -8,11 +8,12 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.axes import axes_of
 from analysis.comparisons import CONFIDENCE, MARGIN, Cell, equivalence_margin, is_equivalent, p_value, ranked_by
 from analysis.methods import is_full, method_label, uses_rank
 from analysis.metrics import FORGETTING, format_spread, is_score, metric
 from analysis.select import generation_scores, num_status, records, score
-from analysis.tables.cells import MISSING, TIMES, cell_name, recipe_mark, show_metric
+from analysis.tables.cells import MISSING, TIMES, cell_name, comparison_name, recipe_mark, show_metric
 from analysis.tables.comparable import comparison_of, full_of, ratio_to
 from analysis.tables.notes import collapsed_notes, count_note, forgetting_notes, recipe_notes
 from analysis.tables.structure import Column, PaperTable, text_table
@@ -40,7 +41,8 @@ class _Pair:
 
     @property
     def note(self) -> str:
-        return f"{self.where}: {method_label(self.lora)} is {cell_name(self.lora)}{recipe_mark(self.lora)}, {self.why}."
+        name = cell_name(self.lora, with_shared=False)
+        return f"{self.where}: {method_label(self.lora)} is {name}{recipe_mark(self.lora)}, {self.why}."
 
 
 def summary(best: pd.DataFrame, *, margin: float = MARGIN) -> PaperTable | None:
@@ -89,7 +91,7 @@ def _pairs(rows: Sequence[Cell], margin: float) -> Iterator[_Pair]:
         chosen = _smallest_as_good(alike, margin) or _smallest_as_good(candidates, margin)
         if chosen is not None:
             is_one_of_several = sum(other[:2] == comparison[:2] for other in references) > 1
-            where = f"{full['model']} on {full['dataset']}" + (recipe_mark(full) if is_one_of_several else "")
+            where = comparison_name(full, rows) + (recipe_mark(full) if is_one_of_several else "")
             yield _Pair(where, chosen[1], full, chosen[0])
 
 
@@ -117,7 +119,10 @@ def _smallest_as_good(rows: Sequence[Cell], fraction: float) -> tuple[Cell, str]
     if not smaller:
         return best, f"the best on val, and no smaller adapter is shown to be as good ({within})"
     cheapest = min(smaller, key=lambda row: row["num_adapter_params"])
-    return cheapest, f"the smallest adapter shown to be as good on val as the best ({cell_name(best)}; {within})"
+    return (
+        cheapest,
+        f"the smallest adapter shown to be as good on val as the best ({cell_name(best, with_shared=False)}; {within})",
+    )
 
 
 def _is_smaller(row: Cell, other: Cell) -> bool:
@@ -173,6 +178,7 @@ def _numbers(pair: _Pair, name: str, margin: float) -> dict[str, Any]:
         "margin": equivalence_margin(name, full[name], margin) if _difference(pair, name, margin) else None,
         "lora_rank": lora["rank"],
         "lora_target_layers": lora["target_layers"],
+        **{f"lora_{axis.setting}" if axis.is_of_method else axis.setting: lora[axis.setting] for axis in axes_of(lora)},
     }
 
 

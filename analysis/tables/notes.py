@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
+from analysis.axes import axes_of
 from analysis.code_spans import as_code
 from analysis.comparisons import Cell
 from analysis.methods import method_label, uses_rank
@@ -15,7 +16,9 @@ from analysis.tables.cells import (
     COLLAPSED_MARK,
     EDGE_MARK,
     EN_DASH,
+    TIMES,
     cell_name,
+    comparison_name,
     recipe_mark,
     same_everywhere,
     show_metric,
@@ -32,6 +35,24 @@ def setting_note(rows: Sequence[Cell], scores: str) -> str:
     same = same_everywhere(rows, ("model", "dataset"))
     rule = f"{selection_rule(best_metrics_of(rows), scores)}."
     return f"{same}: {rule}" if same else f"{rule[0].upper()}{rule[1:]}"
+
+
+def axes_notes(rows: Sequence[Cell]) -> Iterator[str]:
+    """Which settings stand in the columns of own axes, and what that means for the comparisons."""
+    axes = axes_of(rows[0])
+    if not axes:
+        return
+    yield f"Columns: {', '.join(f'{axis.name} is {as_code(axis.setting)}' for axis in axes)}."
+    shared = [axis.name for axis in axes if not axis.is_of_method]
+    own = [axis.name for axis in axes if axis.is_of_method]
+    if shared:
+        yield f"Rows are compared with each other, and with full fine-tuning, at equal {_listed(shared)}."
+    if own:
+        yield f"A method's own settings, compared as ranks are: {_listed(own)}."
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([*([", ".join(names[:-1])] if len(names) > 1 else []), names[-1]])
 
 
 def best_metrics_of(rows: Sequence[Cell]) -> str:
@@ -61,6 +82,12 @@ NOTE_BOLD = (
 )
 
 
+NOTE_RATIO = (
+    "ratio to full fine-tuning of the same model, dataset and recipe (every setting but the learning rate and those of "
+    f"the method), for times also on the same device; {EN_DASH} where that was not run; below 1{TIMES} is less."
+)
+
+
 def bold_notes(rows: Sequence[Cell], names: Sequence[str], *, any_bold: bool) -> Iterator[str]:
     """What bold means here, or why there is none."""
     if any_bold:
@@ -83,7 +110,7 @@ def reference_notes(every: Sequence[Cell], rows: Sequence[Cell]) -> Iterator[str
         texts = [f"{split} {show_metric(row, score(row, split))}" for split in ("val", "test")]
         yield (
             f"For comparison, {method_label(row)}{recipe_mark(row)} of "
-            f"{row['model']} on {row['dataset']}: {', '.join(texts)} (n={row[num_status(Status.FINISHED)]})."
+            f"{comparison_name(row, every)}: {', '.join(texts)} (n={row[num_status(Status.FINISHED)]})."
         )
 
 
@@ -106,13 +133,18 @@ def edge_notes(rows: Sequence[Cell]) -> Iterator[str]:
     at_edge = [f"{named(row)}, tried {', '.join(map(show_rate, row['tried']))}" for row in tuned if row["edge"]]
     if at_edge:
         yield f"{EDGE_MARK} at the edge of the rates that were tried, so a better one may lie outside: " + (
-            f"{'; '.join(at_edge)}."
+            f"{_first_of(at_edge)}."
         )
     bounded = [
         f"{named(row)} at {show_rate(row['learning_rate'])}: {row['bounded']}" for row in tuned if row["bounded"]
     ]
     if bounded:
-        yield f"{EDGE_MARK} the last rate with as many finished runs: {'; '.join(bounded)}."
+        yield f"{EDGE_MARK} the last rate with as many finished runs: {_first_of(bounded)}."
+
+
+def _first_of(texts: Sequence[str]) -> str:
+    more = f"; and {len(texts) - _NUM_NAMED} more" if len(texts) > _NUM_NAMED else ""
+    return "; ".join(texts[:_NUM_NAMED]) + more
 
 
 def warning_notes(rows: Sequence[Cell], frame: pd.DataFrame) -> Iterator[str]:

@@ -12,8 +12,9 @@ from analysis.comparisons import Cell
 from analysis.methods import method_label, uses_rank
 from analysis.metrics import title
 from analysis.select import num_status, records, score, score_columns
-from analysis.tables.cells import MISSING, QUOTED_MARK, edge_mark, recipe_mark, show_metric, show_status
+from analysis.tables.cells import MISSING, QUOTED_MARK, edge_mark, facet_texts, recipe_mark, show_metric, show_status
 from analysis.tables.columns import (
+    axis_columns,
     learning_rate_columns,
     methods_of,
     metric_column,
@@ -22,7 +23,7 @@ from analysis.tables.columns import (
     run_ids_of,
     scores_by_split,
 )
-from analysis.tables.comparable import best_rows, by_dataset_and_method
+from analysis.tables.comparable import best_rows, by_facet
 from analysis.tables.notes import (
     NOTE_N,
     bold_notes,
@@ -62,7 +63,7 @@ class _Line:
 def rank_by_target_layers(best: pd.DataFrame, *, published: bool = False) -> PaperTable | None:
     """Scores of every placement (rows) at every rank (columns): the form of the LoRA paper's Table 6."""
     cells = records(best)
-    groups = [group for group in by_dataset_and_method(filter(uses_rank, cells)) if _is_plane(group)]
+    groups = [group for group in by_facet(filter(uses_rank, cells)) if _is_plane(group)]
     rows = [row for group in groups for row in group]
     if not rows:
         return None
@@ -71,7 +72,7 @@ def rank_by_target_layers(best: pd.DataFrame, *, published: bool = False) -> Pap
         line
         for group in groups
         for split in ("val", "test")
-        for line in _lines(group, score(group[0], split), name_method=len(labels) > 1)
+        for line in _lines(group, score(group[0], split), cells, name_method=len(labels) > 1)
     ]
     lines = [*measured, *(_quoted_line(row) for row in quoted_rows("rank_by_target_layers") if published)]
     columns = [
@@ -107,15 +108,16 @@ def _is_plane(group: Sequence[Cell]) -> bool:
     return len({row["rank"] for row in group}) > 1 and len({row["target_layers"] for row in group}) > 1
 
 
-def _lines(group: Sequence[Cell], name: str, *, name_method: bool) -> list[_Line]:
+def _lines(group: Sequence[Cell], name: str, every: Sequence[Cell], *, name_method: bool) -> list[_Line]:
     """A line per placement; a second one where a rank is there twice, in two recipes."""
     winners = best_rows(group, name)
+    facet = facet_texts(group[0], every)
     lines: dict[tuple[str | None, int], _Line] = {}
     for index, row in sorted(enumerate(group), key=lambda pair: pair[1]["recipe"] is not None):
         placement, rank, number = row["target_layers"], row["rank"], 0
         while (placement, number) in lines and rank in lines[placement, number].cells:
             number += 1
-        where = ", ".join([row["model"], row["dataset"], *([row["method"]] if name_method else [])])
+        where = ", ".join([row["model"], row["dataset"], *([row["method"]] if name_method else []), *facet])
         new = _Line((where, title(name), placement or MISSING), row["method"])
         line = lines.setdefault((placement, number), new)
         line.cells[rank] = _score_cell(row, name)
@@ -159,7 +161,7 @@ def target_layers_at_budget(best: pd.DataFrame, *, published: bool = False) -> P
     candidates = [
         row for row in filter(uses_rank, cells) if row["recipe"] is None and row.get("num_adapter_params", 0) > 0
     ]
-    rows = [row for group in by_dataset_and_method(candidates) if _is_one_budget(group) for row in group]
+    rows = [row for group in by_facet(candidates) if _is_one_budget(group) for row in group]
     if not rows:
         return None
     below = quoted_rows("target_layers_at_budget") if published else []
@@ -169,6 +171,7 @@ def target_layers_at_budget(best: pd.DataFrame, *, published: bool = False) -> P
         *naming_columns(rows, below),
         Column("target layers", [row["target_layers"] or MISSING for row in rows]),
         Column("rank", [str(row["rank"]) for row in rows], rank_values(rows)),
+        *axis_columns(rows),
         *learning_rate_columns(rows),
     ]
     params = metric_column(rows, "num_adapter_params")

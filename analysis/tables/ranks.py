@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import pandas as pd
 
+from analysis.axes import axes_of, axis_order
 from analysis.comparisons import Cell, best_beyond_noise
 from analysis.methods import uses_rank
 from analysis.metrics import title
 from analysis.select import generation_scores, records, score_columns
 from analysis.tables.cells import MISSING, QUOTED_MARK, recipe_mark
 from analysis.tables.columns import (
-    CELL_NAMES,
+    axis_columns,
+    cell_names,
     learning_rate_columns,
     methods_of,
     metric_column,
@@ -54,6 +57,7 @@ def rank_sweep(best: pd.DataFrame, *, published: bool = False) -> PaperTable | N
     key_columns = [
         *naming_columns(rows, below),
         Column("target layers", [(row["target_layers"] or MISSING) + recipe_mark(row) for row in rows]),
+        *axis_columns(rows),
         Column("rank", [str(row["rank"]) for row in rows], rank_values(rows)),
         *learning_rate_columns(rows),
     ]
@@ -74,7 +78,7 @@ def rank_sweep(best: pd.DataFrame, *, published: bool = False) -> PaperTable | N
         name="rank_sweep",
         caption="Rank sweep: parameters, negative log-likelihood and scores at every rank.",
         text=text,
-        numbers=best.loc[is_shown, [*CELL_NAMES, *with_spread(best, ["num_adapter_params", *names])]],
+        numbers=best.loc[is_shown, [*cell_names(best), *with_spread(best, ["num_adapter_params", *names])]],
         notes=[
             *reference_notes(cells, rows),
             NOTE_N,
@@ -111,8 +115,9 @@ def _ends_of_placements(rows: Sequence[Cell]) -> frozenset[int]:
     return frozenset(end - 1 for _, end in _stretches(rows)[:-1])
 
 
-def _placement_key(row: Cell) -> tuple[str, str, str, str, int]:
-    return row["model"], row["dataset"], row["method"], row["target_layers"] or "", row["recipe"] or 0
+def _placement_key(row: Cell) -> tuple[Any, ...]:
+    axes = tuple(axis_order(row[axis.setting]) for axis in axes_of(row))
+    return row["model"], row["dataset"], row["method"], row["target_layers"] or "", *axes, row["recipe"] or 0
 
 
 def _stretches(rows: Sequence[Cell]) -> list[tuple[int, int]]:

@@ -8,11 +8,12 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.axes import axes_of
 from analysis.comparisons import Cell
-from analysis.metrics import ARROWS, metric, title
+from analysis.metrics import ARROWS, format_value, metric, title
 from analysis.select import records, score
 from analysis.tables.cells import MISSING, QUOTED_MARK, edge_mark, recipe_mark, show_metric
-from analysis.tables.columns import methods_of, metric_column, rank_values, scores_by_split
+from analysis.tables.columns import axis_columns, methods_of, metric_column, rank_values, scores_by_split
 from analysis.tables.comparable import best_rows
 from analysis.tables.notes import bold_notes, collapsed_notes, count_note, edge_notes, recipe_notes
 from analysis.tables.published import Published, quoted_rows
@@ -38,6 +39,7 @@ def tasks_by_methods(best: pd.DataFrame, *, published: bool = False) -> PaperTab
         Column("method", [row["method"] + recipe_mark(row) for row in first]),
         Column("rank", [MISSING if row["rank"] is None else str(row["rank"]) for row in first], rank_values(first)),
         Column("target layers", [row["target_layers"] or MISSING for row in first]),
+        *axis_columns(first),
     ]
     task_columns = {dataset: _task_column(dataset, lines) for dataset in datasets}
     columns = [
@@ -75,10 +77,11 @@ def tasks_by_methods(best: pd.DataFrame, *, published: bool = False) -> PaperTab
 
 
 def _lines(cells: Sequence[Cell]) -> list[_Line]:
-    """The cells of one model, method, rank, placement and recipe; of several on one dataset the first."""
+    """The cells of one model, method, rank, placement, own axes and recipe; of several on one dataset the first."""
     lines: dict[tuple[Any, ...], _Line] = {}
     for row in cells:
-        key = (row["model"], row["method"], row["rank"], row["target_layers"], row["differs"])
+        axes = tuple(row[axis.setting] for axis in axes_of(row))
+        key = (row["model"], row["method"], row["rank"], row["target_layers"], *axes, row["differs"])
         lines.setdefault(key, {}).setdefault(row["dataset"], row)
     return list(lines.values())
 
@@ -117,7 +120,17 @@ def _task_column(dataset: str, lines: Sequence[_Line]) -> Column:
 
 def _average_column(datasets: Sequence[str], lines: Sequence[_Line]) -> Column:
     values = [_average(datasets, line) for line in lines]
-    return Column("mean", [MISSING if value is None else f"{value:.4f}" for value in values], values)
+    texts = [
+        MISSING if value is None else _average_text(value, line) for value, line in zip(values, lines, strict=True)
+    ]
+    return Column("mean", texts, values)
+
+
+def _average_text(value: float, line: _Line) -> str:
+    """The mean in the unit of the scores, if that is one of percent."""
+    names = {score(row, "test") for row in line.values()}
+    is_percent = all(metric(name).display_unit == "%" for name in names)
+    return format_value(min(names), value) if is_percent else f"{value:.4f}"
 
 
 def _average(datasets: Sequence[str], line: _Line) -> float | None:

@@ -107,8 +107,11 @@ def _latex_character(character: str) -> str:
     return f"(U+{ord(character):04X})" if character.isprintable() else ""
 
 
-def to_latex(table: PaperTable, *, label: str) -> str:
-    """A floating table for `booktabs` and `graphicx`, shrunk to the line where it is wider."""
+def to_latex(table: PaperTable, *, label: str, small_spread: bool = False) -> str:
+    """A floating table for `booktabs` and `graphicx`, shrunk to the line where it is wider.
+
+    With `small_spread` deviations are set as subscripts, as papers do.
+    """
     text = table.text
     alignment = "".join("r" if right else "l" for right in text.is_number)
     lines = [
@@ -124,10 +127,8 @@ def to_latex(table: PaperTable, *, label: str) -> str:
         r"\midrule",
     ]
     for row, cells in enumerate(text.rows):
-        written = [
-            rf"\textbf{{{in_latex(cell)}}}" if (row, column) in text.bold else in_latex(cell)
-            for column, cell in enumerate(cells)
-        ]
+        shown = [_small_spread(in_latex(cell)) if small_spread else in_latex(cell) for cell in cells]
+        written = [rf"\textbf{{{cell}}}" if (row, column) in text.bold else cell for column, cell in enumerate(shown)]
         lines.append(" & ".join(written) + r" \\")
         if row in text.rules and row + 1 < len(text.rows):
             lines.append(r"\midrule")
@@ -139,6 +140,11 @@ def to_latex(table: PaperTable, *, label: str) -> str:
         )
     lines.append(r"\end{table}")
     return "\n".join(lines) + "\n"
+
+
+def _small_spread(text: str) -> str:
+    """A deviation behind a number as its subscript."""
+    return re.sub(r"(?<=\d) \$\\pm\$ ([\d.,]+)", r"$_{\\pm \1}$", text)
 
 
 def _latex_titles(table: TextTable) -> list[str]:

@@ -43,6 +43,33 @@ function drawForgetting() {
   return { traces, layout: layout({ title: data.learned }, data.forgetting) };
 }
 
+function drawAxis() {
+  const at = state.axis;
+  const cells = bestCells().filter((cell) => cell.test !== null && (cell.axes[at] ?? null) !== null);
+  const rest = (cell) => [cell.bare, ...cell.axes.map((text, i) => (text === null || i === at ? null : `${data.axes[i]} ${text}`))];
+  const lines = [...groups(cells, (cell) => JSON.stringify(rest(cell))).values()]
+    .filter((members) => new Set(members.map((cell) => cell.axes[at])).size > 1);
+  if (!lines.length) return null;
+  const shown = lines.flat();
+  const isNumber = shown.every((cell) => cell.places[at] !== null);
+  const isLog = isNumber && shown.every((cell) => cell.places[at] > 0);
+  const traces = lines.map((members, i) => {
+    const ordered = isNumber ? [...members].sort((a, b) => a.places[at] - b.places[at]) : members;
+    const spread = ordered.map((cell) => cell.test_sd);
+    return {
+      type: "scatter", mode: "lines+markers", x: ordered.map((cell) => (isNumber ? cell.places[at] : cell.axes[at])),
+      y: ordered.map((cell) => cell.test), text: ordered.map(hover), hoverinfo: "text",
+      customdata: ordered.map((cell) => cell.runs), name: plain(rest(ordered[0]).filter(Boolean).join(", ")),
+      error_y: { type: "data", array: spread, visible: spread.some((sd) => sd !== null), thickness: 1.2, width: 3 },
+      line: { color: colour(i), width: 1.2 },
+      marker: { color: colour(i), symbol: SYMBOLS[i % SYMBOLS.length], size: 10, line: { color: theme().text, width: 0.8 } },
+    };
+  });
+  const texts = new Map(shown.map((cell) => [cell.places[at], cell.axes[at]]));
+  const named = isNumber ? { tickvals: [...texts.keys()], ticktext: [...texts.values()].map(plain) } : { type: "category" };
+  return { traces, layout: layout({ title: data.axes[at], ...named, ...(isLog ? { type: "log" } : {}) }, task().test) };
+}
+
 function drawRates() {
   const tried = [...groups(visibleCells().filter(has("val", "rate")), (cell) => cell.condition).values()]
     .filter((members) => new Set(members.map((cell) => cell.rate)).size > 1);
@@ -120,6 +147,7 @@ const FIGURES = {
   compute: () => against("compute", data.compute, ticks("compute", 0)),
   forgetting: drawForgetting,
   rank: () => against("rank", "rank", ticks("rank", 10)),
+  axis: drawAxis,
   rate: drawRates,
   parts: drawParts,
   curves: drawCurves,
@@ -132,6 +160,9 @@ function drawFigures() {
     const made = make();
     figure.hidden = made === null;
     if (made === null) return;
+    // Room for a long legend, which would take it from the plot.
+    const numNamed = made.traces.filter((one) => one.showlegend !== false).length;
+    made.layout.height += 18 * Math.max(0, Math.ceil(numNamed / 2) - 4);
     if (state.printing) made.layout.width = 640;
     const isNew = !plot.classList.contains("js-plotly-plot");
     const image = { filename: name, format: "svg" };
@@ -146,19 +177,30 @@ function drawFigures() {
   document.getElementById("no-figures").hidden = document.querySelector(".grid figure:not([hidden])") !== null;
 }
 
+// A choice above a figure: texts by value, of which one is selected.
+function addChoice(figure, label, texts, selected, choose) {
+  if (texts.size < 2) return;
+  const choice = element("select");
+  choice.setAttribute("aria-label", label);
+  texts.forEach((text, value) => {
+    const option = element("option", text);
+    option.value = value;
+    option.selected = value === selected;
+    choice.append(option);
+  });
+  choice.addEventListener("change", () => { choose(choice.value); drawFigures(); });
+  document.getElementById(figure).prepend(choice);
+}
+
 function addCurveChoice() {
   const present = new Set(Object.values(data.curves).flatMap(Object.keys));
   const names = Object.keys(data.curve_labels).filter((name) => present.has(name));
   state.curve = names.find((name) => name.startsWith("train_")) || names[0] || null;
-  if (names.length < 2) return;
-  const choice = element("select");
-  choice.setAttribute("aria-label", "Curve");
-  names.forEach((name) => {
-    const option = element("option", data.curve_labels[name]);
-    option.value = name;
-    option.selected = name === state.curve;
-    choice.append(option);
-  });
-  choice.addEventListener("change", () => { state.curve = choice.value; drawFigures(); });
-  document.getElementById("figure-curves").prepend(choice);
+  const texts = new Map(names.map((name) => [name, data.curve_labels[name]]));
+  addChoice("figure-curves", "Curve", texts, state.curve, (name) => { state.curve = name; });
+}
+
+function addAxisChoice() {
+  const texts = new Map(data.axes.map((name, i) => [i, name]));
+  addChoice("figure-axis", "Axis", texts, state.axis, (i) => { state.axis = Number(i); });
 }

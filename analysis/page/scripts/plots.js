@@ -3,8 +3,8 @@
 const task = () => data.tasks[Number(taskBox.value)];
 
 function visibleCells() {
-  return data.cells.filter(
-    (cell) => cell.task === Number(taskBox.value) && (!methodBox.value || cell.method === methodBox.value));
+  return data.cells.filter((cell) => cell.task === Number(taskBox.value)
+    && (!methodBox.value || cell.method === methodBox.value) && onAxes(cell));
 }
 
 const bestCells = () => visibleCells().filter((cell) => cell.best);

@@ -3,11 +3,13 @@
 document.querySelectorAll("table").forEach(prepareTable);
 filterBox.addEventListener("input", filterRows);
 methodBox.addEventListener("change", () => { filterRows(); drawFigures(); });
+axisBoxes.forEach((box) => box.addEventListener("change", () => { filterRows(); drawFigures(); }));
 taskBox.addEventListener("change", drawFigures);
 darkness.addEventListener("change", drawFigures);
 window.addEventListener("beforeprint", () => { state.printing = true; drawFigures(); });
 window.addEventListener("afterprint", () => { state.printing = false; drawFigures(); });
 document.addEventListener("keydown", (event) => { if (event.key === "Escape" && !panel.hidden) closeDetails(); });
 addCurveChoice();
+addAxisChoice();
 filterRows();
 drawFigures();

@@ -20,8 +20,9 @@ const darkness = window.matchMedia("(prefers-color-scheme: dark)");
 const filterBox = document.getElementById("filter");
 const methodBox = document.getElementById("method");
 const taskBox = document.getElementById("task");
+const axisBoxes = [...document.querySelectorAll("select.axis")];
 const panel = document.getElementById("details");
-const state = { printing: false, curve: null, opener: null };
+const state = { printing: false, curve: null, axis: 0, opener: null };
 data.cells.forEach((cell, index) => { cell.index = index; });
 const cellOfRun = new Map(data.cells.flatMap((cell) => cell.runs.map((run) => [run, cell])));
 
@@ -29,6 +30,8 @@ const theme = () => (darkness.matches && !state.printing ? THEMES.dark : THEMES.
 const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 const hover = (cell) => [`<b>${plain(cell.name)}</b>`, ...cell.lines.map(plain)].join("<br>");
 const has = (...names) => (cell) => names.every((name) => cell[name] !== null);
+// Whether a cell has the chosen values of the own axes; what its method does not have excludes it from nothing.
+const onAxes = (cell) => axisBoxes.every((box, i) => !box.value || cell.axes[i] === null || cell.axes[i] === box.value);
 
 function element(tag, text = "", className = "") {
   const made = document.createElement(tag);

@@ -1,4 +1,4 @@
-// Tables: sorted by a click on a title, filtered by text and method, rows that open the details of their runs.
+// Tables: sorted by a click on a title, filtered by text, method and own axes, rows that open the details of their runs.
 
 const isMissing = (key) => key === "" || key === "–" || Number.isNaN(key);
 
@@ -74,7 +74,9 @@ function filterRows() {
   rows.forEach((row) => {
     const text = row.textContent.toLowerCase();
     const ofOther = methodBox.value !== "" && "method" in row.dataset && row.dataset.method !== methodBox.value;
-    row.hidden = ofOther || !words.every((word) => text.includes(word));
+    const cells = (row.dataset.runIds || "").split(" ").map((run) => cellOfRun.get(run)).filter(Boolean);
+    const isElsewhere = cells.length > 0 && !cells.some(onAxes);
+    row.hidden = ofOther || isElsewhere || !words.every((word) => text.includes(word));
   });
   const shown = rows.filter((row) => !row.hidden).length;
   document.getElementById("shown").textContent = `${shown} of ${rows.length} rows`;
