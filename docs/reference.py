@@ -351,7 +351,8 @@ def methods_page() -> str:
                     (
                         f"`{name}`",
                         f"`{one.block}`",
-                        " ".join(f"`{role}`" for role in one.projections),
+                        " ".join(f"`{role}`" for role in one.projections)
+                        + (f" (stacks: {', '.join(one.stacks)})" if one.beside_encoder else ""),
                         " ".join(f"`{role}`" for role in one.parts),
                         " ".join(f"`{module}`" for module in one.head or ("none",)),
                         yes[one.unembedding is not None],

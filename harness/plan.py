@@ -75,6 +75,7 @@ def adapt(model: PreTrainedModel, config: RunConfig, head: tuple[str, ...]) -> l
             config=model.config,
             projections=config.target_layers.projections,
             blocks=config.target_layers.blocks,
+            stacks=config.target_layers.stacks,
             modules=config.target_layers.modules,
             language_model=config.dataset.task.is_language,
             head=head,
@@ -82,7 +83,7 @@ def adapt(model: PreTrainedModel, config: RunConfig, head: tuple[str, ...]) -> l
         )
     if config.rank is not None:
         pattern = config.rank.pattern or {}
-        num_blocks = count_blocks(names, model_type=model_type) if pattern else 0
+        num_blocks = count_blocks(names, model_type=model_type) if pattern else {}
         ranks = ranks_of(targets, rank=config.rank.rank, pattern=pattern, num_blocks=num_blocks)
         targets = [replace(target, rank=rank) for target, rank in zip(targets, ranks, strict=True)]
     method.adapt(model, targets, config)

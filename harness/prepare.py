@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +29,7 @@ from harness.models.loading import (
     checkpoint_activations,
     load_model,
 )
-from harness.models.tokenizers import PreTrainedTokenizerBase, check_vocabulary, load_tokenizer
+from harness.models.tokenizers import PreTrainedTokenizerBase, check_ends, check_vocabulary, load_tokenizer
 from harness.placement.select import Target, summary
 from harness.plan import adapt, require_packing
 from harness.processes.cores import available_cores
@@ -93,8 +93,13 @@ def _prepare(config: RunConfig, identity: Identity, accelerator: Accelerator, co
     loaded = load_model(base, num_labels=data.num_labels, pad_token_id=tokenizer.pad_token_id, seed=config.seed)
     model = loaded.model
     splits = [split for found in (data, *also.values()) for split in (found.train, found.val, found.test)]
-    used = (batch.inputs["input_ids"] for split in splits for batch in split.batches(config.trainer.eval_batch_size))
-    check_vocabulary(base, model, tokenizer, used)
+
+    def used() -> Iterator[torch.Tensor]:
+        for split in splits:
+            yield from (batch.inputs["input_ids"] for batch in split.batches(config.trainer.eval_batch_size))
+
+    check_vocabulary(base, model, tokenizer, used())
+    check_ends(base, model, used())
     require_packing(model.config.model_type, config)
     targets = adapt(model, config, loaded.head)
     start_head(loaded, config, data)

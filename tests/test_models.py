@@ -19,6 +19,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
     RobertaConfig,
@@ -447,11 +448,12 @@ def test_a_checkpoint_as_its_family_publishes_it_lacks_nothing(model_type: str, 
     more |= {"relative_attention": True} if model_type.startswith("deberta") else {}
     config = AutoConfig.for_model(model_type, **sizes, **tokens, **more)
     pretrained = AutoModelForMaskedLM if model_type in ENCODERS else AutoModelForCausalLM
+    pretrained = AutoModelForSeq2SeqLM if model_type == "t5" else pretrained
     for auto in (pretrained, AutoModel):
         base = auto.from_config(config)
         base.save_pretrained(tmp_path / auto.__name__)
         has_classifier = ARCHITECTURES[model_type].head is not None
-        for num_labels in (3,) if model_type in ENCODERS else (3, None) if has_classifier else (None,):
+        for num_labels in (3,) if model_type in (*ENCODERS, "t5") else (3, None) if has_classifier else (None,):
             if num_labels is None and auto is AutoModel and not config.tie_word_embeddings:
                 continue  # it does lack the unembedding
             saved_config = ModelConfig(name="x", path=str(tmp_path / auto.__name__), attention="eager")

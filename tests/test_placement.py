@@ -45,6 +45,7 @@ from transformers import (
     Qwen3MoeConfig,
     RobertaConfig,
     SmolLM3Config,
+    T5Config,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -52,7 +53,15 @@ from harness.config.schema import RankConfig
 from harness.methods.adapting import apply_lora
 from harness.methods.counts import count_parameters, set_trainable
 from harness.placement.architectures import ARCHITECTURES, GROUPS, ROLES, UNEMBEDDING, PlacementError, head_modules
-from harness.placement.select import block_problems, projection_problems, resolve_blocks, select_targets
+from harness.placement.ranks import ranks_of
+from harness.placement.select import (
+    block_problems,
+    count_blocks,
+    projection_problems,
+    resolve_blocks,
+    select_targets,
+    stack_problems,
+)
 
 NUM_BLOCKS = 3
 BERT_LIKE = {"hidden_size": 32, "num_hidden_layers": NUM_BLOCKS, "num_attention_heads": 2, "intermediate_size": 48}
@@ -118,7 +127,15 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         linear_num_key_heads=2,
         linear_num_value_heads=4,
     ),
+    "t5": lambda: _t5(feed_forward_proj="gated-gelu"),
 }
+
+
+def _t5(**more: Any) -> PreTrainedConfig:
+    sizes: dict[str, Any] = {"d_model": 32, "num_layers": NUM_BLOCKS, "num_heads": 2, "d_kv": 8, "d_ff": 48}
+    return T5Config(**{**sizes, "vocab_size": 50, "eos_token_id": 1, "decoder_start_token_id": 0, **more})
+
+
 LANGUAGE_MODELS = [
     "gpt2",
     "gpt_neox",
@@ -220,10 +237,18 @@ def test_every_architecture_is_tested_against_its_model() -> None:
 def test_every_role_is_one_projection_of_every_block(model_type: str) -> None:
     architecture = ARCHITECTURES[model_type]
     modules = dict(_model(model_type).named_modules())
-    for role, path in architecture.projections.items():
+    for role in architecture.projections:
         selected = _select(model_type, role)
-        everywhere = [f"{architecture.block.format(block)}.{path}" for block in range(NUM_BLOCKS)]
-        assert selected == [name for name in everywhere if not architecture.differs_by_block or name in modules]
+        everywhere = [
+            f"{stack.block.format(block)}.{path}"
+            for block in range(NUM_BLOCKS)
+            for stack in architecture.stacks.values()
+            for path in stack.projections.get(role, "").split("|")
+            if path
+        ]
+        assert sorted(selected) == sorted(
+            name for name in everywhere if not architecture.differs_by_block or name in modules
+        )
         assert selected
         assert all(isinstance(modules[name], nn.Linear | Conv1D) for name in selected)
     assert set(architecture.projections) <= set(ROLES)
@@ -231,14 +256,16 @@ def test_every_role_is_one_projection_of_every_block(model_type: str) -> None:
 
 
 # Models of experts, whose stacks take no adapter, have no `all` and no `mlp`.
-WITH_ALL = [name for name, architecture in ARCHITECTURES.items() if not architecture.refused]
+WITH_ALL = [name for name, architecture in ARCHITECTURES.items() if not set(architecture.refused) & set(ROLES)]
 
 
 @pytest.mark.parametrize("model_type", WITH_ALL)
 def test_all_is_every_linear_module_of_the_blocks(model_type: str) -> None:
-    prefix = ARCHITECTURES[model_type].block.partition("{}")[0]
+    architecture = ARCHITECTURES[model_type]
+    prefix = architecture.block.partition("{}")[0]
+    prefixes = tuple(stack.block.partition("{}")[0] for stack in architecture.stacks.values())
     linear = [name for name, module in _model(model_type).named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    in_blocks = [name for name in linear if name.startswith(prefix)]
+    in_blocks = [name for name in linear if name.startswith(prefixes)]
     without_role = {
         f"{prefix}{block}.{path}" for block in range(NUM_BLOCKS) for path in WITHOUT_ROLE.get(model_type, ())
     }
@@ -253,8 +280,8 @@ def test_the_groups_share_nothing_and_make_up_all(model_type: str) -> None:
     recurrent = _select(model_type, "recurrent") if has_recurrent else []
     assert attention and mlp and not set(attention) & set(mlp) and not set(recurrent) & {*attention, *mlp}
     assert sorted([*attention, *mlp, *recurrent]) == sorted(_select(model_type, "all"))
-    assert all("attn" in name or "attention" in name for name in attention)
-    assert not any("attn" in name or "attention" in name for name in mlp)
+    assert all("attn" in name or "attention" in name.lower() for name in attention)
+    assert not any("attn" in name or "attention" in name.lower() for name in mlp)
     if not has_recurrent:
         with pytest.raises(PlacementError, match=r"it has nothing of recurrent\."):
             _select(model_type, "recurrent")
@@ -277,8 +304,115 @@ def test_blocks_that_are_passed_several_times_are_adapted_all_or_not() -> None:
 def test_a_role_that_no_chosen_block_has_is_an_error() -> None:
     assert _select_lm("lfm2", "q", blocks=[1]) == ["model.layers.1.self_attn.q_proj"]
     assert len(_select_lm("lfm2", "all", blocks=[0])) == 5
-    with pytest.raises(PlacementError, match=r"the blocks of a lfm2 model differ, and no block of \[0, 2\] has q\."):
+    with pytest.raises(PlacementError, match=r"blocks of lfm2 models differ, and here no block of \[0, 2\] has q\."):
         _select_lm("lfm2", "q", "rec_in", blocks=[0, 2])
+
+
+# ---------------------------------------------------------------- an encoder-decoder
+
+_SELF, _CROSS = "layer.0.SelfAttention", "layer.1.EncDecAttention"
+
+
+def _t5_modules(stacks: str, *paths: str, blocks: Sequence[int] = range(NUM_BLOCKS)) -> list[str]:
+    return [f"transformer.{stacks}.block.{block}.{path}" for block in blocks for path in paths]
+
+
+T5_PLACED: dict[str, tuple[list[str], dict[str, Any], list[str]]] = {
+    "encoder": (
+        ["q", "v"],
+        {"stacks": ["encoder"]},
+        _t5_modules("encoder", f"{_SELF}.q", f"{_SELF}.v"),
+    ),
+    "decoder": (
+        ["mlp"],
+        {"stacks": ["decoder"], "blocks": "last_1"},
+        _t5_modules("decoder", *(f"layer.2.DenseReluDense.{name}" for name in ("wi_0", "wi_1", "wo")), blocks=[2]),
+    ),
+    "cross": (
+        ["all"],
+        {"stacks": ["cross"]},
+        _t5_modules("decoder", *(f"{_CROSS}.{role}" for role in "qkvo")),
+    ),
+    "decoder and cross": (
+        ["o"],
+        {"stacks": ["cross", "decoder"], "blocks": [0]},
+        _t5_modules("decoder", f"{_SELF}.o", f"{_CROSS}.o", blocks=[0]),
+    ),
+    "every stack": (
+        ["q", "down"],
+        {"blocks": "first_half"},
+        [
+            *_t5_modules("encoder", f"{_SELF}.q", "layer.1.DenseReluDense.wo", blocks=[0]),
+            *_t5_modules("decoder", f"{_SELF}.q", f"{_CROSS}.q", "layer.2.DenseReluDense.wo", blocks=[0]),
+        ],
+    ),
+}
+# Of rank 4, by hand: attention is 32 -> 16 and back, the MLP 32 -> 48 and back.
+T5_COUNTS = {
+    "encoder": 3 * 2 * 4 * (32 + 16),
+    "decoder": 3 * 4 * (32 + 48),
+    "cross": 3 * 4 * 4 * (32 + 16),
+    "decoder and cross": 2 * 4 * (32 + 16),
+    "every stack": 3 * 4 * (32 + 16) + 2 * 4 * (48 + 32),
+}
+
+
+@pytest.mark.parametrize("case", T5_PLACED)
+def test_stacks_of_an_encoder_decoder_by_hand(case: str) -> None:
+    roles, choice, expected = T5_PLACED[case]
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(CONFIGS["t5"]())
+    names = [name for name, _ in model.named_modules()]
+    targets = select_targets(names, model_type="t5", projections=roles, **choice)
+    assert [target.module for target in targets] == expected
+    apply_lora(model, targets, rank=RankConfig(4, alpha=8))
+    assert count_parameters(model, ()).num_adapter_params == T5_COUNTS[case]
+    for target in targets:
+        assert target.stack == ("cross" if "EncDec" in target.module else target.module.split(".")[1])
+
+
+def test_t5_without_a_gate_has_one_matrix_up() -> None:
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(_t5(num_decoder_layers=2))
+    names = [name for name, _ in model.named_modules()]
+    mlp = [target.module for target in select_targets(names, model_type="t5", projections=["mlp"])]
+    assert mlp == [
+        *_t5_modules("encoder", "layer.1.DenseReluDense.wi", "layer.1.DenseReluDense.wo"),
+        *_t5_modules("decoder", "layer.2.DenseReluDense.wi", "layer.2.DenseReluDense.wo", blocks=[0, 1]),
+    ]
+    with pytest.raises(PlacementError, match=r"blocks of t5 models differ, and here no block of all has gate\."):
+        select_targets(names, model_type="t5", projections=["gate"])
+    # The decoder is shorter; each stack counts its own blocks.
+    last = select_targets(names, model_type="t5", projections=["up"], blocks="last_1")
+    assert [(target.stack, target.block) for target in last] == [("encoder", 2), ("decoder", 1)]
+    with pytest.raises(PlacementError, match=r"\[2\] do not exist; this model's decoder has blocks 0 to 1\."):
+        select_targets(names, model_type="t5", projections=["up"], blocks=[2])
+    counts = count_blocks(names, model_type="t5")
+    assert counts == {"encoder": 3, "decoder": 2, "cross": 2}
+    targets = select_targets(names, model_type="t5", projections=["up"])
+    assert ranks_of(targets, rank=8, pattern={"up@last_1": 2}, num_blocks=counts) == [8, 8, 2, 8, 2]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "roles", "stacks", "message"),
+    [
+        ("t5", ["mlp"], ["cross"], r"on t5: it has nothing of mlp\. It has: q, k, v, o \(and the groups"),
+        ("t5", ["embedding"], "all", r"embedding cannot be adapted: encoder and decoder look tokens up in modules of"),
+        ("t5", ["q"], ["middle"], r"target_layers\.stacks=\['middle'\]: allowed: all, or a list of some of encoder, "),
+        ("bert", ["q"], ["encoder"], r"stacks=\['encoder'\]: a bert model is no encoder-decoder and has one stack"),
+        ("bert", ["q"], ["encoder", "decoder", "cross"], r"a bert model is no encoder-decoder and has one stack"),
+    ],
+)
+def test_a_stack_that_is_not_there_is_an_error(model_type: str, roles: list[str], stacks: Any, message: str) -> None:
+    with pytest.raises(PlacementError, match=message):
+        select_targets(_names(model_type), model_type=model_type, projections=roles, stacks=stacks)
+
+
+@pytest.mark.parametrize("stacks", ["encoder", [], ["encoder", "encoder"], None, 1, {"encoder": 1}])
+def test_what_is_no_choice_of_stacks_is_an_error_that_lists_the_choices(stacks: object) -> None:
+    assert stack_problems(stacks) == [
+        f"target_layers.stacks={stacks!r}: allowed: all, or a list of some of encoder, decoder, cross."
+    ]
 
 
 # Rows of each part by hand, of the models above.
@@ -324,14 +458,15 @@ def test_parts_of_a_matrix_are_all_its_rows_once(model_type: str) -> None:
 
 # Names that mean "query" and so on whatever the model: read off by hand.
 ROLE_BY_HAND = {
-    "q": r"query|query_proj|q_proj|q_lin",
-    "k": r"key|key_proj|k_proj|k_lin",
-    "v": r"value|value_proj|v_proj|v_lin",
-    "o": r"attention\.(output\.)?dense|self_attention\.dense|o_proj|self_attn\.out_proj|attn\.c_proj|out_lin|attn\.Wo",
+    "q": r"query|query_proj|q_proj|q_lin|(Self|EncDec)Attention\.q",
+    "k": r"key|key_proj|k_proj|k_lin|(Self|EncDec)Attention\.k",
+    "v": r"value|value_proj|v_proj|v_lin|(Self|EncDec)Attention\.v",
+    "o": r"attention\.(output\.)?dense|self_attention\.dense|o_proj|self_attn\.out_proj|attn\.c_proj|out_lin|attn\.Wo"
+    r"|(Self|EncDec)Attention\.o",
     "qkv": r"c_attn|in_proj|query_key_value|Wqkv|qkv_proj",
-    "up": r"intermediate\.dense|up_proj|c_fc|dense_h_to_4h|fc1|lin1|ffn|w3",
-    "down": r"\d\.output\.dense|down_proj|mlp\.c_proj|dense_4h_to_h|fc2|lin2|ffn_output|mlp\.Wo|w2",
-    "gate": r"gate_proj|w1",
+    "up": r"intermediate\.dense|up_proj|c_fc|dense_h_to_4h|fc1|lin1|ffn|w3|wi|wi_1",
+    "down": r"\d\.output\.dense|down_proj|mlp\.c_proj|dense_4h_to_h|fc2|lin2|ffn_output|mlp\.Wo|w2|DenseReluDense\.wo",
+    "gate": r"gate_proj|w1|wi_0",
     "gate_up": r"gate_up_proj|Wi",
     "rec_in": r"(mamba|conv)\.in_proj|in_proj_qkv",
     "rec_gate": r"in_proj_z",
@@ -445,7 +580,7 @@ def test_a_classifier_has_no_unembedding(model_type: str) -> None:
 @pytest.mark.parametrize("model_type", [name for name in ARCHITECTURES if name not in LANGUAGE_MODELS])
 def test_an_encoder_has_no_unembedding(model_type: str) -> None:
     with pytest.raises(
-        PlacementError, match=r": lm_head does not exist\. It has: [a-z_, ]*down, embedding \(and the groups"
+        PlacementError, match=r": lm_head does not exist\. It has: [a-z_, ]*down(, embedding)? \(and the groups"
     ):
         select_targets(_names(model_type), model_type=model_type, projections=["lm_head"], language_model=True)
 
@@ -745,7 +880,7 @@ def test_no_request_at_all_is_an_error() -> None:
 def test_an_unknown_architecture_is_an_error_that_says_what_to_add(modules: tuple[str, ...]) -> None:
     message = (
         r"model type 'xlnet' is not described in harness/placement/architectures\.py; "
-        r"described are bert, .*, qwen3_5_text\. "
+        r"described are bert, .*, t5\. "
         r"Add an Architecture with its block path, projections and head\."
     )
     with pytest.raises(PlacementError, match=message):

@@ -139,6 +139,7 @@ OTHERS: dict[str, Any] = {
     "model.scratch.width": 32,
     "target_layers.projections": ["q", "o"],
     "target_layers.blocks": "last_half",
+    "target_layers.stacks": ["encoder"],
 }
 COMPANIONS: dict[str, Values] = {"model.dtype": {"trainer.precision": Precision.bf16}}
 

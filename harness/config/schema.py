@@ -578,6 +578,8 @@ class TargetLayersConfig:
         projections: roles such as q, k, v, o, up, down, gate, or the groups attention, mlp, all; also embedding, and
             lm_head on a language model.
         blocks: all, first_half, last_half, first_N, last_N, or a list of block indices.
+        stacks: of an encoder-decoder (T5) all, or a list of some of encoder, decoder and cross, the decoder's attention
+            to the encoder.
         modules: for modules that no role names: regular expressions, each of which must match at least one whole module
             name; given instead of `projections` and `blocks`.
     """
@@ -586,6 +588,7 @@ class TargetLayersConfig:
     projections: list[str] = field(default_factory=list)
     blocks: Any = "all"
     modules: list[str] = field(default_factory=list)
+    stacks: Any = field(default="all", metadata=ADDED_LATER)
 
 
 @dataclass

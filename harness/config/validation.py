@@ -28,7 +28,7 @@ from harness.config.schema import (
     default_of,
 )
 from harness.placement.ranks import pattern_problems
-from harness.placement.select import block_problems, projection_problems
+from harness.placement.select import block_problems, projection_problems, stack_problems
 from harness.results.methods import ANY_PEFT, METHODS, Method
 from harness.results.metrics import scores_of
 from harness.results.peft_types import PEFT_TYPES
@@ -438,11 +438,14 @@ def _target_layers_problems(target_layers: TargetLayersConfig, task: Task) -> li
         problems.append("target_layers: set either projections or modules (regular expressions), not both or neither.")
     problems += projection_problems(target_layers.projections, language_model=task.is_language)
     problems += block_problems(target_layers.blocks)
-    if target_layers.modules and target_layers.blocks != "all":
-        problems.append(
-            f"target_layers.blocks={target_layers.blocks}: narrows projections alone; with target_layers.modules leave "
-            "it at all and name the blocks in the expressions."
-        )
+    problems += stack_problems(target_layers.stacks)
+    for name in ("blocks", "stacks"):
+        value = getattr(target_layers, name)
+        if target_layers.modules and value != "all":
+            problems.append(
+                f"target_layers.{name}={value}: narrows projections alone; with target_layers.modules leave it at all "
+                f"and name the {name} in the expressions."
+            )
     for pattern in target_layers.modules:
         try:
             re.compile(pattern)

@@ -17,7 +17,7 @@ from typing import Any
 from harness.config.schema import DatasetConfig, ModelConfig, RunConfig, default_of
 from harness.content.digests import find_content, is_pinned, pinned_names
 from harness.content.files import continued
-from harness.placement.select import canonical_projections
+from harness.placement.select import canonical_projections, canonical_stacks
 from harness.results.effects import (
     DATA_SOURCE,
     MODEL_SOURCE,
@@ -89,6 +89,10 @@ def scientific(config: RunConfig, content: Mapping[str, str]) -> dict[str, Any]:
     if config.target_layers is not None:
         target_layers = values["target_layers"]
         target_layers["blocks"] = canonical_blocks(config.target_layers.blocks)
+        if "stacks" in target_layers:
+            target_layers["stacks"] = canonical_stacks(config.target_layers.stacks)
+            if target_layers["stacks"] == "all":  # its default, spelled out
+                del target_layers["stacks"]
         target_layers["projections"] = canonical_projections(config.target_layers.projections)
     if config.rank is not None and config.rank.pattern:
         # The narrower of two keys decides, in whatever order they stand.

@@ -235,10 +235,14 @@ def _rank_values(kind: PeftType, rank: RankConfig) -> dict[str, Any]:
 def _feedforward(model: nn.Module, target_modules: Sequence[str]) -> list[str]:
     """Those of the targets whose input is scaled, and not their output: the MLP's second matrix (arXiv 2205.05638)."""
     known = ARCHITECTURES.get(cast(Any, model).config.model_type)
-    if known is None or "down" not in known.projections:
+    if known is None:
         return []
-    pattern = re.compile(rf"{known.block_pattern}\.{re.escape(known.projections['down'])}")
-    return [name for name in target_modules if pattern.fullmatch(name)]
+    patterns = [
+        rf"{stack.block_pattern}\.{re.escape(stack.projections['down'])}"
+        for stack in known.stacks.values()
+        if "down" in stack.projections
+    ]
+    return [name for name in target_modules if any(re.fullmatch(pattern, name) for pattern in patterns)]
 
 
 def _norms(model: nn.Module, config: RunConfig) -> list[str]:

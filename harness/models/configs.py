@@ -124,12 +124,21 @@ def configure(
         # transformers would build a decoder out of BERT that sees every token, the next one included.
         known = ARCHITECTURES.get(model_config.model_type)
         if type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING or (known is not None and known.unembedding is None):
+            other = (
+                "an encoder-decoder, and to train it from a text to a text is no task here"
+                if getattr(model_config, "is_encoder_decoder", False)
+                else "no language model that predicts the next token"
+            )
             raise ModelError(
-                f"model={config.name}: {model_config.model_type} is no language model that predicts the next token; "
-                "choose one (model=gpt2, llama3_2_1b, newsgpt_scratch, ...), or a dataset with labels."
+                f"model={config.name}: {model_config.model_type} is {other}; choose a language model (model=gpt2, "
+                "llama3_2_1b, newsgpt_scratch, ...), or a dataset with labels."
             )
     else:
         model_config.num_labels = num_labels
+        if getattr(model_config, "is_encoder_decoder", False):
+            # The decoder of T5 begins with the pad token; not every config.json says so.
+            first = getattr(model_config, "decoder_start_token_id", None)
+            model_config.decoder_start_token_id = pad_token_id if first is None else first
     model_config.pad_token_id = pad_token_id
     model_config.use_cache = False  # a cache of keys and values is for generation
 

@@ -48,6 +48,23 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def check_ends(config: ModelConfig, model: PreTrainedModel, used: Iterable[Tensor]) -> None:
+    """Raises `ModelError` when an encoder-decoder would not know where the texts in `used` (token ids) end.
+
+    Its classifier reads the answer at the last end-of-text token and wants as many of them in each example.
+    """
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return
+    end = model.config.eos_token_id
+    counts = sorted({count for ids in used for count in (ids == end).sum(1).tolist()})
+    if len(counts) > 1 or counts == [0]:
+        raise ModelError(
+            f"model={config.name}: its classifier reads the answer at the end-of-text token (id {end}) and wants as "
+            f"many in each example, at least one; here are {' or '.join(map(str, counts[:4]))}. Use the model's own "
+            "tokenizer, which adds it, and leave it out of the texts."
+        )
+
+
 def check_vocabulary(
     config: ModelConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, used: Iterable[Tensor] = ()
 ) -> None:

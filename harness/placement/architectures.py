@@ -63,20 +63,43 @@ class Part:
     rows: Callable[[Any], Rows]
 
 
+# Of a model that reads with one stack of blocks and writes with another: where in them a role is. The decoder's blocks
+# have an attention to what they write and one, `cross`, to what the encoder has read.
+ENCODER, DECODER, CROSS = STACKS = ("encoder", "decoder", "cross")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Blocks that follow on each other, or one of two attentions in them.
+
+    Attributes:
+        block: the path of a block, with `{}` for its index.
+        projections: the path of each role inside a block; of two with `|` between them, that which the model has.
+    """
+
+    block: str
+    projections: dict[str, str]
+
+    @property
+    def block_pattern(self) -> str:
+        """A regular expression that matches the path of a block; its group is the index."""
+        return re.escape(self.block).replace(re.escape("{}"), r"(\d+)")
+
+
 @dataclass(frozen=True)
 class Architecture:
     """All that has to be known of one family of models; paths are names of modules.
 
     Attributes:
-        block: the path of a block, with `{}` for its index.
-        projections: the path of each role inside a block.
+        block, projections: the blocks, as `Stack` has them; of an encoder-decoder those of its encoder.
+        beside_encoder: the other stacks of an encoder-decoder, by their names in `STACKS`; empty for other models.
         head: the modules of a classifier's task head: everything that a checkpoint of the base model does not hold.
             None where transformers has no classifier.
         parts: roles that exist only as a part of the rows of another role's matrix.
         embedding: the path of the table of token embeddings; None where it takes no adapter.
         unembedding: the path of the unembedding of the family's causal language models; None where it has none.
         refused: roles whose matrices take no adapter, each with the reason.
-        differs_by_block: whether blocks differ, so that a role is in some of them alone.
+        differs_by_block: whether blocks or checkpoints differ, so that a role is in some of them alone.
         shares_blocks: whether one block is passed several times, and its adapter with it.
         optional: modules between base and head that some checkpoints lack (a pooler): there they are part of the head.
         before_blocks, after_blocks: matrices outside the blocks that every token passes.
@@ -104,11 +127,18 @@ class Architecture:
     has_plain_logits: bool = False
     has_plain_blocks: bool = True
     dropout_fields: tuple[str, ...] = ()
+    beside_encoder: dict[str, Stack] = field(default_factory=dict)
+
+    @property
+    def stacks(self) -> dict[str, Stack]:
+        """All of them by name; the one of a model that is no encoder-decoder has the name ''."""
+        first = Stack(self.block, self.projections)
+        return {ENCODER: first, **self.beside_encoder} if self.beside_encoder else {"": first}
 
     @property
     def block_pattern(self) -> str:
-        """A regular expression that matches the path of a block; its group is the index."""
-        return re.escape(self.block).replace(re.escape("{}"), r"(\d+)")
+        """That of `block`: see `Stack`."""
+        return Stack(self.block, self.projections).block_pattern
 
     def is_in_head(self, name: str) -> bool:
         """Whether a module is a part of the task head, or all of it."""
@@ -233,6 +263,19 @@ _MIXTURE = replace(
     refused=dict.fromkeys(("gate", "up", "down"), _EXPERTS),
     has_plain_blocks=False,
 )
+
+_T5_ATTENTION = ("q", "k", "v", "o")
+
+
+def _t5_block(attention: int, mlp: int) -> dict[str, str]:
+    """A block of T5, whose attention and MLP are numbered; in version 1.1 the MLP has a gate."""
+    return {
+        **{role: f"layer.{attention}.SelfAttention.{role}" for role in _T5_ATTENTION},
+        "gate": f"layer.{mlp}.DenseReluDense.wi_0",
+        "up": f"layer.{mlp}.DenseReluDense.wi|layer.{mlp}.DenseReluDense.wi_1",
+        "down": f"layer.{mlp}.DenseReluDense.wo",
+    }
+
 
 # Keys are transformers' `config.model_type`. RoBERTa's head has its own dense layer; the pooler of DeBERTa is not in
 # its checkpoints and is part of the head; that of BERT is in most, and belongs to the base there.
@@ -429,6 +472,22 @@ ARCHITECTURES: dict[str, Architecture] = {
         differs_by_block=True,
         packs_by_positions=False,
         has_plain_blocks=False,
+    ),
+    # T5 1.0 and 1.1, Flan-T5, ByT5. The classifier reads a text with the encoder and again with the decoder.
+    "t5": Architecture(
+        "transformer.encoder.block.{}",
+        _t5_block(0, 1),
+        ("classification_head",),
+        beside_encoder={
+            DECODER: Stack("transformer.decoder.block.{}", _t5_block(0, 2)),
+            CROSS: Stack(
+                "transformer.decoder.block.{}", {role: f"layer.1.EncDecAttention.{role}" for role in _T5_ATTENTION}
+            ),
+        },
+        refused={EMBEDDING: "encoder and decoder look tokens up in modules of their own, which share one table"},
+        differs_by_block=True,
+        has_plain_blocks=False,
+        dropout_fields=("dropout_rate",),
     ),
 }
 

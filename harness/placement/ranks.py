@@ -9,7 +9,9 @@ from harness.placement.architectures import GROUPS, OUTSIDE_BLOCKS, ROLES, Place
 from harness.placement.select import Target, block_problems, resolve_blocks
 
 
-def ranks_of(targets: Sequence[Target], *, rank: int, pattern: Mapping[str, int], num_blocks: int) -> list[int]:
+def ranks_of(
+    targets: Sequence[Target], *, rank: int, pattern: Mapping[str, int], num_blocks: Mapping[str, int]
+) -> list[int]:
     """The rank of each target.
 
     Args:
@@ -18,13 +20,13 @@ def ranks_of(targets: Sequence[Target], *, rank: int, pattern: Mapping[str, int]
         pattern: ranks by key: a role or a group, `@` and blocks (`v`, `mlp`, `v@last_half`, `all@0`), as
             `target_layers` has them. Of two keys that name a target, the one whose targets are among those of the other
             decides.
-        num_blocks: how many blocks the model has, adapted or not.
+        num_blocks: how many blocks the model has, adapted or not, as `count_blocks` has them by stack.
 
     Raises:
         PlacementError: a key that names no target, and two keys with different ranks of which neither is the narrower.
 
     >>> targets = [Target(f"{role}{block}", role, block) for block in (0, 1) for role in ("q", "v")]
-    >>> ranks_of(targets, rank=8, pattern={"v": 2, "v@last_1": 4}, num_blocks=2)
+    >>> ranks_of(targets, rank=8, pattern={"v": 2, "v@last_1": 4}, num_blocks={"": 2})
     [8, 2, 8, 4]
     """
     named = {key: _named(key, targets, num_blocks) for key in pattern}
@@ -65,20 +67,22 @@ def pattern_problems(pattern: Any) -> list[str]:
     return problems
 
 
-def _named(key: str, targets: Sequence[Target], num_blocks: int) -> frozenset[int]:
+def _named(key: str, targets: Sequence[Target], num_blocks: Mapping[str, int]) -> frozenset[int]:
     """The numbers of the targets that a key of `rank.pattern` names, at least one."""
     problems = pattern_problems({key: 1})
     if problems:
         raise PlacementError(problems[0])
     role, _, blocks = key.partition("@")
     roles = GROUPS.get(role, (role,))
-    wanted = None
-    if blocks:
-        wanted = resolve_blocks([int(blocks)] if blocks.isdecimal() else blocks, num_blocks)
+    stacks = dict.fromkeys(target.stack for target in targets if target.role in roles)
+    wanted = {
+        stack: resolve_blocks([int(blocks)] if blocks.isdecimal() else blocks, num_blocks[stack], stack=stack)
+        for stack in (stacks if blocks else ())
+    }
     named = frozenset(
         number
         for number, target in enumerate(targets)
-        if target.role in roles and (wanted is None or target.block in wanted)
+        if target.role in roles and (not blocks or target.block in wanted[target.stack])
     )
     if not named:
         there = dict.fromkeys(target.role for target in targets if target.role is not None)

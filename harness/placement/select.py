@@ -19,6 +19,7 @@ from harness.placement.architectures import (
     GROUPS,
     OUTSIDE_BLOCKS,
     ROLES,
+    STACKS,
     UNEMBEDDING,
     Architecture,
     PlacementError,
@@ -35,6 +36,7 @@ class Target:
     Attributes:
         module: the module's name.
         role: which projection of its block it is; None where it was named by an expression.
+        stack: of an encoder-decoder, which of `STACKS` its block is in; else ''.
         block: the index of its block; None outside the blocks, and where it was named by an expression.
         rows: the rows of the module's matrix; None for all of them.
         rank: the rank of its adapter; None for methods without rank.
@@ -45,6 +47,7 @@ class Target:
     block: int | None = None
     rows: Rows | None = None
     rank: int | None = None
+    stack: str = ""
 
     def __str__(self) -> str:
         """The module's name, with the role in brackets where other rows of it are other roles."""
@@ -58,6 +61,7 @@ def select_targets(
     config: Any = None,
     projections: Sequence[str] = (),
     blocks: Any = "all",
+    stacks: Any = "all",
     modules: Sequence[str] = (),
     language_model: bool = False,
     head: Sequence[str] | None = None,
@@ -71,7 +75,8 @@ def select_targets(
         config: transformers' config of the model, from which the rows of roles are read that share a matrix.
         projections: roles or groups of roles; see `ROLES` and `GROUPS`. Also `embedding`, and on a language model
             `lm_head`, the unembedding: each is one module whatever `blocks` says.
-        blocks: `all`, `first_half`, `last_half`, `first_N`, `last_N` or a list of indices.
+        blocks: `all`, `first_half`, `last_half`, `first_N`, `last_N` or a list of indices; in each stack by itself.
+        stacks: `all`, or of an encoder-decoder a list of some of `STACKS`.
         modules: instead of projections, regular expressions over whole names, each matching at least one, and none a
             part of the task head.
         language_model: whether this is a causal language model, which has an unembedding and no task head, instead of
@@ -102,28 +107,35 @@ def select_targets(
     if not projections:
         raise PlacementError("target_layers: neither projections nor modules are given.")
     num_blocks = count_blocks(names, model_type=model_type)
-    if num_blocks == 0:
-        raise PlacementError(
-            f"target_layers: a {model_type} model has blocks named {architecture.block}, and there is none here; names "
-            f"here are like {_examples(names)}."
-        )
-    roles = _resolve_roles(projections, model_type, architecture, language_model)
+    for stack, count in num_blocks.items():
+        if count == 0:
+            raise PlacementError(
+                f"target_layers: a {model_type} model has blocks named {architecture.stacks[stack].block}, and there "
+                f"is none here; names here are like {_examples(names)}."
+            )
+    chosen_stacks = resolve_stacks(stacks, model_type, architecture)
+    roles = _resolve_roles(projections, model_type, architecture, chosen_stacks, language_model)
     order = {name: number for number, name in enumerate(names)}
     if architecture.shares_blocks and blocks != "all":
         raise PlacementError(
             f"target_layers.blocks={blocks}: a {model_type} model passes its blocks several times, and with them their "
             "adapters; set target_layers.blocks=all."
         )
-    chosen = resolve_blocks(blocks, num_blocks)
     in_blocks = [role for role in roles if role not in OUTSIDE_BLOCKS]
-    targets = [_target_in_block(architecture, role, block, config) for block in chosen for role in in_blocks]
+    targets = [
+        _target_in_block(architecture, stack, role, block, config, order)
+        for stack in chosen_stacks
+        for block in resolve_blocks(blocks, num_blocks[stack], stack=stack)
+        for role in in_blocks
+        if role in architecture.parts or role in architecture.stacks[stack].projections
+    ]
     if architecture.differs_by_block:
         targets = [target for target in targets if target.module in order]
         found = {target.role for target in targets}
         nowhere = [role for role in projections if role in ROLES and role not in found]
         if nowhere:
             raise PlacementError(
-                f"target_layers.projections={list(projections)}: the blocks of a {model_type} model differ, and no "
+                f"target_layers.projections={list(projections)}: the blocks of {model_type} models differ, and here no "
                 f"block of {blocks} has {', '.join(nowhere)}."
             )
     outside = {EMBEDDING: architecture.embedding, UNEMBEDDING: architecture.unembedding}
@@ -150,21 +162,71 @@ def summary(targets: Sequence[Target]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _target_in_block(architecture: Architecture, role: str, block: int, config: Any) -> Target:
+def _target_in_block(
+    architecture: Architecture, stack: str, role: str, block: int, config: Any, names: Mapping[str, int]
+) -> Target:
     part = architecture.parts.get(role)
-    path = architecture.projections[role if part is None else part.whole]
+    own = architecture.stacks[stack]
+    paths = own.projections[role if part is None else part.whole].split("|")
+    modules = [f"{own.block.format(block)}.{path}" for path in paths]
     rows = None if part is None else part.rows(config)
-    return Target(f"{architecture.block.format(block)}.{path}", role, block, rows)
+    return Target(next((name for name in modules if name in names), modules[0]), role, block, rows, stack=stack)
 
 
-def count_blocks(module_names: Iterable[str], *, model_type: str) -> int:
-    """How many blocks there are among the names of a model's modules. Raises `PlacementError` for an unknown type."""
-    pattern = re.compile(find_architecture(model_type).block_pattern)
-    return len({int(match.group(1)) for match in map(pattern.fullmatch, _ancestors(module_names)) if match})
+def count_blocks(module_names: Iterable[str], *, model_type: str) -> dict[str, int]:
+    """How many blocks there are among the names of a model's modules, by stack (`Architecture.stacks`).
+
+    Raises `PlacementError` for an unknown type.
+    """
+    names = _ancestors(module_names)
+    patterns = {stack: re.compile(own.block_pattern) for stack, own in find_architecture(model_type).stacks.items()}
+    return {
+        stack: len({int(match.group(1)) for match in map(pattern.fullmatch, names) if match})
+        for stack, pattern in patterns.items()
+    }
 
 
-def resolve_blocks(blocks: Any, num_blocks: int) -> list[int]:
-    """Indices of the blocks that `blocks` names in a model of `num_blocks`, ascending. Raises `PlacementError`.
+def resolve_stacks(stacks: Any, model_type: str, architecture: Architecture) -> list[str]:
+    """The names in `Architecture.stacks` that a value of `target_layers.stacks` chooses. Raises `PlacementError`."""
+    problems = stack_problems(stacks)
+    if problems:
+        raise PlacementError(problems[0])
+    chosen = canonical_stacks(stacks)
+    if chosen == "all" and (stacks == "all" or architecture.beside_encoder):
+        return list(architecture.stacks)
+    if not architecture.beside_encoder:
+        raise PlacementError(
+            f"target_layers.stacks={list(stacks)}: a {model_type} model is no encoder-decoder and has one stack of "
+            "blocks; set target_layers.stacks=all."
+        )
+    return list(chosen)
+
+
+def stack_problems(stacks: Any) -> list[str]:
+    """What is wrong with a value of `target_layers.stacks` on any model; empty when nothing is."""
+    if stacks == "all":
+        return []
+    is_list = isinstance(stacks, list | tuple) and len(stacks) > 0
+    if is_list and all(each in STACKS and stacks.count(each) == 1 for each in stacks):
+        return []
+    return [f"target_layers.stacks={stacks!r}: allowed: all, or a list of some of {', '.join(STACKS)}."]
+
+
+def canonical_stacks(stacks: Any) -> Any:
+    """One spelling for values of `target_layers.stacks` that always choose the same.
+
+    >>> canonical_stacks(["cross", "encoder"]), canonical_stacks(["decoder", "cross", "encoder"])
+    (['encoder', 'cross'], 'all')
+    """
+    if isinstance(stacks, str):
+        return stacks
+    return "all" if len(stacks) == len(STACKS) else sorted(stacks, key=STACKS.index)
+
+
+def resolve_blocks(blocks: Any, num_blocks: int, *, stack: str = "") -> list[int]:
+    """Indices of the blocks that `blocks` names in a model or stack of `num_blocks`, ascending.
+
+    Raises `PlacementError` for blocks that are not there.
 
     >>> resolve_blocks("last_half", 6), resolve_blocks("first_2", 6), resolve_blocks([5, 0], 6)
     ([3, 4, 5], [0, 1], [0, 5])
@@ -172,6 +234,7 @@ def resolve_blocks(blocks: Any, num_blocks: int) -> list[int]:
     problems = block_problems(blocks)
     if problems:
         raise PlacementError(problems[0])
+    this = f"this model's {stack}" if stack else "this model"
     if isinstance(blocks, str):
         if blocks == "all":
             return list(range(num_blocks))
@@ -180,14 +243,14 @@ def resolve_blocks(blocks: Any, num_blocks: int) -> list[int]:
         first_half = num_blocks // 2
         count = int(amount) if amount != "half" else (first_half if end == "first" else num_blocks - first_half)
         if count > num_blocks:
-            raise PlacementError(f"target_layers.blocks={blocks}: this model has {num_blocks} blocks.")
+            raise PlacementError(f"target_layers.blocks={blocks}: {this} has {num_blocks} blocks.")
         if count == 0:
-            raise PlacementError(f"target_layers.blocks={blocks}: that is none of this model's {num_blocks} blocks.")
+            raise PlacementError(f"target_layers.blocks={blocks}: that is none of {this}'s {num_blocks} blocks.")
         return list(range(count)) if end == "first" else list(range(num_blocks - count, num_blocks))
     outside = [block for block in blocks if block >= num_blocks]
     if outside:
         raise PlacementError(
-            f"target_layers.blocks={list(blocks)}: {outside} do not exist; this model has blocks 0 to {num_blocks - 1}."
+            f"target_layers.blocks={list(blocks)}: {outside} do not exist; {this} has blocks 0 to {num_blocks - 1}."
         )
     return sorted(blocks)
 
@@ -233,20 +296,25 @@ def projection_problems(projections: Sequence[str], *, language_model: bool = Fa
 
 
 def _resolve_roles(
-    projections: Sequence[str], model_type: str, architecture: Architecture, language_model: bool
+    projections: Sequence[str],
+    model_type: str,
+    architecture: Architecture,
+    stacks: Sequence[str],
+    language_model: bool,
 ) -> list[str]:
     problems = projection_problems(projections, language_model=language_model)
     if problems:
         raise PlacementError(problems[0])
     roles: list[str] = []
-    has = [*architecture.parts, *architecture.projections]
+    in_blocks = dict.fromkeys(role for stack in stacks for role in architecture.stacks[stack].projections)
+    has = [*architecture.parts, *in_blocks]
     if architecture.embedding is not None:
         has.append(EMBEDDING)
     if language_model and architecture.unembedding is not None:
         has.append(UNEMBEDDING)
     for name in projections:
         refused = [role for role in GROUPS.get(name, (name,)) if role in architecture.refused]
-        found = [role for role in GROUPS.get(name, ()) if role in architecture.projections]
+        found = [role for role in GROUPS.get(name, ()) if role in in_blocks]
         if refused:
             problems.append(f"{name} cannot be adapted: {architecture.refused[refused[0]]}")
         elif found:

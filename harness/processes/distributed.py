@@ -164,9 +164,9 @@ def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     part, one block, and at the end what is in no block (the embeddings).
     """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    path = ARCHITECTURES[model.config.model_type].block_pattern
+    paths = {stack.block_pattern for stack in ARCHITECTURES[model.config.model_type].stacks.values()}
     for name, module in model.named_modules():
-        if re.fullmatch(path, name):
+        if any(re.fullmatch(path, name) for path in paths):
             fully_shard(module, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
