@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
-from harness.config.composing import from_composed, from_dict, to_dict
+from harness.config import composing
+from harness.config.composing import compose, from_composed, from_dict, register, to_dict
 from harness.config.schema import AlphaPolicy, RankConfig, RunConfig
 from harness.config.validation import ConfigError, find_problems
 from harness.results.methods import METHODS
@@ -331,6 +332,45 @@ def test_every_problem_is_reported_at_once() -> None:
 def test_an_unknown_setting_is_an_error_that_lists_those_that_exist(key: str, known: list[str]) -> None:
     (problem,) = _problems({key: 1})
     assert problem.startswith(f"{key}: no such setting. Known here: {', '.join(known)}")
+
+
+CHOSEN = ("model=tiny_llama", "dataset=friends", "rank=r8", "target_layers=qv", "evaluate_also=grimm_tales")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_of_schema"),
+    [
+        ([], True),
+        (["seed=3", "trainer.learning_rate=1", "target_layers.blocks=[0]", "tracking=off", "sweep=mine"], True),
+        (["evaluate_also.grimm_tales.max_length=8", "rank.pattern={q:2}", "dataset.text_columns=[a]"], True),
+        (["dataset.label_column='${dataset.name} \\${seed}'", "method=loha", "method.peft.alpha=[1]"], True),
+        (["dataset.train_file=\\${seed}", "rank={alpha:1}", "model.from_sweep=mine", "num_threads=1"], True),
+        (["~trainer", "trainer={learning_rate:1e-3,max_steps:3}", "++trainer.batch_size='8'"], True),
+        # Refused, with the same words.
+        (["+stray.key=1"], False),
+        (["+trainer.stray=1"], False),
+        (["+evaluate_also.grimm_tales.stray=1"], False),
+        (["trainer.learning_rate=${method.lr}"], True),
+        (["trainer.batch_size=${dataset.name}"], True),
+        (["model.name=???"], True),
+        (["trainer.batch_size=0", "seed=-1"], True),
+    ],
+)
+def test_what_hydra_merged_into_the_schema_is_what_merging_it_again_gives(
+    overrides: list[str], is_of_schema: bool
+) -> None:
+    register()
+    composed = compose([*CHOSEN, *overrides])
+    with open_dict(composed):
+        composed.pop("hydra", None)
+    outcomes: list[RunConfig | list[str]] = []
+    for by in (from_composed, lambda each: composing._validated(OmegaConf.to_container(each, resolve=False))):
+        try:
+            outcomes.append(by(composed))
+        except ConfigError as error:
+            outcomes.append(error.problems)
+    assert outcomes[0] == outcomes[1] and repr(outcomes[0]) == repr(outcomes[1])
+    assert composing._is_of_schema(composed, RunConfig) is is_of_schema
 
 
 def test_a_composed_config_is_checked_like_any_other() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +26,7 @@ from omegaconf import OmegaConf
 from transformers import BertConfig, FalconH1Config, GPT2Config, Lfm2Config, LlamaConfig, RobertaConfig
 
 from harness.__main__ import main
+from harness.config import composing
 from harness.config.composing import register, to_dict
 from harness.content.files import base_model
 from harness.measure.environment import environment
@@ -155,14 +159,22 @@ def newsgpt(sweep: Any, tmp_path: Path) -> str:
     return run.run_id
 
 
-def finish(path: Path, sweep: Any, runs_dir: Path) -> None:
+@pytest.fixture(scope="module")
+def chains(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]:
+    """A folder of runs for the sweeps that continue others, and which of those have left their results there."""
+    return tmp_path_factory.mktemp("chains"), set()
+
+
+def finish(path: Path, sweep: Any, chains: tuple[Path, set[str]]) -> None:
     """Launches what a sweep file continues, in the order of the chain, and leaves results and weights in its place."""
+    runs_dir, finished = chains
     before = yaml.safe_load(path.read_text()).get("model", {}).get("from_sweep")
-    if before is None:
+    if before is None or before in finished:
         return
-    finish(path.with_name(f"{before}.yaml"), sweep, runs_dir)
-    code, seen = sweep(f"sweeps={before}")
+    finish(path.with_name(f"{before}.yaml"), sweep, chains)
+    code, seen = sweep(f"sweeps={before}", f"runs_dir={runs_dir}")
     assert code == 0
+    finished.add(before)
     for each in seen["runs"]:
         folder, config, identity = runs_dir / each.run_id, each.config, each.planned.identity
         if config.method.name == "full":
@@ -192,26 +204,39 @@ def arguments_of(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", SWEEP_FILES, ids=lambda path: path.stem)
 def test_every_sweep_file_expands_validates_and_counts_right(
-    path: Path, sweep: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.FixtureRequest
+    path: Path,
+    sweep: Any,
+    chains: tuple[Path, set[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     shapes_without_a_hub(monkeypatch)
+    runs_dir, arguments = tmp_path, arguments_of(path)
     if "override /model: newsgpt\n" in path.read_text():
         request.getfixturevalue("newsgpt")
-    finish(path, sweep, tmp_path)
+    if "from_sweep" in path.read_text():
+        finish(path, sweep, chains)
+        runs_dir, _ = chains
+        arguments.append(f"runs_dir={runs_dir}")
     head = comment_of(path)
     for heading in ("Which table:", "Command:", "Runs:", "Time:"):
         assert heading in head
     announced = int(re.search(r"Runs: (\d+)", head)[1])  # type: ignore[index]
 
-    arguments = arguments_of(path)
     assert f"sweeps={path.stem}" in arguments
     code, seen = sweep(*arguments)
     assert code == 0
     assert len(seen["launched"]) == announced
     assert {run.config.sweep for run in seen["runs"]} == {path.stem}
-    launches = read_launches(tmp_path, path.stem)
+    launches = read_launches(runs_dir, path.stem)
     assert launches is not None
     assert launches.run_ids == [run.run_id for run in seen["runs"]]
+    # The last run, which has least in common with the first: Hydra alone composes it, and OmegaConf alone checks it.
+    last, composer = seen["runs"][-1], list(_composing._composers.values())[-1]
+    plain = OmegaConf.to_container(composer.load(last.overrides), resolve=False)
+    assert OmegaConf.to_container(composer.compose(last.overrides), resolve=False) == plain
+    assert composing._validated(plain) == last.config
     if path.stem not in NOT_GOLDEN:
         # Another id orphans every finished run: whoever changes the golden file does so on purpose.
         assert {run.run_id: run.planned.identity.cell_id for run in seen["runs"]} == GOLDEN["sweeps"][path.stem]
@@ -315,50 +340,101 @@ def test_equal_runs_are_merged_with_a_word(sweep: Any, caplog: pytest.LogCapture
     assert "1 of 2 runs are named more than once and are run once" in caplog.text
 
 
-def test_runs_that_choose_the_same_files_are_composed_from_them_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is composed is what Hydra composes of all overrides at once: the config, or the error."""
+@pytest.fixture
+def composer(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Any]:
+    """What composes the runs of a sweep from a folder of configs; each entry of its `loads` is a config of Hydra's."""
     register()
     GlobalHydra.instance().clear()
-    loads: list[list[str]] = []
-    load = _composing._load
 
-    def watched(context: Any, master: Any, overrides: list[str]) -> Any:
-        loads.append(overrides)
-        return load(context, master, overrides)
+    def make(conf: Path) -> Any:
+        initialize_config_dir(str(conf), version_base="1.3")
+        loader = GlobalHydra.instance().config_loader()
+        master = loader.load_configuration("config", overrides=[], run_mode=RunMode.MULTIRUN)
+        made = _composing.composer_of(HydraContext(config_loader=loader, callbacks=Callbacks()), master)
+        loads: list[list[str]] = []
+        load = made.load
+        monkeypatch.setattr(made, "load", lambda overrides: loads.append(overrides) or load(overrides))
+        return SimpleNamespace(compose=made.compose, load=load, loads=loads)
 
-    monkeypatch.setattr(_composing, "_load", watched)
+    return make
+
+
+def outcome(compose: Any, overrides: list[str]) -> Any:
+    try:
+        return OmegaConf.to_container(compose(overrides), resolve=False)
+    except HydraException as error:
+        return type(error), str(error)
+
+
+def test_runs_that_choose_the_same_files_are_composed_from_them_once(composer: Callable[[Path], Any]) -> None:
+    """What is composed is what Hydra composes of all overrides at once: the config, or the error."""
+    one = composer(ROOT / "conf")
     choices = ["model=tiny_bert", "rank=r2", "target_layers=qv"]
     also = ["model=tiny_llama", "dataset=friends", "rank=r2", "target_layers=qv", "evaluate_also=grimm_tales"]
     paper = ["reproduce=lora_paper/roberta_base_mrpc"]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        loader = GlobalHydra.instance().config_loader()
-        master = loader.load_configuration("config", overrides=[], run_mode=RunMode.MULTIRUN)
-        context = HydraContext(config_loader=loader, callbacks=Callbacks())
+    for overrides, num_loads in (
+        ([*choices, "seed=1"], 1),
+        ([*choices, "seed=2", "trainer.learning_rate=1e-4", "rank.alpha=4"], 0),
+        (["trainer.batch_size=2", "model=tiny_bert", "rank=r4", "target_layers=qv", "rank.rank=3"], 1),
+        (["rank=r2", "target_layers=all", "model=tiny_bert"], 1),
+        (["model=tiny_bert", "rank=r2", "target_layers=all"], 0),
+        (["model=tiny_bert", "rank=r4", "target_layers=all", "target_layers.blocks=[0]"], 0),
+        ([*choices, "method=loha"], 1),
+        ([*choices, "method=ia3"], 1),
+        (["model=tiny_bert", "rank=r4", "target_layers=qv", "method=ia3", "method.peft.new=[1]"], 1),
+        ([*choices, "++trainer.max_steps=3", "dataset={label_column:x}", "target_layers.blocks=[0]"], 0),
+        ([*choices, "+stray.key=1"], 0),
+        ([*choices, "trainer.stray=1"], 0),
+        ([*choices, "trainer.max_steps=x"], 0),
+        ([*choices, "seed=1,2"], 1),  # not for one run: Hydra says so
+        ([*choices, "rank=r4"], 1),
+        ([*choices, "rank=nope"], 1),
+        (["model=tiny_bert", "rank=nope", "target_layers=qv"], 1),
+        (["model=tiny_bert", "rank=007", "target_layers=qv"], 1),
+        ([*choices, "hydra.launcher.workers=2"], 1),
+        ([*also, "evaluate_also.grimm_tales.max_length=8"], 1),
+        ([*also[:2], "rank=r4", *also[3:]], 1),
+        ([*also[:-1], "evaluate_also=wikitext2"], 1),
+        ([*paper, "method=full", "~rank", "~target_layers", "trainer.learning_rate=2e-5"], 1),
+        ([*paper, "method=head_only", "~rank", "~target_layers", "trainer.learning_rate=2e-5"], 1),
+        ([*paper, "~trainer.learning_rate"], 1),
+        ([*paper, "rank=r4"], 1),
+        (["reproduce=lora_paper/roberta_base_rte", "rank=r8"], 1),
+    ):
+        one.loads.clear()
+        assert outcome(one.compose, overrides) == outcome(one.load, overrides), overrides
+        assert len(one.loads) == num_loads, overrides
 
-        def outcome(compose: Any, overrides: list[str]) -> Any:
-            try:
-                return OmegaConf.to_container(compose(context, master, overrides), resolve=False)
-            except HydraException as error:
-                return type(error), str(error)
 
-        for overrides, num_loads in (
-            ([*choices, "seed=1"], 1),
-            ([*choices, "seed=2", "trainer.learning_rate=1e-4", "rank.alpha=4"], 0),
-            (["trainer.batch_size=2", "model=tiny_bert", "rank=r4", "target_layers=qv", "rank.rank=3"], 1),
-            ([*choices, "++trainer.max_steps=3", "dataset={label_column:x}", "target_layers.blocks=[0]"], 0),
-            ([*choices, "+stray.key=1"], 0),
-            ([*choices, "trainer.stray=1"], 0),
-            ([*choices, "trainer.max_steps=x"], 0),
-            ([*choices, "seed=1,2"], 1),  # not for one run: Hydra says so
-            ([*choices, "rank=nope"], 1),
-            ([*choices, "hydra.launcher.workers=2"], 1),
-            ([*also, "evaluate_also.grimm_tales.max_length=8"], 1),
-            ([*paper, "method=full", "~rank", "~target_layers", "trainer.learning_rate=2e-5"], 1),
-            ([*paper, "~trainer.learning_rate"], 1),
-        ):
-            loads.clear()
-            assert outcome(_composing._compose, overrides) == outcome(load, overrides)
-            assert len(loads) == num_loads, overrides
+@pytest.mark.parametrize("by_interpolation", [False, True])
+def test_a_file_that_a_choice_brings_along_is_composed_with_it(
+    composer: Callable[[Path], Any], tmp_path: Path, by_interpolation: bool
+) -> None:
+    files = {
+        "config.yaml": "defaults: [a: one, b: one, c: null, d: null, _self_]\na: {of_config: 1}\n",
+        "a/one.yaml": "value: 1\nother: ${b.value}\n",
+        "a/two.yaml": "value: 2\n",
+        "b/one.yaml": "value: 1\n",
+        "b/two.yaml": "value: 2\n",
+        "c/brings.yaml": "defaults: [/b@of: two]\nvalue: 3\n",
+        "c/everywhere.yaml": "# @package _global_\nb: {value: 4}\n",
+        "d/of_one.yaml": "value: 1\n",
+        "d/of_two.yaml": "value: 2\n",
+    }
+    if by_interpolation:
+        files["config.yaml"] = files["config.yaml"].replace("d: null", "d: 'of_${a}'")
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    one = composer(tmp_path)
+    combinations = list(itertools.product(("one", "two"), ("one", "two"), ("", "brings", "everywhere")))
+    for a, b, c in combinations:
+        overrides = [f"a={a}", f"b={b}", *([f"c={c}"] if c else [])]
+        assert outcome(one.compose, overrides) == outcome(one.load, overrides), overrides
+        again = [*overrides, "a.value=7"]
+        assert outcome(one.compose, again) == outcome(one.load, again), again
+    # Three of the four pairs, with each choice of c; all where one may decide what another brings, the first twice.
+    assert len(one.loads) == (len(combinations) + 1 if by_interpolation else 3 * 3)
 
 
 def test_the_command_line_on_top_of_a_sweep_file(sweep: Any) -> None:
