@@ -15,10 +15,11 @@ import pytest
 import test_run_language
 import torch
 from test_bitfit_and_norms import COUNTS
+from test_flops import SIZES
 from test_run import WORDS, config, rows  # noqa: F401
 from test_run_language import data  # noqa: F401
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from harness import saved as saved_module
 from harness.__main__ import main
@@ -26,8 +27,10 @@ from harness.commands import find_request
 from harness.config.schema import ModelConfig, RunConfig, TinyModel
 from harness.methods import lora_method
 from harness.methods.adapting import remove_lora
+from harness.methods.peft_method import PeftMethodError
 from harness.models.loading import load_model
 from harness.models.saving import save_model
+from harness.models.tiny import byte_tokenizer
 from harness.models.tokenizers import load_tokenizer
 from harness.plan import plan
 from harness.prepare import build_accelerator
@@ -239,6 +242,39 @@ def check_bitwise(group: list[SavedRun]) -> None:
             assert torch.equal(after[name], value), (each.run_id, name)
         with accelerator.autocast():
             assert torch.equal(logits(model), untouched)
+
+
+# Of the RoFormer below, of width 32: the same parts as of the tiny BERT, without a pooler.
+UNDESCRIBED = {
+    "bitfit": 32 + 2 * (4 * 32 + 48 + 32 + 2 * 32),
+    "norms": 2 * 32 * (1 + 2 * 2),
+    "head_only": 0,
+    "ia3": 2 * (32 + 48),
+}
+
+
+def test_a_model_type_that_is_not_described_has_biases_norms_and_a_head(rows: Path, tmp_path: Path) -> None:  # noqa: F811
+    sizes = {**SIZES, "vocab_size": 260, "embedding_size": 32, "max_position_embeddings": 64, "pad_token_id": 0}
+    torch.manual_seed(0)
+    AutoModel.from_config(AutoConfig.for_model("roformer", **sizes)).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    model = {"name": "roformer", "tiny": None, "path": str(tmp_path / "base"), "attention": "eager"}
+    run_ids = []
+    for method, num_params in UNDESCRIBED.items():
+        own: dict[str, Any] = {"name": method}
+        if method == "ia3":
+            own["peft"] = {"target_modules": ["query", "intermediate.dense"], "feedforward_modules": []}
+        wanted = config(rows, tmp_path, method, model=model, method=own, trainer={"max_steps": 2})
+        result = run(wanted)
+        assert result.status is Status.FINISHED, result.error
+        assert result.metrics["num_adapter_params"] == plan(wanted).num_adapter_params == num_params
+        assert result.metrics["num_head_params"] == 32 * 32 + 32 + 32 * 3 + 3
+        run_ids.append(result.run_id)
+    for group in by_base(find_saved(run_ids, tmp_path)):
+        check_bitwise(group)
+    with pytest.raises(PeftMethodError, match=r"classifier.dense is in the task head, which is trained whole"):
+        own = {"name": "ia3", "peft": {"target_modules": ["classifier.dense"], "feedforward_modules": []}}
+        plan(config(rows, tmp_path, "ia3", model=model, method=own))
 
 
 def test_runs_with_other_numbers_of_classes_share_a_base(

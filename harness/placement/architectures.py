@@ -159,6 +159,8 @@ DROPOUT_FIELDS = (
     "attention_dropout",
     "hidden_dropout",
     "dropout",
+    "dropout_rate",
+    "classifier_dropout_prob",
     "layerdrop",
 )
 
@@ -384,7 +386,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         before_blocks=("albert.encoder.embedding_hidden_mapping_in",),
         shares_blocks=True,
         has_plain_blocks=False,
-        dropout_fields=("classifier_dropout_prob",),
     ),
     "modernbert": Architecture(
         "model.layers.{}",
@@ -487,7 +488,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         refused={EMBEDDING: "encoder and decoder look tokens up in modules of their own, which share one table"},
         differs_by_block=True,
         has_plain_blocks=False,
-        dropout_fields=("dropout_rate",),
     ),
 }
 
