@@ -23,13 +23,12 @@ from analysis.methods import method_name
 from analysis.metrics import BY_MEDIAN, GENERATION_SCORES, LEARNED, TRAINABLE_SHARE, is_score
 from analysis.names import with_names
 from analysis.recipes import conditions_and_recipes, recipe_differences
-from harness.results.metrics import LANGUAGE_TASKS, METRICS
+from harness.results.metrics import COLLAPSED_ABOVE, LANGUAGE_TASKS, METRICS
 from harness.results.schema import Status
 
 FloatArray = np.ndarray[Any, np.dtype[np.float64]]
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
 
-COLLAPSED_ABOVE = 0.999
 # What lies above is no measurement, and its square no number.
 LARGEST = 1e150
 # In `cells` also when no run has them: what every table of results is expected to say.

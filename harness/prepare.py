@@ -88,11 +88,15 @@ def _prepare(config: RunConfig, identity: Identity, accelerator: Accelerator, co
     if too_long:
         raise ConfigError(too_long)
     family = find_family(config.dataset.task)
-    data = family.load(config.dataset, tokenizer)
-    also = {name: find_family(dataset.task).load(dataset, tokenizer) for name, dataset in config.evaluate_also.items()}
+    data = family.load(config.dataset, tokenizer, with_test=not config.trial)
+    # Their test splits are what is scored of them.
+    others = {} if config.trial else config.evaluate_also
+    also = {name: find_family(dataset.task).load(dataset, tokenizer) for name, dataset in others.items()}
     loaded = load_model(base, num_labels=data.num_labels, pad_token_id=tokenizer.pad_token_id, seed=config.seed)
     model = loaded.model
-    splits = [split for found in (data, *also.values()) for split in (found.train, found.val, found.test)]
+    splits = [
+        split for found in (data, *also.values()) for split in (found.train, found.val, found.test) if split is not None
+    ]
 
     def used() -> Iterator[torch.Tensor]:
         for split in splits:
@@ -103,7 +107,9 @@ def _prepare(config: RunConfig, identity: Identity, accelerator: Accelerator, co
     require_packing(model.config.model_type, config)
     targets = adapt(model, config, loaded.head)
     start_head(loaded, config, data)
-    earlier = load_earlier_tasks(config, loaded, tokenizer, num_processes=accelerator.num_processes)
+    earlier: list[EarlierTask] = []
+    if not config.trial:
+        earlier = load_earlier_tasks(config, loaded, tokenizer, num_processes=accelerator.num_processes)
     steps_per_epoch = count_steps_per_epoch(len(data.train), config.trainer.batch_size)
     method = during_training(model, config, count_steps(config.trainer, steps_per_epoch))
     if config.trainer.gradient_checkpointing:
@@ -188,7 +194,9 @@ def _count_parameters(config: RunConfig, base: BaseModel, num_labels: int | None
 
 
 def wanted_generation_metrics(config: RunConfig) -> list[str]:
-    """The wanted scores of generated texts."""
+    """The wanted scores of texts that are generated from test."""
+    if config.trial:
+        return []
     return [name for name in config.dataset.metrics if name in scores_of(of="generated")]
 
 

@@ -50,6 +50,7 @@ from harness.score import (
     score_before_training,
     score_earlier_tasks,
     score_generations,
+    untrained_scores,
 )
 from harness.tasks.objective import Objective
 from harness.tracking.tracker import open_tracker
@@ -203,7 +204,8 @@ def _train_and_evaluate(
         place_on_device(prepared.model, prepared.accelerator, shard_model=config.shard_model)
         before = score_before_training(prepared, objective, callbacks)
         metrics |= before
-        outcome = _train(prepared, objective, callbacks)
+        untrained = untrained_scores(prepared, objective, callbacks)
+        outcome = _train(prepared, objective, callbacks, untrained=untrained)
         spending.end_training()
         metrics |= outcome.measured
         metrics |= score_after_training(prepared, objective, callbacks, outcome, before, folder=directory)
@@ -244,7 +246,13 @@ def _train_and_evaluate(
     )
 
 
-def _train(prepared: PreparedRun, objective: Objective, callbacks: RunCallbacks | FollowerCallbacks) -> TrainingOutcome:
+def _train(
+    prepared: PreparedRun,
+    objective: Objective,
+    callbacks: RunCallbacks | FollowerCallbacks,
+    *,
+    untrained: dict[str, float] | None,
+) -> TrainingOutcome:
     config = prepared.config
     batches = TrainingBatches(
         prepared.data.train,
@@ -267,6 +275,7 @@ def _train(prepared: PreparedRun, objective: Objective, callbacks: RunCallbacks 
         flops=_step_flops(prepared, objective),
         rates=learning_rates(config, prepared.head),
         method=prepared.during_training,
+        untrained=untrained,
     )
 
 

@@ -30,7 +30,9 @@ def score_before_training(
     if not prepared.family.scores_untrained:
         return {}
     model = prepared.model
-    splits = {"val_nll_before": prepared.data.val, "test_nll_before": prepared.data.test}
+    splits = {"val_nll_before": prepared.data.val}
+    if prepared.data.test is not None:
+        splits["test_nll_before"] = prepared.data.test
     if prepared.also:
         splits["base_domain_nll_before"] = _base_domain(prepared)
     with prepared.accelerator.autocast():
@@ -39,6 +41,21 @@ def score_before_training(
             for name, split in splits.items()
         }
     return {name: values["nll"] for name, values in scores.items() if values}
+
+
+def untrained_scores(
+    prepared: PreparedRun, objective: Objective, callbacks: RunCallbacks | FollowerCallbacks
+) -> dict[str, float] | None:
+    """The scores on val that a trial's model begins with, where val is scored during training; else None."""
+    config = prepared.config
+    if not config.trial or not (config.trainer.eval_every or config.trainer.eval_each_epoch):
+        return None
+
+    def evaluate() -> dict[str, float]:
+        with prepared.accelerator.autocast():
+            return objective.evaluate_split(prepared.model, prepared.data.val).scores
+
+    return callbacks.once("score val_nll_before", evaluate)
 
 
 def _base_domain(prepared: PreparedRun) -> Any:
@@ -61,7 +78,7 @@ def score_after_training(
     callbacks.once(VAL_PREDICTIONS, lambda: _keep_predictions(prepared, folder, "val", outcome.best))
     moment_of_best = "last" if outcome.best_state is None else "best"
     sets: dict[str, Any] = {
-        "test": prepared.data.test,
+        **({"test": prepared.data.test} if prepared.data.test is not None else {}),
         **{f"also {name}": data.test for name, data in prepared.also.items()},
     }
 
@@ -86,7 +103,7 @@ def score_after_training(
     scores: dict[str, float] = {}
     for split, at_best, at_last in (
         ("val", outcome.best.scores, outcome.last.scores),
-        ("test", best["test"], last["test"]),
+        ("test", best.get("test", {}), last.get("test", {})),
     ):
         scores |= {f"{split}_{name}": value for name, value in at_best.items()}
         scores |= {f"{split}_{name}_last": value for name, value in at_last.items()}

@@ -11,7 +11,7 @@ from analysis.code_spans import as_code
 from analysis.comparisons import Cell
 from analysis.methods import method_label, uses_rank
 from analysis.metrics import FORGETTING, format_value
-from analysis.select import COLLAPSED_ABOVE, num_status, score
+from analysis.select import num_status, score
 from analysis.tables.cells import (
     COLLAPSED_MARK,
     EDGE_MARK,
@@ -25,6 +25,7 @@ from analysis.tables.cells import (
     show_rate,
 )
 from analysis.tables.comparable import by_dataset, comparison_of
+from harness.results.metrics import COLLAPSED_ABOVE
 from harness.results.schema import Status
 
 NOTE_N = "n: finished runs, one per seed; only they give numbers. ±: sample standard deviation over them."

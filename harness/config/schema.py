@@ -722,6 +722,8 @@ class RunConfig:
         variant: what of plain LoRA is changed.
         trainer: the recipe.
         seed: draws the head, the adapters, the order of the rows and dropout.
+        trial: whether the run is one of a search (`hydra.sweeper.search`), judged on val alone: no test split is
+            opened, nothing else is scored, and a run worse than the untrained model after warm-up ends as diverged.
         evaluate_also: additional language datasets by name, whose test split is scored before and after training; the
             first is the domain of the base model, on which forgetting is measured.
         score_earlier_tasks: whether a classifier that continues an earlier run is also scored on the tasks of that run
@@ -746,6 +748,7 @@ class RunConfig:
     variant: VariantConfig = field(default_factory=VariantConfig, metadata=ADDED_LATER)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     seed: int = 0
+    trial: bool = field(default=False, metadata=ADDED_LATER)
     evaluate_also: dict[str, DatasetConfig] = field(default_factory=dict, metadata=ADDED_LATER)
     score_earlier_tasks: bool = field(
         default=True,

@@ -47,15 +47,16 @@ def find_content(config: RunConfig) -> dict[str, str]:
     """Digests of everything local that decides the run's numbers, by what it is (`dataset.train`, `model`, ...).
 
     A file of rows is its sha256 with the ending of its name, which decides how bytes become rows. Content of a
-    registered asset has the digests that are registered; content on the hub is named by its revision and not here.
+    registered asset has the digests that are registered; content on the hub is named by its revision and not here. Of a
+    trial no test split is looked at.
 
     Raises:
         DataError: a data file or chat template that does not exist.
         ModelError: a model folder, run or vocabulary file that does not exist.
     """
-    found = _dataset_content("dataset", config.dataset)
+    found = _dataset_content("dataset", config.dataset, with_test=not config.trial)
     for name, dataset in config.evaluate_also.items():
-        found |= _dataset_content(f"evaluate_also.{name}", dataset)
+        found |= _dataset_content(f"evaluate_also.{name}", dataset, with_test=not config.trial)
     found |= model_content(config)
     return found | _continued_content(config, found)
 
@@ -71,13 +72,16 @@ def require_content(config: RunConfig, content: Mapping[str, str]) -> None:
         )
 
 
-def _dataset_content(setting: str, config: DatasetConfig) -> dict[str, str]:
+def _dataset_content(setting: str, config: DatasetConfig, *, with_test: bool) -> dict[str, str]:
     found: dict[str, str] = {}
     if config.path is not None or (config.asset is None and config.hub_id is None):
-        found = {f"{setting}.{split}": _rows_digest(path) for split, path in data_files(config).items()}
+        found = {
+            f"{setting}.{split}": _rows_digest(path) for split, path in data_files(config, with_test=with_test).items()
+        }
     elif config.asset is not None and config.asset in ASSETS:
         pins = ASSETS[config.asset].files
-        names = {split: getattr(config, f"{split}_file") for split in _SPLITS}
+        splits = [split for split in _SPLITS if with_test or split != "test"]
+        names = {split: getattr(config, f"{split}_file") for split in splits}
         found = {f"{setting}.{split}": pins[name] + _ending(name) for split, name in names.items() if name in pins}
     template = chat_template_file(config)
     if template is not None:

@@ -20,9 +20,10 @@ from harness.results.schema import ResultError, RunResult, Status, read_result
 _ADAPTER_CONFIG = "adapter_config.json"  # of PEFT's format
 
 
-def data_files(config: DatasetConfig) -> dict[str, Path]:
+def data_files(config: DatasetConfig, *, with_test: bool = True) -> dict[str, Path]:
     """The local file of each split that has one; those of an asset are fetched where needed. Raises `DataError`."""
-    folder, given = None, {"train": config.train_file, "val": config.val_file, "test": config.test_file}
+    given = {"train": config.train_file, "val": config.val_file, "test": config.test_file if with_test else None}
+    folder = None
     if config.path is not None:
         folder = Path(config.path).expanduser()
         if folder.is_file() and config.train_file is None:

@@ -40,8 +40,8 @@ from harness.data.row_checks import (
     text_faults,
     without_faults,
 )
-from harness.data.sources import Rows, Source, column_problems, digest, open_source
-from harness.data.splits import SPLITS, choose_rows, hold_out_rows
+from harness.data.sources import Rows, Source, column_problems, digest, has_own_test, open_source
+from harness.data.splits import SPLITS, WITHOUT_TEST, choose_rows, hold_out_rows
 from harness.processes.preparation import once
 
 logger = logging.getLogger(__name__)
@@ -122,14 +122,14 @@ class Split:
 
 @dataclass(frozen=True)
 class TextData:
-    """A dataset ready for training. `label_names` is empty for regression.
+    """A dataset ready for training. `label_names` is empty for regression, and `test` None where it was not to be read.
 
     `notes` says what was skipped, left out, truncated or looks wrong, one sentence each.
     """
 
     train: Split
     val: Split
-    test: Split
+    test: Split | None
     label_names: list[str]
     fingerprint: str
     notes: list[str]
@@ -142,14 +142,14 @@ class TextData:
         return len(self.label_names) or 1
 
 
-def load_data(config: DatasetConfig, tokenizer: Tokenizer) -> TextData:
-    """Reads, checks, tokenises (once) and splits a dataset.
+def load_data(config: DatasetConfig, tokenizer: Tokenizer, *, with_test: bool = True) -> TextData:
+    """Reads, checks, tokenises (once) and splits a dataset. Without test, a test split of the data is not opened.
 
     Raises:
         DataError: files or columns that do not exist, rows with empty text, labels that training has not, too few
             classes or rows; each counted and shown.
     """
-    source = open_source(config)
+    source = open_source(config, with_test=with_test)
     key = digest(source.fingerprint, tokenizer_text(tokenizer), _tokenising_settings(config, tokenizer))[:16]
     folder = cache_dir() / "tokenised" / f"{config.name}-{key}"
     if not (folder / _DESCRIPTION).is_file():
@@ -157,7 +157,7 @@ def load_data(config: DatasetConfig, tokenizer: Tokenizer) -> TextData:
     rows = {name: datasets.load_from_disk(str(folder / name)) for name in SPLITS if (folder / name).is_dir()}
     described = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
     rows, notes = _fitting(rows, config)
-    splits = _split(rows, config)
+    splits = _split(rows, config, with_test=with_test)
 
     def split(name: str) -> Split:
         # What was held out of train stands where train does.
@@ -168,7 +168,7 @@ def load_data(config: DatasetConfig, tokenizer: Tokenizer) -> TextData:
     return TextData(
         split("train"),
         split("val"),
-        split("test"),
+        split("test") if with_test else None,
         label_names,
         source.fingerprint,
         [*described["notes"], *notes, *_split_notes(splits, config)],
@@ -229,7 +229,7 @@ def _split_notes(splits: dict[str, datasets.Dataset], config: DatasetConfig) -> 
     return [*notes, *equal_rows_notes(config.name, keys, what="text")]
 
 
-def _split(rows: dict[str, datasets.Dataset], config: DatasetConfig) -> dict[str, datasets.Dataset]:
+def _split(rows: dict[str, datasets.Dataset], config: DatasetConfig, *, with_test: bool) -> dict[str, datasets.Dataset]:
     """The rows of train, val and test. Raises `DataError`."""
     labels = _column(rows["train"], "label")
     stratify = config.task is Task.classification
@@ -238,8 +238,13 @@ def _split(rows: dict[str, datasets.Dataset], config: DatasetConfig) -> dict[str
         return hold_out_rows(labels[numbers], fraction, name, config, stratify=stratify)
 
     groups = {name: np.arange(len(table)) for name, table in rows.items()}
-    chosen = choose_rows(groups, config, hold_out=hold_out, keep_order=False)
-    splits = {name: rows[table].select(numbers) for name, (table, numbers) in chosen.items()}
+    unread = not with_test and has_own_test(config)
+    chosen = choose_rows(groups, config, hold_out=hold_out, keep_order=False, has_unread_test=unread)
+    splits = {
+        name: rows[table].select(numbers)
+        for name, (table, numbers) in chosen.items()
+        if with_test or name in WITHOUT_TEST
+    }
     if stratify and len(np.unique(_column(splits["train"], "label"))) < 2:
         raise DataError(
             f"dataset={config.name}: the {len(splits['train'])} training rows are all of one class; "

@@ -38,8 +38,8 @@ from harness.data.chat import conversation_faults, encode_conversations, find_ch
 from harness.data.labelled import Tokenizer, tokenizer_text
 from harness.data.prompts import encode_completions, prompt_text, template_columns
 from harness.data.row_checks import Faults, equal_rows_notes, text_faults, without_faults
-from harness.data.sources import Source, column_problems, digest, open_source
-from harness.data.splits import choose_rows, hold_out_groups
+from harness.data.sources import Source, column_problems, digest, has_own_test, open_source
+from harness.data.splits import WITHOUT_TEST, choose_rows, hold_out_groups
 from harness.processes.preparation import once
 from harness.results.files import write_atomically
 
@@ -51,11 +51,14 @@ _FORMAT = 4
 
 @dataclass(frozen=True)
 class LanguageData:
-    """A dataset ready for a language model. `notes` says what was left out or truncated, one sentence each."""
+    """A dataset ready for a language model. `notes` says what was left out or truncated, one sentence each.
+
+    `test` is None where it was not to be read.
+    """
 
     train: TokenSplit
     val: TokenSplit
-    test: TokenSplit
+    test: TokenSplit | None
     fingerprint: str
     notes: list[str]
 
@@ -65,20 +68,22 @@ class LanguageData:
     positive_class: ClassVar[int | None] = None
 
 
-def load_language_data(config: DatasetConfig, tokenizer: Tokenizer) -> LanguageData:
+def load_language_data(config: DatasetConfig, tokenizer: Tokenizer, *, with_test: bool = True) -> LanguageData:
     """Reads, checks, splits and tokenises (once) a dataset for a language model.
 
     Empty texts and conversations without an assistant's turn are left out unless `bad_rows` is `error`, and what is
-    longer than `max_length` is treated as `too_long` says; both are counted in `notes`.
+    longer than `max_length` is treated as `too_long` says; both are counted in `notes`. Without test, a test split of
+    the data is not opened.
 
     Raises:
         DataError: files or columns that do not exist, values that are not text, or nothing left to learn from.
     """
-    source = open_source(config)
-    key = digest(source.fingerprint, tokenizer_text(tokenizer), _settings(config, tokenizer))[:16]
+    source = open_source(config, with_test=with_test)
+    settings = _settings(config, tokenizer) + ("" if with_test else " without test")
+    key = digest(source.fingerprint, tokenizer_text(tokenizer), settings)[:16]
     path = cache_dir() / "blocks" / f"{config.name}-{key}.npz"
     if not path.is_file():
-        once(lambda: _build(source, config, tokenizer, path))
+        once(lambda: _build(source, config, tokenizer, path, with_test=with_test))
     with np.load(path) as file:
         arrays = dict(file)
     described = json.loads(arrays.pop("described").tobytes())
@@ -92,7 +97,8 @@ def load_language_data(config: DatasetConfig, tokenizer: Tokenizer) -> LanguageD
     fingerprint = source.fingerprint
     if config.task is Task.chat:
         fingerprint = digest(fingerprint, find_chat_template(config, tokenizer))
-    return LanguageData(split("train"), split("val"), split("test"), fingerprint, described["notes"])
+    test = split("test") if with_test else None
+    return LanguageData(split("train"), split("val"), test, fingerprint, described["notes"])
 
 
 def _settings(config: DatasetConfig, tokenizer: Any) -> str:
@@ -105,12 +111,12 @@ def _settings(config: DatasetConfig, tokenizer: Any) -> str:
     return json.dumps([_FORMAT, chosen, ends, template])
 
 
-def _build(source: Source, config: DatasetConfig, tokenizer: Any, path: Path) -> None:
+def _build(source: Source, config: DatasetConfig, tokenizer: Any, path: Path, *, with_test: bool) -> None:
     started = time.perf_counter()
     rows = source.read()
     notes = list(rows.notes)
     tables = {name: _usable_rows(table, name, config, source, notes) for name, table in rows.tables.items()}
-    splits = _split(tables, config)
+    splits = _split(tables, config, with_test=with_test)
     arrays: dict[str, np.ndarray] = {}
     prompts: list[dict[str, Any]] = []
     for name, table in splits.items():
@@ -200,15 +206,18 @@ def _column_faults(
     return faults, problems
 
 
-def _split(tables: dict[str, pd.DataFrame], config: DatasetConfig) -> dict[str, pd.DataFrame]:
+def _split(tables: dict[str, pd.DataFrame], config: DatasetConfig, *, with_test: bool) -> dict[str, pd.DataFrame]:
     """The rows of train, val and test. Raises `DataError`."""
     groups = {name: _groups(table, config) for name, table in tables.items()}
 
     def hold_out(rows: np.ndarray, fraction: float, name: str) -> np.ndarray:
         return hold_out_groups(groups["train"][rows], fraction, name, config)
 
-    chosen = choose_rows(groups, config, hold_out=hold_out, keep_order=True)
-    return {name: tables[table].iloc[rows] for name, (table, rows) in chosen.items()}
+    unread = not with_test and has_own_test(config)
+    chosen = choose_rows(groups, config, hold_out=hold_out, keep_order=True, has_unread_test=unread)
+    return {
+        name: tables[table].iloc[rows] for name, (table, rows) in chosen.items() if with_test or name in WITHOUT_TEST
+    }
 
 
 def _groups(table: pd.DataFrame, config: DatasetConfig) -> np.ndarray:

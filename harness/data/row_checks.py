@@ -185,11 +185,13 @@ def equal_rows_notes(
 
     Args:
         name: of the dataset.
-        splits: of train, val and test, what stands for the text of each row, and its label or target.
+        splits: of train, val and where it was read test, what stands for the text of each row, and its label or target.
         what: what the text is called.
     """
     notes = []
     for one, other in (("train", "test"), ("train", "val"), ("val", "test")):
+        if one not in splits or other not in splits:
+            continue
         known: defaultdict[Hashable, set[Hashable]] = defaultdict(set)
         for text, label in zip(*splits[one], strict=True):
             known[text].add(label)

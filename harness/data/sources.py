@@ -41,15 +41,24 @@ class Source:
     read: Callable[[], Rows]
 
 
-def open_source(config: DatasetConfig) -> Source:
-    """Finds the rows that a config names, without reading them where possible. Raises `DataError`."""
+def open_source(config: DatasetConfig, *, with_test: bool = True) -> Source:
+    """Finds the rows that a config names, without reading them where possible. Raises `DataError`.
+
+    Without test, a test split that lies by itself is not opened, and is in neither rows nor fingerprint.
+    """
     if config.hub_id is not None and config.path is None:
-        return _open_hub(config)
-    return _open_files(config)
+        return _open_hub(config, with_test=with_test)
+    return _open_files(config, with_test=with_test)
 
 
-def _open_files(config: DatasetConfig) -> Source:
-    files = data_files(config)
+def has_own_test(config: DatasetConfig) -> bool:
+    """Whether the test split lies by itself, and is not held out of train."""
+    from_hub = config.hub_id is not None and config.path is None
+    return (config.test_split if from_hub else config.test_file) is not None
+
+
+def _open_files(config: DatasetConfig, *, with_test: bool) -> Source:
+    files = data_files(config, with_test=with_test)
     for split, path in files.items():
         if path.suffix not in ENDINGS:
             raise DataError(f"dataset.{split}_file={path.name}: known endings are {', '.join(ENDINGS)}.")
@@ -71,8 +80,8 @@ def _open_files(config: DatasetConfig) -> Source:
     return Source(description, digest(json.dumps(hashes)), read)
 
 
-def _open_hub(config: DatasetConfig) -> Source:
-    wanted = {"train": config.train_split, "val": config.val_split, "test": config.test_split}
+def _open_hub(config: DatasetConfig, *, with_test: bool) -> Source:
+    wanted = {"train": config.train_split, "val": config.val_split, "test": config.test_split if with_test else None}
     names = {split: name for split, name in wanted.items() if name is not None}
 
     def load(name: str) -> datasets.Dataset:

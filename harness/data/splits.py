@@ -17,6 +17,8 @@ from harness.config.schema import DatasetConfig
 from harness.content.errors import DataError
 
 SPLITS = ("train", "val", "test")
+# What a trial of a search reads, and all that it may.
+WITHOUT_TEST = ("train", "val")
 
 HoldOut = Callable[[np.ndarray, float, str], np.ndarray]
 """From row numbers of the training table, a fraction and the name of a split: which of them that split gets (bool)."""
@@ -30,7 +32,12 @@ class Chosen(NamedTuple):
 
 
 def choose_rows(
-    groups: Mapping[str, np.ndarray], config: DatasetConfig, *, hold_out: HoldOut, keep_order: bool
+    groups: Mapping[str, np.ndarray],
+    config: DatasetConfig,
+    *,
+    hold_out: HoldOut,
+    keep_order: bool,
+    has_unread_test: bool = False,
 ) -> dict[str, Chosen]:
     """Holds out of train what is missing (test first, then val), then takes the subsets.
 
@@ -40,13 +47,14 @@ def choose_rows(
         config: fractions, seeds and limits.
         hold_out: which training rows a missing split gets.
         keep_order: whether a subset of train is in the order of the table, and not in the order of its drawing.
+        has_unread_test: whether the data have a test split that was not read; then there is none among those returned.
 
     Raises:
         DataError: fewer rows than `num_train_examples`, or what `hold_out` raises.
     """
     chosen = {name: Chosen(name, np.arange(len(numbers))) for name, numbers in groups.items()}
     for name, fraction in (("test", config.test_fraction), ("val", config.val_fraction)):
-        if name not in chosen:
+        if name not in chosen and not (name == "test" and has_unread_test):
             rows = chosen["train"].rows
             is_held_out = hold_out(rows, fraction, name)
             chosen |= {"train": Chosen("train", rows[~is_held_out]), name: Chosen("train", rows[is_held_out])}
@@ -60,12 +68,12 @@ def choose_rows(
         order = np.random.default_rng(config.subset_seed).permutation(len(rows))[: config.num_train_examples]
         chosen["train"] = Chosen("train", rows[np.sort(order) if keep_order else order])
     if config.num_eval_examples is not None:
-        for name in ("val", "test"):
+        for name in [name for name in ("val", "test") if name in chosen]:
             table, rows = chosen[name]
             numbers = pd.factorize(groups[table][rows])[0]
             order = np.random.default_rng(config.subset_seed).permutation(int(numbers.max()) + 1)
             chosen[name] = Chosen(table, rows[np.isin(numbers, order[: config.num_eval_examples])])
-    return {name: chosen[name] for name in SPLITS}
+    return {name: chosen[name] for name in SPLITS if name in chosen}
 
 
 def hold_out_rows(

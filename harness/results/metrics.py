@@ -11,6 +11,9 @@ from datetime import timedelta
 from enum import StrEnum
 from typing import Any, Literal
 
+# A classifier has collapsed when one class receives more than this share of its predictions.
+COLLAPSED_ABOVE = 0.999
+
 
 class Direction(StrEnum):
     """Which way a metric improves."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from harness.config.schema import DatasetConfig, RunConfig, Task
+from harness.config.schema import RunConfig, Task
 from harness.data.labelled import load_data
 from harness.data.language import load_language_data
 from harness.processes.stopping import StopRequest
@@ -23,7 +23,7 @@ class TaskData(Protocol):
 
     `num_labels` are the outputs of a task head, None where the task has none. `label_names` are the classes in the
     order of the logits, empty where there are none; `positive_class` is the one of two of which F1 is the score.
-    `notes` says what was left out, truncated or looks wrong, one sentence each.
+    `notes` says what was left out, truncated or looks wrong, one sentence each. `test` is None for a trial.
     """
 
     @property
@@ -57,18 +57,25 @@ BuildObjective = Callable[[RunConfig, Any, Mapping[str, Any], StopRequest], Obje
 
 @dataclass(frozen=True)
 class TaskFamily:
-    """How data are read, and what is learned from them. `scores_untrained`: whether the model has a score before."""
+    """How data are read (`with_test=False`: for a trial), and what is learned from them.
 
-    load: Callable[[DatasetConfig, Any], TaskData]
+    `scores_untrained`: whether the model has a score before.
+    """
+
+    load: Callable[..., TaskData]
     build_objective: BuildObjective
     scores_untrained: bool
+
+
+def _tests(*loaded: TaskData) -> list[Any]:
+    return [data.test for data in loaded if data.test is not None]
 
 
 def _labelled_objective(config: RunConfig, data: Any, also: Mapping[str, Any], stop: StopRequest) -> Objective:
     return SequenceObjective(
         config.dataset,
         val=data.val,
-        others=[data.test],
+        others=_tests(data),
         positive_class=data.positive_class,
         eval_batch_size=config.trainer.eval_batch_size,
         label_smoothing=config.trainer.label_smoothing,
@@ -80,7 +87,7 @@ def _labelled_objective(config: RunConfig, data: Any, also: Mapping[str, Any], s
 def _language_objective(config: RunConfig, data: Any, also: Mapping[str, Any], stop: StopRequest) -> Objective:
     return LanguageObjective(
         val=data.val,
-        others=[data.test, *(each.test for each in also.values())],
+        others=_tests(data, *also.values()),
         eval_batch_size=config.trainer.eval_batch_size,
         chunk_tokens=config.trainer.loss_chunk_tokens,
         label_smoothing=config.trainer.label_smoothing,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from harness.data.batches import Batch
 from harness.processes.distributed import reshard
+from harness.results.metrics import COLLAPSED_ABOVE
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,27 @@ class Evaluation:
     scores: dict[str, float]
     objective: float
     logits: Tensor | None = field(default=None, compare=False, repr=False)
+
+
+# A loss above that of the untrained model by less than this is that of a run which has not begun to learn.
+HOPELESS_RATIO = 1.1
+
+
+def why_hopeless(scores: Mapping[str, float], untrained: Mapping[str, float]) -> str | None:
+    """Why a run cannot win any more, from its scores on val and those that its model began with; None where it can.
+
+    Its loss is clearly above that of the untrained model, and of a classifier nearly all predictions fall on one class:
+    the loss alone also rises when a classifier that is often right becomes too sure of itself.
+    """
+    loss = next((name for name in ("nll", "mse") if name in scores and name in untrained), None)
+    if (
+        loss is None
+        or scores[loss] <= HOPELESS_RATIO * untrained[loss]
+        or scores.get("majority_share", 1.0) <= COLLAPSED_ABOVE
+    ):
+        return None
+    collapsed = " and nearly all predictions fell on one class" if "majority_share" in scores else ""
+    return f"val {loss} was {scores[loss]:.4g}, above the {untrained[loss]:.4g} of the untrained model{collapsed}"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any, Protocol
@@ -25,7 +25,7 @@ from harness.methods.flops import StepFlops
 from harness.methods.rates import LearningRates
 from harness.processes.distributed import all_reduce_sum, all_reduce_sum_on_device, full_tensor, is_sharded
 from harness.processes.stopping import PreemptedError
-from harness.tasks.objective import Evaluation, Objective
+from harness.tasks.objective import Evaluation, Objective, why_hopeless
 from harness.training.checkpoint import pack_training, unpack_training
 from harness.training.optimizer import build_optimizer, learning_rate_at, set_learning_rates
 
@@ -136,6 +136,7 @@ class Learner:
         num_steps: how many steps the training has, for the learning rate.
         rates: the learning rate of each kind of parameter; null for one of all.
         method: what the method does at a step.
+        untrained: the scores on val below which a run ends after warm-up (see `why_hopeless`); null for none.
     """
 
     def __init__(
@@ -149,6 +150,7 @@ class Learner:
         num_steps: int,
         method: DuringTraining,
         rates: LearningRates | None = None,
+        untrained: Mapping[str, float] | None = None,
     ) -> None:
         model.train()
         self._is_sharded = is_sharded(model)
@@ -162,6 +164,7 @@ class Learner:
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._objective, self._config, self._accelerator = objective, config, accelerator
         self._callbacks, self._num_steps, self._method = callbacks, num_steps, method
+        self._untrained = untrained
         self._meter: StepMeter[_Made] = StepMeter(device_queue(accelerator.device))
         self.at = Position()
         self.best_state: dict[str, Tensor] | None = None
@@ -248,6 +251,11 @@ class Learner:
             raise TrainingDivergedError(at.step, "predictions on val were not finite")
         self._callbacks.evaluated(at.step, evaluation)
         at.is_to_score, at.last = False, evaluation
+        is_between = self._config.warmup_fraction * self._num_steps < at.step < self._num_steps
+        if self._untrained is not None and is_between:
+            reason = why_hopeless(evaluation.scores, self._untrained)
+            if reason is not None:
+                raise TrainingDivergedError(at.step, reason)
         if at.best is None or evaluation.objective > at.best.objective:
             at.best, at.best_step = evaluation, at.step
             self.best_state = None if at.step == self._num_steps else _trainable_state(self._bare_model)

@@ -7,7 +7,7 @@ at a step than have parameters do it by `DuringTraining`, which the loop calls f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -75,6 +75,7 @@ def train(
     flops: StepFlops | None = None,
     rates: LearningRates | None = None,
     method: DuringTraining | None = None,
+    untrained: Mapping[str, float] | None = None,
 ) -> TrainingOutcome:
     """Trains the parameters that require a gradient; the model ends at its last step.
 
@@ -92,7 +93,8 @@ def train(
 
     `flops` counts the model's operations; without it `train_flops` is missing from what is measured. `rates` are the
     learning rates of the kinds of parameters; without them all have that of `config`. `method` is what the method does
-    at a step; without it nothing.
+    at a step; without it nothing. `untrained` are the scores on val that the model begins with, where a run that is
+    worse than them after warm-up is to end.
 
     Several processes (see `harness.processes.distributed`) make the steps that one would make; each scores all of val.
     The model lies on the accelerator's device already, whole or sharded.
@@ -102,7 +104,7 @@ def train(
     is stopped on. A run that resumes from there begins with that scoring.
 
     Raises:
-        TrainingDivergedError: a loss or the predictions on val were not finite.
+        TrainingDivergedError: a loss or the predictions on val were not finite, or the run is worse than `untrained`.
         PreemptedError: the run was asked to stop; the checkpoint is written.
         torch.OutOfMemoryError: a step does not fit; also RuntimeError on the CPU.
     """
@@ -116,6 +118,7 @@ def train(
         num_steps=num_steps,
         rates=rates,
         method=method or Nothing(),
+        untrained=untrained,
     )
     checkpoint = callbacks.last_checkpoint()
     if checkpoint is not None:
