@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ CAME_LATER: dict[str, Any] = {
     "config.variant.dora": False,
     "config.variant.init": "kaiming",
     "config.variant.learning_rate_ratio": 1.0,
+    "config.trial": False,
     "config.variant.bias": "none",
 }
 # The order of runs where no sweep file gives one: equal settings side by side, the placement before the rank.
@@ -73,6 +74,9 @@ _ORDER = (
 )
 
 
+_OF_EVERY_RUN = ("run_id", "cell_id", "sweep", "status", "error")
+
+
 class LoadError(ValueError):
     """There is nothing to analyse; the message names the setting, its value, what there is, and the fix."""
 
@@ -87,6 +91,8 @@ class Runs:
             of it, on which forgetting is measured; the config under dotted names (`config.rank.rank`), lists as
             tuples; every metric of the registry as float64; the environment (`environment.versions.torch`). Missing
             is None, for a metric NaN.
+        trials: the runs of a search (`trial=true`), likewise, which chose on val where those of `frame` are and are no
+            rows of any table.
         sweep: its name; None for a whole folder.
         command: what started the sweep last, None where no launch says so.
         created: when, in ISO format; likewise.
@@ -97,6 +103,7 @@ class Runs:
     """
 
     frame: pd.DataFrame
+    trials: pd.DataFrame
     sweep: str | None = None
     command: str | None = None
     created: str | None = None
@@ -123,7 +130,10 @@ def load_runs(runs_dir: Path, *, sweep: str | None = None, need_ended: bool = Tr
     launched = None if sweep is None else _launches_of(runs_dir, sweep)
     if launched is not None:
         return _load_listed(runs_dir, launched, need_ended)
-    rows, problems = _read_rows(sorted(_result_paths(runs_dir)))
+    found, problems = _read_rows(sorted(_result_paths(runs_dir)))
+    rows, trials = _without_trials(found)
+    if not rows and trials:
+        raise LoadError(f"runs_dir={runs_dir}: only trials of a search have ended there, {len(trials)} of them.")
     if not rows:
         raise LoadError(
             f"runs_dir={runs_dir}: no {RESULT_FILE} of a run in any of its folders, so no run has ended here. "
@@ -132,7 +142,7 @@ def load_runs(runs_dir: Path, *, sweep: str | None = None, need_ended: bool = Tr
         )
     if sweep is not None:
         known = _known_sweeps(runs_dir, rows)
-        rows = [row for row in rows if row["sweep"] == sweep]
+        rows, trials = ([row for row in each if row["sweep"] == sweep] for each in (rows, trials))
         if not rows:
             raise LoadError(
                 f"sweep={sweep!r}: no run in {runs_dir} belongs to a sweep of that name. "
@@ -141,21 +151,24 @@ def load_runs(runs_dir: Path, *, sweep: str | None = None, need_ended: bool = Tr
             )
     rows = _once_per_seed(rows, problems)
     rows.sort(key=_position)
-    return Runs(_frame(rows), sweep=sweep, problems=problems)
+    return Runs(_frame(rows), _frame(trials), sweep=sweep, problems=problems)
 
 
 def _load_listed(runs_dir: Path, launched: SweepLaunches, need_ended: bool) -> Runs:
     sweep, last = launched.sweep, launched.launches[-1]
     paths = {run_id: runs_dir / run_id / RESULT_FILE for run_id in launched.run_ids}
-    rows, problems = _read_rows([path for path in paths.values() if path.exists()])
+    found, problems = _read_rows([path for path in paths.values() if path.exists()])
+    rows, trials = _without_trials(found)
     if not rows and need_ended:
+        ended = f"; {len(trials)} trials of its search have" if trials else ""
         raise LoadError(
-            f"sweep={sweep!r}: none of its {len(paths)} runs has ended in {runs_dir} yet. "
+            f"sweep={sweep!r}: none of its {len(paths)} runs has ended in {runs_dir} yet{ended}. "
             f"Its command: {last.command or 'unknown'}" + _listing(problems)
         )
-    read = {row["run_id"] for row in rows}
+    read = {row["run_id"] for row in found}
     return Runs(
         _frame(_once_per_seed(rows, problems)),
+        _frame(trials),
         sweep=sweep,
         command=last.command,
         created=last.created,
@@ -209,7 +222,9 @@ def _launches_of(runs_dir: Path, sweep: str) -> SweepLaunches | None:
         raise LoadError(str(error)) from error
     if found is None:
         return None
-    texts = (Launch(launch.run_ids, _as_text(launch.command), _as_text(launch.created)) for launch in found.launches)
+    texts = (
+        replace(launch, command=_as_text(launch.command), created=_as_text(launch.created)) for launch in found.launches
+    )
     return SweepLaunches(sweep, list(texts))
 
 
@@ -244,6 +259,11 @@ def _read_rows(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[str]]:
         else:
             rows.append(row)
     return rows, problems
+
+
+def _without_trials(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The runs that are reported, and the trials of a search."""
+    return [row for row in rows if not row.get("config.trial")], [row for row in rows if row.get("config.trial")]
 
 
 def _once_per_seed(rows: Sequence[dict[str, Any]], problems: list[str]) -> list[dict[str, Any]]:
@@ -380,7 +400,7 @@ def _position(row: dict[str, Any]) -> tuple[tuple[int, float, str], ...]:
 
 
 def _frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    names = dict.fromkeys(name for row in rows for name in row)
+    names = dict.fromkeys([*_OF_EVERY_RUN, *(name for row in rows for name in row)])
     columns = [
         *(name for name in names if not name.startswith(("config", "environment")) and name not in METRICS),
         *_leaves([name for name in names if name.startswith("config")]),

@@ -11,15 +11,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 from rich.console import Console
 from rich.text import Text
 
 from analysis.load import Runs, load_runs
 from harness.results.claims import current_owner
 from harness.results.files import CLAIMS_DIR, LOG_FILE, RESULT_FILE
+from harness.results.launches import read_launches
 from harness.results.metrics import duration_text
 from harness.results.schema import Status
 from harness.results.state import NEW, RUNNING, STOPPED, UNREADABLE, run_state
+
+_SHOWN = ["run_id", "status", "error"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class RunStatus:
 def find_status(runs_dir: Path, sweep: str | None = None) -> list[RunStatus]:
     """The state of every run of a sweep, in its order. Raises `LoadError` when there is no such sweep."""
     runs = load_runs(runs_dir, sweep=sweep, need_ended=False)
-    ended = runs.frame.itertuples(index=False)
+    ended = pd.concat([runs.frame[_SHOWN], runs.trials[_SHOWN]]).itertuples(index=False)
     return [
         *(_status(runs_dir / str(row.run_id), ended=str(row.status), error=str(row.error or "")) for row in ended),
         *(_status(runs_dir / run_id, ended=UNREADABLE) for run_id in runs.unreadable),
@@ -49,9 +53,24 @@ def print_status(runs_dir: Path, sweep: str | None = None, *, console: Console |
     counts = Counter(run.state for run in found)
     totals = ", ".join(f"{count} {state}" for state, count in counts.most_common())
     console.print(Text(f"{sweep or 'all runs'}: {totals}", style="bold"))
+    searched = search_text(runs_dir, sweep) if sweep is not None else ""
+    if searched:
+        console.print(Text(searched))
     for run in sorted(found, key=lambda run: _urgency(run.state)):
         if run.state != Status.FINISHED:
             console.print(Text(": ".join(filter(None, (run.state, run.run_id, run.text)))), soft_wrap=True)
+
+
+def search_text(runs_dir: Path, sweep: str) -> str:
+    """How far the search of a sweep was when its last round began; empty where nothing is searched."""
+    launched = read_launches(runs_dir, sweep)
+    cells = launched.launches[-1].searched if launched is not None else []
+    if not cells:
+        return ""
+    names = " and ".join(dict.fromkeys(axis for cell in cells for axis in cell.axes))
+    num_chosen = sum(cell.runs is not None for cell in cells)
+    num_trials = sum(len(cell.trials) for cell in cells)
+    return f"search for {names}: chosen in {num_chosen} of {len(cells)} cells, {num_trials} trials so far"
 
 
 def _urgency(state: str) -> tuple[int, str]:
@@ -77,7 +96,7 @@ def _unfinished_ids(runs: Runs, runs_dir: Path) -> Sequence[str]:
     if runs.to_do is not None:
         return runs.to_do
     # Without a list of the sweep's runs, those that have a claim are all that can be known.
-    ended = set(runs.frame["run_id"])
+    ended = {*runs.frame["run_id"], *runs.trials["run_id"]}
     return [path.parent.name for path in sorted(runs_dir.glob(f"*/{CLAIMS_DIR}")) if path.parent.name not in ended]
 
 

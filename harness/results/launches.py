@@ -1,7 +1,10 @@
 """What was launched under a sweep's name: one file per launch, never rewritten, and the union of them.
 
     <runs_dir>/sweeps/<sweep>/20261122T101500.123456Z-1a2b3c4d.json
-    {"sweep": "demo", "run_ids": ["...", ...], "command": "python -m harness -m sweeps=demo", "created": "2026-..."}
+    {"sweep": "demo", "run_ids": ["...", ...], "command": "python -m harness -m sweeps=demo", "created": "2026-...",
+     "searched": [{"axes": ["trainer.learning_rate"], "trials": ["...", ...], "runs": ["...", ...]}, ...]}
+
+A sweep that searches is recorded at each round; `runs` of a cell is null until its trials have chosen.
 
 Launches that start at once write two files, so neither can lose the other's runs, on any file system. Folders of
 several machines are merged by copying. `<runs_dir>/sweeps/<sweep>.json`, which held the last launch alone in earlier
@@ -17,8 +20,9 @@ import shlex
 import sys
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from harness.results.files import write_json_atomically
 
@@ -30,12 +34,25 @@ class LaunchError(ValueError):
 
 
 @dataclass(frozen=True)
+class SearchedCell:
+    """A cell of a sweep in which settings (`axes`) were searched: its trials, and the runs that they chose, if any."""
+
+    axes: list[str]
+    trials: list[str]
+    runs: list[str] | None = None
+
+
+@dataclass(frozen=True)
 class Launch:
-    """One command that named runs of a sweep. `command` and `created` (ISO format) are None where they are unknown."""
+    """One command that named runs of a sweep. `command` and `created` (ISO format) are None where they are unknown.
+
+    `searched` is where the search stood, a record for each cell; empty where nothing was searched.
+    """
 
     run_ids: list[str]
     command: str | None = None
     created: str | None = None
+    searched: list[SearchedCell] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -66,12 +83,22 @@ def command_line() -> str:
     return "python -m harness " + shlex.join(sys.argv[1:])
 
 
-def record_launch(runs_dir: Path, sweep: str, *, run_ids: Sequence[str], command: str) -> Path:
+def record_launch(
+    runs_dir: Path,
+    sweep: str,
+    *,
+    run_ids: Sequence[str],
+    command: str,
+    searched: Sequence[SearchedCell] = (),
+) -> Path:
     """Adds a launch to a sweep and returns the new file. Raises `OSError` when it cannot be written."""
     now = datetime.datetime.now(datetime.UTC)
     path = runs_dir / SWEEPS_DIR / sweep / f"{now:%Y%m%dT%H%M%S.%fZ}-{uuid.uuid4().hex[:8]}.json"
     created = now.isoformat(timespec="seconds")
-    write_json_atomically(path, {"sweep": sweep, "run_ids": list(run_ids), "command": command, "created": created})
+    values: dict[str, Any] = {"sweep": sweep, "run_ids": list(run_ids), "command": command, "created": created}
+    if searched:
+        values["searched"] = [asdict(cell) for cell in searched]
+    write_json_atomically(path, values)
     return path
 
 
@@ -108,4 +135,8 @@ def _read_launch(path: Path, sweep: str) -> Launch:
     if raw.get("sweep") != sweep:
         raise LaunchError(f"{path}: is about sweep {raw.get('sweep')!r}, not {sweep!r}. {remedy}")
     command, created = (value if isinstance(value, str) else None for value in (raw.get("command"), raw.get("created")))
-    return Launch(run_ids, command, created)
+    try:
+        searched = [SearchedCell(**cell) for cell in raw.get("searched", [])]
+    except TypeError as error:
+        raise LaunchError(f"{path}: searched is no list of cells with axes, trials and runs. {remedy}") from error
+    return Launch(run_ids, command, created, searched)

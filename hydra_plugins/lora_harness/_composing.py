@@ -23,6 +23,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, open_dict
 
 from harness.config.composing import from_composed
+from harness.config.schema import RunConfig
 from harness.content.identity import PlannedRun, planned
 
 _Choices = tuple[str, ...]
@@ -196,3 +197,8 @@ def compose_run(context: HydraContext, master: DictConfig, overrides: Sequence[s
     `ModelError` for content that does not exist.
     """
     return composer_of(context, master).plan(overrides)
+
+
+def compose_config(context: HydraContext, master: DictConfig, overrides: Sequence[str]) -> RunConfig:
+    """Composes and validates one run of a sweep, and opens nothing that it names. Raises as `compose_run` does."""
+    return from_composed(composer_of(context, master).compose(overrides))

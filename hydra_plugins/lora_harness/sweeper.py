@@ -6,10 +6,16 @@
 
 is six runs. Without grids, `-m rank=r1,r4 target_layers=qv` works as under Hydra's own sweeper; with them, an override
 on the command line replaces the axis of the same name in every grid that has it.
+
+    hydra.sweeper.search: {}
+
+searches the learning rate inside every cell first (`_search`), in rounds: each is planned from the finished results of
+those before it, so that a sweep that was killed, or runs on several machines, makes the same trials.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from collections import Counter
@@ -22,7 +28,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobStatus
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
@@ -39,13 +45,15 @@ from harness.content.assets import AssetError
 from harness.content.errors import DataError, ModelError
 from harness.content.files import base_model, continued_adapter
 from harness.content.identity import PlannedRun
-from harness.folder import require_writable, run_dir
+from harness.folder import kept_result, require_writable, run_dir
 from harness.results.files import RESULT_FILE
-from harness.results.launches import command_line, record_launch
-from harness.results.schema import Status, read_result
+from harness.results.launches import SearchedCell, command_line, record_launch
+from harness.results.schema import ResultError, RunResult, Status, read_result
 from harness.results.state import run_state
-from hydra_plugins.lora_harness._composing import compose_run
+from hydra_plugins.lora_harness._cells import Cell, SearchConf, read_search, score_of_trials, split_cells
+from hydra_plugins.lora_harness._composing import compose_config, compose_run
 from hydra_plugins.lora_harness._grids import GridError, Overrides, expand
+from hydra_plugins.lora_harness._search import Point, Score, Search, search_cell
 
 if TYPE_CHECKING:
     from harness.plan import Plan
@@ -59,6 +67,7 @@ class GridSweeperConf:
 
     _target_: str = "hydra_plugins.lora_harness.sweeper.GridSweeper"
     grids: list[dict[str, Any]] = field(default_factory=list)
+    search: Any = None  # or the settings of `SearchConf`
     dry_run: bool = False
 
 
@@ -83,11 +92,56 @@ class SweepRun:
         return self.planned.run_id
 
 
+@dataclass(frozen=True)
+class Stand:
+    """Where the search of a cell stands: its trials by run id, and those among them that ended without a score."""
+
+    cell: Cell
+    found: Search
+    search: SearchConf
+    trials: tuple[str, ...]
+    failed: tuple[str, ...]
+
+    @property
+    def wanted(self) -> list[Overrides]:
+        """The overrides of the trials that come next, or at the end of the runs that are reported."""
+        if self.found.chosen is not None:
+            return [self.cell.run(self.found.chosen, seed) for seed in self.cell.seeds]
+        return [self.cell.trial(point, seed) for point in self.found.wanted for seed in self.search.seeds]
+
+    @property
+    def problem(self) -> str:
+        """Why nothing was chosen, when nothing more can be tried; empty where something was."""
+        if self.found.chosen is not None:
+            return ""
+        if self.failed:
+            return f"{self.cell.name}: nothing is chosen, because these trials have no score: {', '.join(self.failed)}."
+        tried = "; ".join(map(self.cell.shown, self.found.tried))
+        return f"{self.cell.name}: nothing is chosen, because no trial finished: {tried}. Give another prior."
+
+
+@dataclass(frozen=True)
+class Round:
+    """What is run next: `named` are all runs of the sweep that are known so far, `runs` those not yet handed over."""
+
+    runs: list[SweepRun]
+    named: list[SweepRun]
+    stands: list[Stand]
+    problems: list[str]
+
+    @property
+    def newly_chosen(self) -> list[Stand]:
+        """The cells whose runs are reported from this round on."""
+        now = {run.overrides for run in self.runs}
+        return [stand for stand in self.stands if stand.found.chosen is not None and now.intersection(stand.wanted)]
+
+
 class GridSweeper(Sweeper):
     """Expands, composes, validates and launches. Raises `ConfigError` with every problem of every run."""
 
-    def __init__(self, grids: Sequence[Any], dry_run: bool) -> None:
+    def __init__(self, grids: Sequence[Any], dry_run: bool, search: Any = None) -> None:
         self._grids = OmegaConf.to_container(grids) if OmegaConf.is_config(grids) else list(grids)
+        self._search = OmegaConf.to_container(search) if OmegaConf.is_config(search) else search
         self._dry_run = dry_run
         self.hydra_context: HydraContext | None = None
         self.config: DictConfig | None = None
@@ -104,23 +158,81 @@ class GridSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         """Runs what the grids and the command line's `arguments` name."""
         assert self.config is not None and self.launcher is not None
-        runs = self._compose_all(self._expand(arguments))
-        plans = _plan_all(runs)
-        runs = _merge_equal(runs)
-        if self._dry_run:
-            show_plan(runs, plans)
-            return []
-        try:
-            for runs_dir in {run.config.runs_dir for run in runs}:
-                require_writable(runs_dir)
-            _record_launches(runs)
-        except OSError as error:
-            raise ConfigError([str(error)]) from error
-        returns = self.launcher.launch([list(run.overrides) for run in runs], initial_job_idx=0)
-        if any(job.status is not JobStatus.COMPLETED for job in returns):
+        expanded = self._expand(arguments)
+        search = read_search(self._search)
+        fixed, cells = (expanded, []) if search is None else split_cells(expanded, search, self._compose_config)
+        attempted: set[str] = set()
+        returns: list[JobReturn] = []
+        is_complete = True
+        while True:
+            found = self._next_round(fixed, cells, search, attempted)
+            if self._dry_run:
+                show_plan(found.runs, _plan_all(found.runs), _summary(found.runs, found.stands, found.stands))
+                return []
+            if not found.runs:
+                break
+            _plan_all(found.runs)
+            self._record(found)
+            if cells:
+                logger.info("%s", _summary(found.runs, found.stands, found.newly_chosen))
+            launched = self.launcher.launch([list(run.overrides) for run in found.runs], initial_job_idx=len(returns))
+            returns += launched
+            attempted |= {run.run_id for run in found.runs}
+            # A trial that diverges is an answer.
+            is_complete &= all(
+                job.status is JobStatus.COMPLETED
+                for job, run in zip(launched, found.runs, strict=False)
+                if not run.config.trial
+            )
+            if search is None:
+                break
+        for problem in found.problems:
+            logger.error("%s", problem)
+        if found.problems or not is_complete:
             # Every launcher has said by now which runs these are; what is left to say is the exit code.
             sys.exit(1)
         return returns
+
+    def _next_round(
+        self, fixed: Sequence[Overrides], cells: Sequence[Cell], search: SearchConf | None, attempted: set[str]
+    ) -> Round:
+        """What is to be run next, from the results that there are; nothing where all is run, or was tried in vain."""
+        stands = [self._stand(cell, search, attempted) for cell in cells if search is not None]
+        wanted = [*fixed, *(overrides for stand in stands for overrides in stand.wanted)]
+        runs = _merge_equal(self._compose_all(wanted))
+        todo = [run for run in runs if run.run_id not in attempted]
+        problems = [stand.problem for stand in stands if stand.problem] if not todo else []
+        return Round(todo, runs, stands, problems)
+
+    def _stand(self, cell: Cell, search: SearchConf, attempted: set[str]) -> Stand:
+        """Where a cell stands, from the results of its trials that count."""
+        trials: dict[str, None] = {}
+        failed: list[str] = []
+
+        def result_of(run: SweepRun) -> RunResult | None:
+            trials.setdefault(run.run_id)
+            result = kept_result(run.planned)
+            if result is None and run.run_id in attempted:  # `rerun` applies once in a sweep
+                with contextlib.suppress(ResultError):
+                    result = read_result(run_dir(run.planned) / RESULT_FILE)
+                if result is None or result.status is Status.FAILED:
+                    failed.append(run.run_id)
+            return result
+
+        def score_of(point: Point) -> Score | None:
+            runs = self._compose_all([cell.trial(point, seed) for seed in search.seeds])
+            return score_of_trials([result_of(run) for run in runs], runs[0].config)
+
+        found = search_cell(cell.axes, search.budget, score_of)
+        return Stand(cell, found, search, tuple(trials), tuple(failed))
+
+    def _record(self, found: Round) -> None:
+        try:
+            for runs_dir in {run.config.runs_dir for run in found.named}:
+                require_writable(runs_dir)
+            _record_launches(found)
+        except OSError as error:
+            raise ConfigError([str(error)]) from error
 
     def _expand(self, arguments: list[str]) -> list[Overrides]:
         assert self.hydra_context is not None
@@ -153,6 +265,19 @@ class GridSweeper(Sweeper):
         if problems:
             raise ConfigError(_name_runs(problems, len(expanded)))
         return runs
+
+    def _compose_config(self, overrides: Overrides) -> RunConfig:
+        """The config of overrides; refused like a run of the sweep."""
+        assert self.hydra_context is not None and self.config is not None
+        try:
+            return compose_config(self.hydra_context, self.config, overrides)
+        except ConfigError as error:
+            raise ConfigError(_name_runs({problem: [overrides] for problem in error.problems}, 1)) from error
+        except Exception as error:
+            if not isinstance(error, HydraException) and not came_from_composing(error):
+                raise
+            explained = explain_refusal(error, overrides, compose=self._compose_part)
+            raise ConfigError(_name_runs({explained: [overrides]}, 1)) from error
 
     def _compose_part(self, overrides: list[str]) -> object:
         assert self.hydra_context is not None and self.config is not None
@@ -213,8 +338,33 @@ def _plan_all(runs: Sequence[SweepRun]) -> dict[str, Plan]:
     return plans
 
 
-def show_plan(runs: Sequence[SweepRun], plans: Mapping[str, Plan]) -> None:
-    """Prints what a sweep would run: each run's overrides, its state in the runs folder, its adapter's size."""
+def _summary(todo: Sequence[SweepRun], stands: Sequence[Stand], shown: Sequence[Stand]) -> str:
+    """What is searched, how far that is, and what was chosen in the cells `shown`; empty without a search."""
+    if not stands:
+        return ""
+    num_trials = sum(run.config.trial for run in todo)
+    current = max((stand.found.num_rounds for stand in stands if not stand.found.is_over), default=0)
+    num_axes = max(len(stand.cell.axes) for stand in stands)
+    num_chosen = sum(stand.found.chosen is not None for stand in stands)
+    names = " and ".join(dict.fromkeys(axis.name for stand in stands for axis in stand.cell.axes))
+    lines = [f"search for {names} in {len(stands)} cells, {num_chosen} chosen"]
+    if current:
+        # Three values, then one after the other: about three rounds an axis.
+        lines[0] += f"; round {current} of about {max(current, 3 * num_axes)}: {len(todo)} runs"
+        lines[0] += f" ({num_trials} trials, {len(todo) - num_trials} reported)" if num_trials < len(todo) else ""
+    for stand in shown:
+        if stand.found.chosen is not None:
+            edges = "".join(f", at the {side} edge of what was tried" for side in stand.found.edges.values())
+            chosen = stand.cell.shown(stand.found.chosen)
+            lines.append(f"  {stand.cell.name}: {chosen} of {len(stand.found.tried)} tried{edges}")
+    return "\n".join(lines)
+
+
+def show_plan(runs: Sequence[SweepRun], plans: Mapping[str, Plan], summary: str = "") -> None:
+    """Prints what a sweep would run: each run's overrides, its state in the runs folder, its adapter's size.
+
+    `summary` says how far a search is.
+    """
     table = Table(box=None, pad_edge=False)
     table.add_column("run")
     table.add_column("state")
@@ -231,6 +381,8 @@ def show_plan(runs: Sequence[SweepRun], plans: Mapping[str, Plan]) -> None:
     # Wide enough that nothing is cut off in a file; a terminal wraps.
     console = Console(width=None if sys.stdout.isatty() else 250)
     console.print(table)
+    if summary:
+        console.print(Text(summary))
     console.print(f"{len(runs)} runs: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
 
 
@@ -254,11 +406,31 @@ def _merge_equal(runs: Sequence[SweepRun]) -> list[SweepRun]:
     return list(kept.values())
 
 
-def _record_launches(runs: Sequence[SweepRun]) -> None:
-    """Says which runs a named sweep has: the report needs it, because two sweeps may share a run."""
-    by_sweep: dict[tuple[str, str], list[str]] = {}
-    for run in runs:
+def _record_launches(found: Round) -> None:
+    """Says which runs a named sweep has: the report needs it, because two sweeps may share a run.
+
+    Of a search also which trials stand behind which runs.
+    """
+    by_sweep: dict[tuple[str, str], dict[Overrides, str]] = {}
+    for run in found.named:
         if run.config.sweep is not None:
-            by_sweep.setdefault((run.config.runs_dir, run.config.sweep), []).append(run.run_id)
+            by_sweep.setdefault((run.config.runs_dir, run.config.sweep), {})[run.overrides] = run.run_id
+    trials = [run_id for stand in found.stands for run_id in stand.trials]
     for (runs_dir, sweep), run_ids in by_sweep.items():
-        record_launch(Path(runs_dir), sweep, run_ids=run_ids, command=command_line())
+        searched = [
+            SearchedCell(
+                axes=[axis.name for axis in stand.cell.axes],
+                trials=list(stand.trials),
+                runs=[run_ids[overrides] for overrides in stand.wanted if overrides in run_ids]
+                if stand.found.chosen is not None
+                else None,
+            )
+            for stand in found.stands
+        ]
+        record_launch(
+            Path(runs_dir),
+            sweep,
+            run_ids=list(dict.fromkeys([*trials, *run_ids.values()])),
+            command=command_line(),
+            searched=searched,
+        )

@@ -1,0 +1,246 @@
+"""The search inside a cell: which values of a setting to try next, from the scores of those that were tried.
+
+Pure functions of finished results: the same trials follow from the same scores, whoever computed them and in whatever
+order they ended. Cells know nothing of each other. No run is truncated, and none ends because another leads.
+
+On a log scale (or a linear one) three values are tried, a factor apart. While the best is the first or last of all, the
+next one outside is tried. Then the vertex of the parabola through the best and its neighbours, until the cell has had
+its number of trials. A run that diverged or ran out of memory counts as the worst of all values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+LEARNING_RATE = "trainer.learning_rate"
+# Positions nearer than this to one that was tried teach nothing that noise does not hide: a factor of 1.25 at 3.
+_NEAREST = 0.2
+
+Point = tuple[float, ...]
+"""A value of each axis."""
+
+
+@dataclass(frozen=True, order=True)
+class Score:
+    """How good a point is on val, more is better: the dataset's metric, and minus the nll where that is equal."""
+
+    objective: float
+    minus_loss: float = -math.inf
+
+
+WORST = Score(-math.inf)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A setting that is searched: positions 0, 1, -1, ... are `start`, and values a factor (or a step) apart.
+
+    `lowest` and `highest` are the values that are allowed; `is_whole`: whole numbers alone.
+    """
+
+    name: str
+    start: float
+    factor: float | None = 3.0
+    step: float | None = None
+    lowest: float = -math.inf
+    highest: float = math.inf
+    is_whole: bool = False
+
+    def value(self, position: float) -> float:
+        """The value at a position: three significant digits are enough for a rate, and name a run shortly.
+
+        >>> [Axis("trainer.learning_rate", 2e-3).value(position) for position in (-1, 0, 0.5, 1)]
+        [0.000667, 0.002, 0.00346, 0.006]
+        """
+        raw = (
+            self.start + position * self.step if self.step is not None else self.start * (self.factor or 1) ** position
+        )
+        raw = min(max(raw, self.lowest), self.highest)
+        return float(round(raw)) if self.is_whole else float(f"{raw:.3g}")
+
+    def text(self, value: float) -> str:
+        """A value as an override has it."""
+        return str(int(value)) if self.is_whole else f"{value:g}"
+
+    @property
+    def is_rate(self) -> bool:
+        """Whether low values are the safe ones: where all diverge, the search goes down."""
+        return self.name.endswith("learning_rate")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """`trials`: values tried in every cell, one of them at a vertex at least. `max_trials`: no cell tries more."""
+
+    trials: int = 5
+    max_trials: int = 6
+
+
+@dataclass(frozen=True)
+class Line:
+    """What is known of one axis: the values tried, those to be tried next, and at the end the best.
+
+    `edge` is "low" or "high" when the best is still the first or last of all, else None. `num_rounds` counts the
+    batches that the tried and wanted values came in.
+    """
+
+    tried: tuple[float, ...]
+    wanted: tuple[float, ...]
+    best: float | None
+    edge: str | None
+    num_rounds: int
+
+
+def search_line(axis: Axis, budget: Budget, score_at: Callable[[float], Score | None]) -> Line:
+    """Where the search along one axis stands; `score_at` is the score of a value, None where it is not known yet."""
+    scored: dict[float, Score] = {}  # by position
+    wanted = _new((-1.0, 0.0, 1.0), scored, axis)
+    num_rounds = num_refined = 0
+    while wanted and len(scored) < budget.max_trials:
+        wanted = wanted[: budget.max_trials - len(scored)]
+        num_rounds += 1
+        found = {position: score_at(axis.value(position)) for position in wanted}
+        unknown = [position for position, score in found.items() if score is None]
+        if unknown:
+            return Line(
+                _values(scored, axis), tuple(axis.value(position) for position in unknown), None, None, num_rounds
+            )
+        scored |= {position: score for position, score in found.items() if score is not None}
+        wanted = _new(_outside(scored, axis), scored, axis)
+        if not wanted and (num_refined == 0 or len(scored) < budget.trials):
+            wanted = _new(_refined(scored), scored, axis, nearest=_NEAREST)
+            num_refined += 1
+    best = _best(scored)
+    is_known = scored[best] > WORST
+    edge = None
+    if is_known and (outside := _new(_outside(scored, axis), scored, axis)):
+        edge = "low" if outside[0] < best else "high"
+    return Line(_values(scored, axis), (), axis.value(best) if is_known else None, edge, num_rounds)
+
+
+def _values(scored: Mapping[float, Score], axis: Axis) -> tuple[float, ...]:
+    return tuple(axis.value(position) for position in scored)
+
+
+def _best(scored: Mapping[float, Score]) -> float:
+    """The position of the best score; of equal ones that nearest to the start, of these the lowest."""
+    return max(scored, key=lambda position: (scored[position], -abs(position), -position))
+
+
+def _new(
+    positions: Sequence[float], scored: Mapping[float, Score], axis: Axis, *, nearest: float = 0.0
+) -> tuple[float, ...]:
+    """Those positions whose values were not tried, nor any value too near to them."""
+    values = {axis.value(position) for position in scored}
+    new: list[float] = []
+    for position in positions:
+        is_near = any(abs(position - other) < nearest for other in scored)
+        if axis.value(position) not in values and not is_near:
+            new.append(position)
+            values.add(axis.value(position))
+    return tuple(new)
+
+
+def _outside(scored: Mapping[float, Score], axis: Axis) -> tuple[float, ...]:
+    """The position beyond the best where that is the first or last of all; none where it is bracketed."""
+    best = _best(scored)
+    if scored[best] == WORST:  # nothing finished
+        return (min(scored) - 1,) if axis.is_rate else ()
+    if best == min(scored):
+        return (best - 1,)
+    return (best + 1,) if best == max(scored) else ()
+
+
+def _refined(scored: Mapping[float, Score]) -> tuple[float, ...]:
+    """Positions beside a bracketed best, the first that is new to be tried: the vertex, then halfway to a neighbour."""
+    ordered = sorted(scored)
+    best = _best(scored)
+    at = ordered.index(best)
+    if scored[best] == WORST or not 0 < at < len(ordered) - 1:  # nothing to bracket, or at the end of what is allowed
+        return ()
+    low, high = ordered[at - 1], ordered[at + 1]
+    halves = [(low + best) / 2, (best + high) / 2]
+    vertex = _vertex({position: scored[position].objective for position in (low, best, high)})
+    if vertex is None:  # toward the neighbour that did not finish: below it lies what still learns
+        halves = halves[::-1] if scored[high] == WORST else halves
+        return tuple(halves[:1])
+    if vertex > best or (vertex == best and scored[high] > scored[low]):
+        halves = halves[::-1]
+    candidates = [vertex, *halves]
+    return tuple(next(([position] for position in candidates if not _is_near(position, scored)), []))
+
+
+def _is_near(position: float, scored: Mapping[float, Score]) -> bool:
+    return any(abs(position - other) < _NEAREST for other in scored)
+
+
+def _vertex(heights: Mapping[float, float]) -> float | None:
+    """The position of the top of the parabola through three points whose middle one is the highest.
+
+    None where a height is not finite.
+    """
+    (x1, y1), (x2, y2), (x3, y3) = sorted(heights.items())
+    if not all(map(math.isfinite, (y1, y2, y3))):
+        return None
+    rise, fall = (y2 - y1) / (x2 - x1), (y3 - y2) / (x3 - x2)
+    if rise == fall:  # three equal heights
+        return x2
+    curvature = (fall - rise) / (x3 - x1)
+    vertex = (x1 + x2) / 2 - rise / (2 * curvature)
+    return min(max(vertex, (x1 + x2) / 2), (x2 + x3) / 2)
+
+
+@dataclass(frozen=True)
+class Search:
+    """Where the search of one cell stands.
+
+    `tried` and `wanted` are points; `chosen` is the best once nothing is wanted, None also where nothing finished.
+    `edges` names the axes at whose edge it lies, each with the side.
+    """
+
+    tried: tuple[Point, ...]
+    wanted: tuple[Point, ...]
+    chosen: Point | None
+    edges: Mapping[str, str]
+    num_rounds: int
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left to try."""
+        return not self.wanted
+
+
+def search_cell(axes: Sequence[Axis], budget: Budget, score_of: Callable[[Point], Score | None]) -> Search:
+    """Where the search of a cell stands; `score_of` is the score of a point, None where it is not known yet.
+
+    Several axes are searched one after the other, each at the best values of the others; then those before the last
+    once more, where a later one has moved.
+    """
+    at = [axis.value(0) for axis in axes]
+    tried: dict[Point, None] = {}
+    edges: dict[str, str] = {}
+    num_rounds = 0
+    searched_at: dict[int, tuple[float, ...]] = {}
+    for index in [*range(len(axes)), *range(len(axes) - 1)]:
+        others = tuple(value for number, value in enumerate(at) if number != index)
+        if searched_at.get(index) == others:  # nothing has moved since
+            continue
+        searched_at[index] = others
+
+        def point(value: float, index: int = index) -> Point:
+            return tuple(value if number == index else at[number] for number in range(len(axes)))
+
+        line = search_line(axes[index], budget, lambda value: score_of(point(value)))
+        num_rounds += line.num_rounds
+        tried |= dict.fromkeys(map(point, line.tried))
+        edges.pop(axes[index].name, None)
+        if line.wanted:
+            return Search(tuple(tried), tuple(map(point, line.wanted)), None, {}, num_rounds)
+        if line.best is None:
+            return Search(tuple(tried), (), None, {}, num_rounds)
+        at[index] = line.best
+        if line.edge is not None:
+            edges[axes[index].name] = line.edge
+    return Search(tuple(tried), (), tuple(at), edges, num_rounds)
