@@ -304,7 +304,7 @@ def test_the_narrower_key_decides_a_rank(pattern: dict[str, int], expected: list
     ("pattern", "message"),
     [
         ({"k": 2}, r"rank\.pattern: k names nothing that gets an adapter here; there are q, v, up\."),
-        ({"v@5": 2}, r"\[5\] do not exist; this model has blocks 0 to 1"),
+        ({"v@5": 2}, r"^rank\.pattern: 'v@5', blocks=\[5\]: \[5\] do not exist; this model has blocks 0 to 1\.$"),
         ({"v": 4, "all@0": 2}, r"v: 4, all@0: 2 give 0\.v different ranks, and none of them is a part of the other"),
         ({"query": 2}, r"rank\.pattern: 'query' begins with no role; allowed: q, k, v, "),
         ({"v@middle": 2}, r"rank\.pattern: 'v@middle', blocks='middle': allowed: all, first_half"),

@@ -266,7 +266,7 @@ def test_a_projection_that_the_model_has_not(run_here: Callable[..., Outcome], t
         run_here("rank=r8", "target_layers=gate"),
         tmp_path,
         "target_layers.projections=['gate'] on bert: gate does not exist. It has: q, k, v, o, up, down, "
-        "embedding (and the groups attention, mlp, recurrent, all).",
+        "embedding (and the groups attention, mlp, all).",
     )
 
 

@@ -438,10 +438,18 @@ NOT_PLANNED: list[tuple[Values, str]] = [
     ),
     (
         {
-            "method": {"name": "ia3", "peft": {"target_modules": ["nothing"], "feedforward_modules": []}},
+            "method": {"name": "ia3", "peft": {"target_modules": ["query", "nothing"], "feedforward_modules": []}},
             "target_layers": None,
         },
-        "method=ia3: peft refuses it: ",
+        "method.peft.target_modules=['query', 'nothing']: no module's name ends in nothing, or matches it whole where "
+        "it is a text and no list. Its linear layers: 2 x bert.encoder.layer.N.attention.self.",
+    ),
+    (
+        {
+            "method": {"name": "ia3", "peft": {"target_modules": "quer", "feedforward_modules": []}},
+            "target_layers": None,
+        },
+        "method.peft.target_modules=quer: no module's name ends in quer, or matches it whole where it is a ",
     ),
     (
         {

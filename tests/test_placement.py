@@ -896,7 +896,7 @@ def test_an_expression_that_matches_no_whole_name_is_an_error(expression: str) -
         # One of several is enough: it would be missing from the adapter without a word.
         select_targets(names, model_type="bert", modules=[r".*\.key", expression, r".*\.value"])
     assert str(caught.value).startswith(
-        f"target_layers.modules: {expression!r} match no whole module name; names here are like "
+        f"target_layers.modules: {expression!r} match no whole module name. Names here are like "
         "bert.embeddings.word_embeddings, "
     )
 
@@ -931,7 +931,7 @@ def test_a_model_that_is_not_described_has_no_roles_and_takes_expressions() -> N
     assert "target_layers.modules" in str(caught.value)
     chosen = select_targets(names, model_type="roformer", modules=[r".*\.query"], head=("classifier",), linear=LINEAR)
     assert [str(target) for target in chosen] == ROFORMER[::2]
-    with pytest.raises(PlacementError, match=r"'\.\*\\\\\.key' match no whole module name; Its linear layers: 2 x "):
+    with pytest.raises(PlacementError, match=r"'\.\*\\\\\.key' match no whole module name\. Its linear layers: 2 x "):
         select_targets(names, model_type="roformer", modules=[r".*\.key"], head=("classifier",), linear=LINEAR)
     with pytest.raises(PlacementError, match="classifier belong to the task head"):
         select_targets(names, model_type="roformer", modules=[".*"], head=("classifier",), linear=LINEAR)

@@ -105,13 +105,13 @@ def _biases(model: nn.Module, targets: Sequence[Target], which: Bias, head: Sequ
             if target.rows is not None:
                 raise LoRAError(
                     f"variant.bias=adapted: {target} is some of the rows of a module, whose bias is that of all its "
-                    f"rows; adapt the module whole, or set variant.bias=all or none."
+                    f"rows; adapt the module whole, or use variant=bias_all or plain."
                 )
         adapted = {target.module for target in targets}
         names = [name for name in names if name.rpartition(".")[0] in adapted]
     if not names:
         where = "the adapted modules have no bias" if which is Bias.adapted else "the base model has no biases"
-        raise LoRAError(f"variant.bias={which}: {where}, so nothing more would train; set variant.bias=none.")
+        raise LoRAError(f"variant.bias={which}: {where}, so nothing more would train; use variant=plain.")
     return names
 
 

@@ -269,7 +269,7 @@ def start_from_adapter(model: nn.Module, directory: Path, *, named: str) -> None
     config, path, tensors, names = _read_adapter(directory)
     layers = dict(lora_layers(model))
     has_dora = bool(config.get("use_dora"))
-    problems = _other_modules(names, [*layers])
+    problems = _other_modules(names, [*layers], {name for name, _ in model.named_modules()})
     biases = _biases_in(tensors, config)
     if not problems:
         problems += _other_biases(biases, _own_biases(model), config)
@@ -367,8 +367,11 @@ def _fill_biases(model: nn.Module, biases: Mapping[str, Tensor]) -> None:
                 own[name].copy_(value)
 
 
-def _other_modules(names: Iterable[str], own: Sequence[str]) -> list[str]:
-    """How the modules of a file differ from those of a run's target layers."""
+def _other_modules(names: set[str], own: Sequence[str], there: set[str]) -> list[str]:
+    """How the modules of a file differ from those of a run's target layers, of all that its model has."""
+    if names.isdisjoint(there):
+        first = ", ".join(sorted(names)[:2])
+        return [f"it adapts {first}, ..., of which this model has none: choose the base model that it was trained on"]
     absent, beyond = sorted(set(own) - set(names)), sorted(set(names) - set(own))
     if not absent and not beyond:
         return []

@@ -31,13 +31,13 @@ from harness.config.validation import PEFT_FIELDS_OF_THE_RUN
 from harness.methods.adapting import check_rank
 from harness.methods.counts import is_head
 from harness.methods.during_training import DuringTraining, Nothing
-from harness.methods.lora import LoRAError
+from harness.methods.lora import LoRAError, features_of, is_linear
 from harness.methods.norms_method import is_norm
 from harness.methods.peft_files import ADAPTER_FILE, head_state, save_tensors
 from harness.methods.registry import TrainedModel
 from harness.models.configs import head_of
 from harness.placement.architectures import ARCHITECTURES
-from harness.placement.select import Target
+from harness.placement.select import Target, layers_there
 from harness.results.files import write_json_atomically
 from harness.results.methods import METHODS
 from harness.results.peft_types import PeftType
@@ -72,6 +72,7 @@ def adapt(model: nn.Module, targets: Sequence[Target], config: RunConfig) -> Non
         )
     target_modules = [target.module for target in targets]
     peft_config = _peft_config(peft, model, target_modules, config)
+    _check_named(model, config)
     before = {name: (value, value.data_ptr(), value._version) for name, value in model.named_parameters()}
     is_planned = any(value.is_meta for value in model.parameters())  # then nothing is drawn and nothing allocated
     with _refusals_explained(config), _seeded(config.seed), _noise_left_out(is_planned=is_planned):
@@ -232,6 +233,29 @@ def _rank_values(kind: PeftType, rank: RankConfig) -> dict[str, Any]:
     return {kind.rank: rank.rank, kind.alpha: int(alpha) if alpha == int(alpha) else alpha}
 
 
+def _check_named(model: nn.Module, config: RunConfig) -> None:
+    """Raises `PeftMethodError` where `method.peft.target_modules` names something that is not there.
+
+    `peft` itself is content with one name of several.
+    """
+    named = config.method.peft.get("target_modules")
+    names = [name for name, _ in model.named_modules()]
+    absent = [
+        each
+        for each in (named if isinstance(named, list) else [])
+        if not any(name == each or name.endswith(f".{each}") for name in names)
+    ]
+    if isinstance(named, str) and named != "all-linear" and not any(re.fullmatch(named, name) for name in names):
+        absent = [named]
+    if absent:
+        linear = {name: features_of(module) for name, module in model.named_modules() if is_linear(module)}
+        shown = ", ".join(map(str, absent))
+        raise PeftMethodError(
+            f"method.peft.target_modules={named}: no module's name ends in {shown}, or matches it whole where it is a "
+            f"text and no list. {layers_there(linear)}"
+        )
+
+
 def _feedforward(model: nn.Module, target_modules: Sequence[str]) -> list[str]:
     """Those of the targets whose input is scaled, and not their output: the MLP's second matrix (arXiv 2205.05638)."""
     known = ARCHITECTURES.get(cast(Any, model).config.model_type)
@@ -344,7 +368,7 @@ def _check_trained(
     if trained - adapter:
         raise PeftMethodError(
             f"method={name}: its settings train {_some(trained - adapter)} of the base, which an adapter leaves as it "
-            "is (method.peft.bias=none)."
+            "is (method.peft.bias=none; method=lora trains biases with variant.bias)."
         )
     if not adapter:
         raise PeftMethodError(

@@ -58,13 +58,15 @@ def pattern_problems(pattern: Any) -> list[str]:
                 "v@last_half or all@0."
             )
         elif "@" in key and not blocks.isdecimal():
-            problems += [
-                problem.replace("target_layers.blocks", f"rank.pattern: {key!r}, blocks")
-                for problem in block_problems(blocks)
-            ]
+            problems += [_of_key(key, problem) for problem in block_problems(blocks)]
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             problems.append(f"rank.pattern: {key}: {rank}: a rank is a whole number, at least 1.")
     return problems
+
+
+def _of_key(key: Any, problem: str) -> str:
+    """What is wrong with the blocks of a key, said of it and not of the placement."""
+    return problem.replace("target_layers.blocks", f"rank.pattern: {key!r}, blocks")
 
 
 def _named(key: str, targets: Sequence[Target], num_blocks: Mapping[str, int]) -> frozenset[int]:
@@ -75,10 +77,13 @@ def _named(key: str, targets: Sequence[Target], num_blocks: Mapping[str, int]) -
     role, _, blocks = key.partition("@")
     roles = GROUPS.get(role, (role,))
     stacks = dict.fromkeys(target.stack for target in targets if target.role in roles)
-    wanted = {
-        stack: resolve_blocks([int(blocks)] if blocks.isdecimal() else blocks, num_blocks[stack], stack=stack)
-        for stack in (stacks if blocks else ())
-    }
+    try:
+        wanted = {
+            stack: resolve_blocks([int(blocks)] if blocks.isdecimal() else blocks, num_blocks[stack], stack=stack)
+            for stack in (stacks if blocks else ())
+        }
+    except PlacementError as error:
+        raise PlacementError(_of_key(key, str(error))) from None
     named = frozenset(
         number
         for number, target in enumerate(targets)

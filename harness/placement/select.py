@@ -101,7 +101,7 @@ def select_targets(
         raise PlacementError(
             f"model type {model_type!r} is not described in harness/placement/architectures.py and has no roles; name "
             "modules by expressions in target_layers.modules (and set target_layers.projections=[]), or add an "
-            f"Architecture. {_layers_there(linear)}"
+            f"Architecture. {layers_there(linear)}"
         )
     architecture = find_architecture(model_type)
     if not projections:
@@ -331,9 +331,10 @@ def _resolve_roles(
         if part in architecture.parts and architecture.parts[part].whole in roles
     ]
     if problems:
+        groups = [group for group, roles_in in GROUPS.items() if not in_blocks.keys().isdisjoint(roles_in)]
         raise PlacementError(
             f"target_layers.projections={list(projections)} on {model_type}: {'; '.join(problems)}. "
-            f"It has: {', '.join(has)} (and the groups {', '.join(GROUPS)})."
+            f"It has: {', '.join(has)} (and the groups {', '.join(groups)})."
         )
     return roles
 
@@ -347,7 +348,7 @@ def _ancestors(names: Iterable[str]) -> set[str]:
     return found
 
 
-def _layers_there(linear: Mapping[str, tuple[int, int]]) -> str:
+def layers_there(linear: Mapping[str, tuple[int, int]]) -> str:
     """The linear layers of a model, those of all blocks as one, with how many there are and of which shape."""
     counts = Counter((re.sub(r"\.\d+(?=\.|$)", ".N", name), *features) for name, features in linear.items())
     shown = (f"{count} x {name} ({inside} -> {out})" for (name, inside, out), count in counts.items())
@@ -361,8 +362,8 @@ def _match_expressions(
     empty = [expression for expression, found in hits.items() if not found]
     if empty:
         raise PlacementError(
-            f"target_layers.modules: {', '.join(map(repr, empty))} match no whole module name; "
-            f"{_layers_there(linear) if linear else f'names here are like {_examples(names)}.'}"
+            f"target_layers.modules: {', '.join(map(repr, empty))} match no whole module name. "
+            f"{layers_there(linear) if linear else f'Names here are like {_examples(names)}.'}"
         )
     chosen = {name for found in hits.values() for name in found}
     in_head = sorted(name for name in chosen if any(f"{name}.".startswith(f"{module}.") for module in head))
