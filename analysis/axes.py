@@ -21,6 +21,7 @@ import pandas as pd
 
 from analysis.names import placement_keys
 from analysis.recipes import is_of_method, scientific_settings, setting_values, show_value
+from harness.results.methods import METHODS
 
 # Titles of columns. In this order a setting is taken for the axis and those after it for what follows from it.
 _NAMES = {
@@ -52,7 +53,8 @@ _NAMES = {
     "dataset.max_length": "max length",
     "dataset.num_eval_examples": "eval rows",
 }
-# What cells agree in besides: named by `analysis.names` and `analysis.methods`, or what they are scored on in addition.
+# What cells agree in besides: named by `analysis.names` and `analysis.methods`, or what they are scored on in addition;
+# and settings of no group, which say what a run is for.
 _NO_AXES = ("method.name", "variant.name", "rank.rank", "rank.pattern", "evaluate_also")
 # Titles that tables have already.
 _TAKEN = {"name", "model", "dataset", "method", "rank", "target layers", "learning rate", "seed", "n", "status"}
@@ -93,7 +95,7 @@ def own_axes(frame: pd.DataFrame) -> OwnAxes:
     texts = {
         setting: [_comparable(value) for value in setting_values(firsts, f"config.{setting}")]
         for setting in (column.removeprefix("config.") for column in scientific_settings(frame))
-        if not any(setting == name or setting.startswith(f"{name}.") for name in _NO_AXES)
+        if is_axis(setting) and not any(setting == name or setting.startswith(f"{name}.") for name in _NO_AXES)
     }
     codes = {setting: _codes(values) for setting, values in texts.items() if len(set(values)) > 1}
     if not codes:
@@ -139,6 +141,17 @@ def is_axis(column: Hashable) -> bool:
 def shared_axes(row: Mapping[Hashable, Any]) -> list[Axis]:
     """The own axes of a cell that are no method's own settings: all methods are compared at equal values of them."""
     return [axis for axis in axes_of(row) if not axis.is_of_method]
+
+
+def value_for(setting: str, method: str, value: Any) -> Any:
+    """A run's value on an own axis: None for a setting of adapters where its method has none, whatever its config says.
+
+    >>> value_for("method.adapter_dropout", "full", 0.0), value_for("method.adapter_dropout", "lora", 0.0)
+    (None, 0.0)
+    """
+    about = METHODS.get(method)
+    has_none = about is not None and not about.uses_placement and setting.startswith(("method.adapter_", "variant."))
+    return None if has_none else value
 
 
 def varied(rows: Sequence[Mapping[Hashable, Any]]) -> list[Axis]:

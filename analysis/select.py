@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.axes import is_axis, own_axes
+from analysis.axes import is_axis, own_axes, value_for
 from analysis.comparisons import Cell, half_interval, ranked_by
 from analysis.methods import method_name
 from analysis.metrics import BY_MEDIAN, GENERATION_SCORES, LEARNED, TRAINABLE_SHARE, is_score
@@ -92,7 +92,13 @@ def cells(frame: pd.DataFrame) -> pd.DataFrame:
     axes = own_axes(frame)
     differences = recipe_differences(frame, axes=axes.settings, following=axes.following)
     conditions, recipes = conditions_and_recipes(frame)
-    statuses, seeds = frame["status"].to_numpy(), frame["config.seed"].tolist()
+    statuses, seeds, run_ids = frame["status"].to_numpy(), frame["config.seed"].tolist(), frame["run_id"].tolist()
+    # As lists: a look into a frame of so many columns takes longer than all that follows.
+    methods = frame["config.method.name"].tolist()
+    on_axes = {
+        setting: [value_for(setting, *run) for run in zip(methods, frame[f"config.{setting}"].tolist(), strict=True)]
+        for setting in axes.settings
+    }
     rows: list[dict[str, Any]] = []
     for cell_id, index in frame.groupby("cell_id", sort=False).indices.items():
         runs = np.asarray(index)
@@ -100,10 +106,10 @@ def cells(frame: pd.DataFrame) -> pd.DataFrame:
         rows.append(
             {
                 **_name(frame.iloc[runs[0]]),
-                **{setting: frame[f"config.{setting}"].iloc[runs[0]] for setting in axes.settings},
+                **{setting: values_of_runs[runs[0]] for setting, values_of_runs in on_axes.items()},
                 "condition_id": conditions[str(cell_id)],
                 "recipe_id": recipes[str(cell_id)],
-                "run_ids": tuple(frame["run_id"].iloc[runs]),
+                "run_ids": tuple(run_ids[run] for run in runs),
                 **{num_status(status): int((statuses[runs] == status.value).sum()) for status in Status},
                 "num_collapsed": int(collapsed[runs].sum()),
                 "differs": differences.get(str(cell_id)),

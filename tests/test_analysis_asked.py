@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from test_analysis_axes import column, save_grid
-from test_analysis_load import save_run
+from test_analysis_load import ENVIRONMENT, save_run
 from test_analysis_tables import MIB, measured
 
 from analysis import select
@@ -123,7 +123,16 @@ def test_a_setting_that_is_no_own_axis(tmp_path: Path) -> None:
         save_run(tmp_path, f"r{rank}", rank=rank, rank__alpha=alpha, metrics=measured())
     table = asked(load_runs(tmp_path).frame, "rank", "rank.alpha")
     assert table.text.titles == ["rank", "rank.alpha 16", "rank.alpha 32"]
-    assert table.text.rows == [["1", "0.7500", DASH], ["4 [1]", DASH, "0.7500"]]
+    assert table.text.rows == [["1", "0.7500", DASH], ["4", DASH, "0.7500 [1]"]]
+
+
+def test_two_recipes_at_one_place_are_two_rows(tmp_path: Path) -> None:
+    """One machine is no axis: what was measured on another stands below, with its mark."""
+    for place, options in enumerate(({}, {"environment": ENVIRONMENT | {"num_threads": 8}})):
+        save_run(tmp_path, f"a{place}", metrics=measured(test_accuracy=0.75 + place / 10), **options)
+    save_run(tmp_path, "b", rank=4, metrics=measured())
+    table = asked(load_runs(tmp_path).frame, "rank", "method")
+    assert table.text.rows == [["4", "0.7500"], ["8", "0.7500"], ["8", "0.8500 [1]"]]
 
 
 def test_each_dataset_has_its_own_score(tmp_path: Path) -> None:

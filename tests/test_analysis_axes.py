@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,24 @@ def test_values_as_text(value: Any, text: str) -> None:
 def test_long_values_that_begin_alike_stay_two() -> None:
     first, second = axis_text("x" * 60 + "a"), axis_text("x" * 60 + "b")
     assert first != second and len(first) == len(second) == 40
+
+
+def test_what_only_adapters_have_is_no_value_of_full_fine_tuning(tmp_path: Path) -> None:
+    for dropout in (0.0, 0.1):
+        save_run(tmp_path, f"lora-{dropout}", method__adapter_dropout=dropout, metrics=measured())
+    save_run(tmp_path, "full", method="full", metrics=measured())
+    table = tables_in(tmp_path)["tradeoff"]
+    assert column(table, "dropout") == [DASH, "0", "0.1"]
+    assert column(table, "memory / full") == [f"1.00{TIMES}"] * 3
+
+
+def test_settings_of_no_group_are_no_axes(tmp_path: Path) -> None:
+    for run_id, value in (("a", True), ("b", False)):
+        path = save_run(tmp_path, run_id, metrics=measured())
+        raw = json.loads(path.read_text())
+        raw["config"]["score_earlier_tasks"] = value
+        path.write_text(json.dumps(raw))
+    assert axes_in(tmp_path) == ()
 
 
 # ---------------------------------------------------------------- tables

@@ -272,9 +272,9 @@ def _entries(
     taken: Counter[tuple[Any, ...]] = Counter()
     for value in values:
         for cell in cells:
-            line = (*(key.text(cell) for key in keys), recipe_mark(cell), value.title_of(cell))
+            line = (*(key.text(cell) for key in keys), value.title_of(cell))
             heading = tuple(key.text(cell) for key in column_keys)
-            taken[line, heading] += 1  # one condition under two ids
+            taken[line, heading] += 1  # two recipes, or one condition under two ids
             yield _Entry(cell, value, (*line, taken[line, heading]), heading)
 
 
@@ -288,7 +288,7 @@ def _lines(entries: Sequence[_Entry], keys: Sequence[_Key], values: Sequence[_Va
     def place(line: Sequence[_Entry]) -> tuple[int, ...]:
         cell, value = line[0].cell, line[0].value
         at = (found[key.text(cell)] for key, found in zip(keys, places, strict=True))
-        return (*at, cell["recipe"] or 0, values.index(value))
+        return (*at, values.index(value))
 
     return sorted(lines.values(), key=place)
 
@@ -307,17 +307,13 @@ def _places(key: _Key, cells: Sequence[Cell]) -> dict[str, int]:
 
 
 def _line_columns(lines: Sequence[Sequence[_Entry]], keys: Sequence[_Key]) -> list[Column]:
-    """What names the rows; the metric where there are several, and the recipe that departs with the first name."""
+    """What names the rows, and the metric where there are several."""
     firsts = [line[0] for line in lines]
     columns = []
     for key in keys:
         numbers = [axis_number(key.of(entry.cell)) for entry in firsts]
         texts = [key.text(entry.cell) for entry in firsts]
         columns.append(Column(key.name, texts, numbers if any(number is not None for number in numbers) else None))
-    marks = [recipe_mark(entry.cell) for entry in firsts]
-    if any(marks):
-        texts = [text + mark for text, mark in zip(columns[0].texts, marks, strict=True)]
-        columns[0] = Column(columns[0].title, texts, columns[0].values)
     titles = [entry.value.title_of(entry.cell) for entry in firsts]
     return [*columns, *([Column("metric", titles)] if len(set(titles)) > 1 else [])]
 
@@ -328,7 +324,7 @@ def _value_text(entry: _Entry, full: Mapping[tuple[str, str, str], Cell]) -> tup
         ratio = ratio_to(row, full.get(comparison_of(row)), name)
         return (MISSING, None) if ratio is None else (f"{ratio:.2f}{TIMES}", ratio)
     if row.get(f"{name}_n", 0):
-        return show_metric(row, name) + (edge_mark(row) if is_score(name) else ""), float(row[name])
+        return show_metric(row, name) + (edge_mark(row) if is_score(name) else "") + recipe_mark(row), float(row[name])
     return (MISSING if row[num_status(Status.FINISHED)] else show_status(row)), None
 
 

@@ -40,7 +40,9 @@ class _Kept:
 
 def earlier_tasks(best: pd.DataFrame, frame: pd.DataFrame) -> PaperTable | None:
     """A row for each condition and task before it: the score when it had been trained, now, and what is lost."""
-    found = [kept for row in records(best) for kept in _of_cell(row, frame)]
+    # Of thousands of runs most sweeps have none that continues another.
+    has_tasks = any(map(_TASK.fullmatch, frame.columns))
+    found = [kept for row in records(best) for kept in _of_cell(row, frame)] if has_tasks else []
     if not found:
         return None
     rows = [kept.row for kept in found]
