@@ -61,17 +61,32 @@ def p_value(first: Cell, second: Cell, name: str) -> float | None:
     return float(2 * stats.t.sf(abs(found.mean) / found.error, found.degrees))
 
 
-def is_equivalent(first: Cell, second: Cell, name: str, margin: float) -> bool:
-    """Whether the means of a metric are shown to differ by less than `margin`, in its stored unit.
+def equivalence_p_value(first: Cell, second: Cell, name: str, margin: float) -> float | None:
+    """Two one-sided t-tests (Schuirmann 1987, doi 10.1007/BF01068419) that two means differ by `margin` or more.
 
-    Two one-sided t-tests at 5 % (Schuirmann 1987, doi 10.1007/BF01068419): the 90 % interval of the difference lies
-    inside the margin. Never with fewer than two runs in either cell: that nothing was found shows nothing.
+    The larger of both: below 5 % the 90 % interval of the difference lies inside the margin. None with fewer than two
+    runs in either cell: that nothing was found shows nothing.
     """
     found = _difference(first, second, name)
     if found is None:
-        return False
-    half = found.error * float(stats.t.ppf(CONFIDENCE, found.degrees)) if found.error else 0.0
-    return -margin < found.mean - half and found.mean + half < margin
+        return None
+    room = margin - abs(found.mean)
+    return float(stats.t.sf(room / found.error, found.degrees)) if found.error else float(room <= 0)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values after Holm's correction (1979, Scand. J. Statist. 6, 65-70), in their order.
+
+    Whoever calls those below 5 % differences is wrong in any of them with a probability of at most 5 %.
+
+    >>> [round(value, 3) for value in holm([0.01, 0.04, 0.03])]
+    [0.03, 0.06, 0.06]
+    """
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for place, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
 
 
 @dataclass(frozen=True)
@@ -121,15 +136,19 @@ def _paired(first: Cell, second: Cell, name: str) -> list[float]:
 
 
 def best_beyond_noise(rows: Sequence[Cell], name: str) -> int | None:
-    """Index of the best row by a metric, if it differs from the runner-up by `p_value` at 5 %; else None.
+    """Index of the best row by a metric, if it differs from every other by `p_value` at 5 %; else None.
 
-    A row of which a run collapsed to one class is never it.
+    With Holm's correction for the number of rows that can be tested, the runner-up among them: of a row with one run
+    nothing is said. A row of which a run collapsed to one class is never the best.
     """
     ranked = ranked_by(rows, name)
     if len(ranked) < 2 or rows[ranked[0]]["num_collapsed"]:
         return None
-    probability = p_value(rows[ranked[0]], rows[ranked[1]], name)
-    return ranked[0] if probability is not None and probability < 1 - CONFIDENCE else None
+    found = [p_value(rows[ranked[0]], rows[other], name) for other in ranked[1:]]
+    if found[0] is None:
+        return None
+    corrected = holm([probability for probability in found if probability is not None])
+    return ranked[0] if max(corrected) < 1 - CONFIDENCE else None
 
 
 def ranked_by(rows: Sequence[Cell], name: str) -> list[int]:

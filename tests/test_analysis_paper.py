@@ -219,8 +219,8 @@ def test_equivalence_is_the_90_percent_interval_of_scipy(tmp_path: Path, name: s
         test = stats.ttest_ind(values_of("a"), values_of(name), equal_var=False)
     low, high = test.confidence_interval(0.90)
     margin = max(-low, high)
-    assert comparisons.is_equivalent(cells["a"], cells[name], "val_accuracy", margin * 1.000001)
-    assert not comparisons.is_equivalent(cells["a"], cells[name], "val_accuracy", margin * 0.999999)
+    assert comparisons.equivalence_p_value(cells["a"], cells[name], "val_accuracy", margin * 1.000001) < 0.05
+    assert comparisons.equivalence_p_value(cells["a"], cells[name], "val_accuracy", margin * 0.999999) > 0.05
 
 
 def test_pairs_that_differ_by_the_same_are_compared_by_their_own_spread(frame: pd.DataFrame) -> None:
@@ -234,8 +234,8 @@ def test_pairs_that_differ_by_the_same_are_compared_by_their_own_spread(frame: p
 def test_no_spread_at_all_is_a_point(tmp_path: Path) -> None:
     cells = cells_of_samples(tmp_path, {"a": {0: 0.5, 1: 0.5}, "b": {0: 0.504, 1: 0.504}, "c": {0: 0.51, 1: 0.51}})
     assert comparisons.p_value(cells["a"], cells["b"], "val_accuracy") is None
-    assert comparisons.is_equivalent(cells["a"], cells["b"], "val_accuracy", 0.005)
-    assert not comparisons.is_equivalent(cells["a"], cells["c"], "val_accuracy", 0.005)
+    assert comparisons.equivalence_p_value(cells["a"], cells["b"], "val_accuracy", 0.005) < 0.05
+    assert comparisons.equivalence_p_value(cells["a"], cells["c"], "val_accuracy", 0.005) == 1
 
 
 def test_margins_are_parts_of_a_scale() -> None:

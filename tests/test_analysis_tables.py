@@ -159,8 +159,8 @@ GOLDEN_NOTES = [
     "/ full: ratio to full fine-tuning of the same model, dataset and recipe (every setting but the learning rate and "
     "those of the method), for times also on the same device; \N{EN DASH} where that was not run; below "
     "1\N{MULTIPLICATION SIGN} is less.",
-    "Bold: better than the runner-up of its model, dataset and recipe by a two-sided t-test, p < 0.05, paired by seed "
-    "where both have the same seeds, else Welch's; not corrected for the number of rows.",
+    "Bold: better than every other row of its model, dataset and recipe that has two runs, by two-sided t-tests with "
+    "Holm's correction for their number, p < 0.05, paired by seed where both have the same seeds, else Welch's.",
     "† collapsed: one class received more than 99.9% of the predictions on val or test. Counted in all the same: "
     "`q1-s0`.",
     "Not finished, so without numbers: 3 of 11 runs:\n"

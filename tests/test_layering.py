@@ -58,6 +58,7 @@ ROOMS = (
     "analysis.recipes",
     "analysis.axes",
     "analysis.select",
+    "analysis.mean_ranks",
     "analysis.tables",
     "analysis.figures",
     "analysis.page",

@@ -19,6 +19,7 @@ import pandas as pd
 from analysis.figures.curves import LOWEST_CURVES, TRAINING_CURVES
 from analysis.figures.engine import Figure, figures_of, write_figures
 from analysis.figures.forgetting import FORGETTING_BY_LEARNING
+from analysis.figures.mean_ranks import mean_rank_figures
 from analysis.figures.memory import MEMORY
 from analysis.figures.own_axes import own_axis_figures
 from analysis.figures.panels import Curves, panels_of
@@ -52,4 +53,5 @@ def paper_figures(cells: pd.DataFrame, curves: Curves) -> list[Figure]:
         cells: as `select.cells` makes them, at all learning rates.
         curves: by run id, the rows of its `metrics.jsonl`; may be empty.
     """
-    return [*figures_of(KINDS, panels_of(cells, curves)), *own_axis_figures(cells, curves)]
+    panels = panels_of(cells, curves)
+    return [*figures_of(KINDS, panels), *own_axis_figures(cells, curves), *mean_rank_figures(cells)]

@@ -1,7 +1,7 @@
 """The tables of a sweep, each a function from cells to a `PaperTable`, or None where the sweep has nothing for it.
 
 Numbers keep the stored units until they are turned into text here, by the METRICS registry. Rows are conditions at
-their best learning rate, chosen on val alone. Bold is what differs from the runner-up beyond noise.
+their best learning rate, chosen on val alone. Bold is what differs from all others beyond noise.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from analysis.tables.asked import Asked, asked_table
 from analysis.tables.costs_and_quality import costs, tradeoff
 from analysis.tables.forgetting import earlier_tasks
 from analysis.tables.lora_against_full import summary
+from analysis.tables.mean_ranks import mean_ranks_table
 from analysis.tables.notes import axes_notes, setting_note
 from analysis.tables.placements import rank_by_target_layers, target_layers_at_budget
 from analysis.tables.ranks import rank_sweep
@@ -29,6 +30,7 @@ __all__ = [
     "costs",
     "earlier_tasks",
     "learning_rates",
+    "mean_ranks_table",
     "paper_tables",
     "rank_by_target_layers",
     "rank_sweep",
@@ -72,6 +74,7 @@ def paper_tables(
         target_layers_at_budget(best, published=published),
         rank_sweep(best, published=published),
         tasks_by_methods(best, published=published),
+        mean_ranks_table(best),
         learning_rates(table, best),
         earlier_tasks(best, frame),
     ]

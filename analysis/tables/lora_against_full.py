@@ -9,7 +9,16 @@ from typing import Any
 import pandas as pd
 
 from analysis.axes import axes_of
-from analysis.comparisons import CONFIDENCE, MARGIN, Cell, equivalence_margin, is_equivalent, p_value, ranked_by
+from analysis.comparisons import (
+    CONFIDENCE,
+    MARGIN,
+    Cell,
+    equivalence_margin,
+    equivalence_p_value,
+    holm,
+    p_value,
+    ranked_by,
+)
 from analysis.methods import is_full, method_label, uses_rank
 from analysis.metrics import FORGETTING, format_spread, is_score, metric
 from analysis.select import generation_scores, num_status, records, score
@@ -56,7 +65,11 @@ def summary(best: pd.DataFrame, *, margin: float = MARGIN) -> PaperTable | None:
     if not pairs:
         return None
     lines = [(pair, what, name) for pair in pairs for what, name in _quantities(pair, best)]
-    texts = [_texts(pair, what, name, margin, unit=name in best) for pair, what, name in lines]
+    tested = _tested([(pair, name) for pair, _, name in lines], margin)
+    texts = [
+        _texts(pair, what, name, verdict, unit=name in best)
+        for (pair, what, name), verdict in zip(lines, tested, strict=True)
+    ]
     labels = dict.fromkeys(method_label(pair.lora) for pair in pairs)
     label = next(iter(labels)) if len(labels) == 1 else "adapter"
     titles = ["", "", "full fine-tuning", label, f"{label} against full"]
@@ -67,10 +80,16 @@ def summary(best: pd.DataFrame, *, margin: float = MARGIN) -> PaperTable | None:
         name="summary",
         caption="Full fine-tuning against LoRA in one look.",
         text=text_table(columns, num_key_columns=len(columns) - 3),
-        numbers=pd.DataFrame([_numbers(pair, name, margin) for pair, _, name in lines], dtype=object),
+        numbers=pd.DataFrame(
+            [
+                _numbers(pair, name, margin if verdict else None)
+                for (pair, _, name), verdict in zip(lines, tested, strict=True)
+            ],
+            dtype=object,
+        ),
         notes=[
             *(pair.note for pair in pairs),
-            _note_equivalent(compared, margin),
+            _note_equivalent(compared, margin, num_pairs=len(pairs)),
             *forgetting_notes(compared),
             count_note(compared),
             *collapsed_notes(compared),
@@ -113,8 +132,8 @@ def _smallest_as_good(rows: Sequence[Cell], fraction: float) -> tuple[Cell, str]
         return best, "the only one of its recipe with as many finished runs"
     if max(row[f"{name}_n"] for row in ranked) < 2:
         return best, "the best on val (one seed: none can be shown to be as good)"
-    as_good = [row for row in ranked[1:] if is_equivalent(row, best, name, margin)]
-    smaller = [row for row in as_good if row.get("num_adapter_params_n", 0) and _is_smaller(row, best)]
+    candidates = [row for row in ranked[1:] if row.get("num_adapter_params_n", 0) and _is_smaller(row, best)]
+    smaller = _as_good(candidates, best, name, margin)
     within = f"within {format_spread(name, margin)} of {metric(name).label}"
     if not smaller:
         return best, f"the best on val, and no smaller adapter is shown to be as good ({within})"
@@ -123,6 +142,14 @@ def _smallest_as_good(rows: Sequence[Cell], fraction: float) -> tuple[Cell, str]
         cheapest,
         f"the smallest adapter shown to be as good on val as the best ({cell_name(best, with_shared=False)}; {within})",
     )
+
+
+def _as_good(rows: Sequence[Cell], best: Cell, name: str, margin: float) -> list[Cell]:
+    """The rows shown to be as good as the best one, with Holm's correction for how many are tried."""
+    tested = [(row, equivalence_p_value(row, best, name, margin)) for row in rows]
+    found = [(row, probability) for row, probability in tested if probability is not None]
+    corrected = holm([probability for _, probability in found])
+    return [row for (row, _), probability in zip(found, corrected, strict=True) if probability < 1 - CONFIDENCE]
 
 
 def _is_smaller(row: Cell, other: Cell) -> bool:
@@ -151,17 +178,17 @@ def _either_has(pair: _Pair, name: str) -> bool:
     return any(cell.get(f"{name}_n", 0) for cell in (pair.full, pair.lora))
 
 
-def _texts(pair: _Pair, what: str, name: str, margin: float, *, unit: bool) -> list[str]:
+def _texts(pair: _Pair, what: str, name: str, verdict: str | None, *, unit: bool) -> list[str]:
     """A row of the table: which pair, what is compared, both values, and how they compare."""
     display_unit = metric(name).display_unit if unit else ""
     ratio = _ratio(pair, name)
-    compared = _difference(pair, name, margin) or (MISSING if ratio is None else f"{ratio:.3g}{TIMES}")
+    compared = verdict or (MISSING if ratio is None else f"{ratio:.3g}{TIMES}")
     what += f" ({display_unit})" if display_unit else ""
     return [pair.where, what, show_metric(pair.full, name), show_metric(pair.lora, name), compared]
 
 
-def _numbers(pair: _Pair, name: str, margin: float) -> dict[str, Any]:
-    """A row of the CSV."""
+def _numbers(pair: _Pair, name: str, margin: float | None) -> dict[str, Any]:
+    """A row of the CSV; with a margin where a difference was tested."""
     full, lora = pair.full, pair.lora
     return {
         "model": full["model"],
@@ -175,7 +202,7 @@ def _numbers(pair: _Pair, name: str, margin: float) -> dict[str, Any]:
         "lora_n": lora.get(f"{name}_n", 0),
         "recipe_id": full["recipe_id"],
         "ratio": _ratio(pair, name),
-        "margin": equivalence_margin(name, full[name], margin) if _difference(pair, name, margin) else None,
+        "margin": None if margin is None else equivalence_margin(name, full[name], margin),
         "lora_rank": lora["rank"],
         "lora_target_layers": lora["target_layers"],
         **{f"lora_{axis.setting}" if axis.is_of_method else axis.setting: lora[axis.setting] for axis in axes_of(lora)},
@@ -187,23 +214,52 @@ def _ratio(pair: _Pair, name: str) -> float | None:
     return ratio_to(pair.lora, pair.full, name) if name != FORGETTING else None
 
 
-def _difference(pair: _Pair, name: str, fraction: float) -> str | None:
-    """The difference in a score, and whether it is equivalent to none, beyond noise, or neither."""
-    row, reference = pair.lora, pair.full
-    if not is_score(name) or not row.get(f"{name}_n", 0) or not reference.get(f"{name}_n", 0):
-        return None
-    value = row[name] - reference[name]
-    sign = f"{'+' if value >= 0 else MINUS}{format_spread(name, abs(value))}"
-    margin = equivalence_margin(name, reference[name], fraction)
-    if is_equivalent(row, reference, name, margin):
-        return f"{sign} (equivalent)"
-    probability = p_value(row, reference, name)
-    if probability is None:
-        return f"{sign} (noise unknown)"
-    return f"{sign} ({'beyond noise' if probability < 1 - CONFIDENCE else 'inconclusive'})"
+def _tested(lines: Sequence[tuple[_Pair, str]], fraction: float) -> list[str | None]:
+    """For each line with a score the difference, and whether it is equivalent to none, beyond noise, or neither.
+
+    Both tests have Holm's correction over the lines of the same score: with each more pair one could be found by luck.
+    """
+    found: list[str | None] = []
+    equivalent, different = (_corrected(lines, fraction, equivalence=equivalence) for equivalence in (True, False))
+    for index, (pair, name) in enumerate(lines):
+        if not _has_difference(pair, name):
+            found.append(None)
+            continue
+        value = pair.lora[name] - pair.full[name]
+        sign = f"{'+' if value >= 0 else MINUS}{format_spread(name, abs(value))}"
+        if equivalent.get(index, 1.0) < 1 - CONFIDENCE:
+            verdict = "equivalent"
+        elif index not in different:
+            verdict = "noise unknown"
+        else:
+            verdict = "beyond noise" if different[index] < 1 - CONFIDENCE else "inconclusive"
+        found.append(f"{sign} ({verdict})")
+    return found
 
 
-def _note_equivalent(rows: Sequence[Cell], fraction: float) -> str:
+def _corrected(lines: Sequence[tuple[_Pair, str]], fraction: float, *, equivalence: bool) -> dict[int, float]:
+    """By the index of the line, the p-values of one test after the correction, where it exists."""
+    by_score: dict[str, dict[int, float]] = {}
+    for index, (pair, name) in enumerate(lines):
+        if not _has_difference(pair, name):
+            continue
+        margin = equivalence_margin(name, pair.full[name], fraction)
+        sides = pair.lora, pair.full, name
+        probability = equivalence_p_value(*sides, margin) if equivalence else p_value(*sides)
+        if probability is not None:
+            by_score.setdefault(name, {})[index] = probability
+    return {
+        index: corrected
+        for found in by_score.values()
+        for index, corrected in zip(found, holm([*found.values()]), strict=True)
+    }
+
+
+def _has_difference(pair: _Pair, name: str) -> bool:
+    return is_score(name) and all(bool(cell.get(f"{name}_n", 0)) for cell in (pair.lora, pair.full))
+
+
+def _note_equivalent(rows: Sequence[Cell], fraction: float, *, num_pairs: int) -> str:
     names = dict.fromkeys(score(row, split) for row in rows for split in ("val", "test"))
     margins = dict.fromkeys(
         f"{format_spread(name, equivalence_margin(name, row[name], fraction))} of {metric(name).label}"
@@ -217,4 +273,5 @@ def _note_equivalent(rows: Sequence[Cell], fraction: float) -> str:
         f"Equivalent: the 90 % interval of the difference lies within ± the margin ({margin}): two one-sided t-tests "
         "at 5 % (TOST). Beyond noise: p < 0.05 by the two-sided t-test. Inconclusive: neither. Both tests are paired "
         "by seed where both sides have the same seeds, else Welch's, and need two runs on each side."
+        + (" They have Holm's correction for the comparisons of one score in this table." if num_pairs > 1 else "")
     )

@@ -78,8 +78,8 @@ def count_note(rows: Sequence[Cell]) -> str:
 # ---------------------------------------------------------------- comparisons
 
 NOTE_BOLD = (
-    "Bold: better than the runner-up of its model, dataset and recipe by a two-sided t-test, p < 0.05, paired by seed "
-    "where both have the same seeds, else Welch's; not corrected for the number of rows."
+    "Bold: better than every other row of its model, dataset and recipe that has two runs, by two-sided t-tests with "
+    "Holm's correction for their number, p < 0.05, paired by seed where both have the same seeds, else Welch's."
 )
 
 
@@ -95,8 +95,8 @@ def bold_notes(rows: Sequence[Cell], names: Sequence[str], *, any_bold: bool) ->
         yield NOTE_BOLD
     elif any(row.get(f"{name}_n", 0) > 1 for row in rows for name in names):
         yield (
-            "Nothing is bold: no row is better than its runner-up by a two-sided t-test, p < 0.05, paired by seed "
-            "where both have the same seeds, else Welch's."
+            "Nothing is bold: no row is better than every other by two-sided t-tests with Holm's correction, p < 0.05, "
+            "paired by seed where both have the same seeds, else Welch's."
         )
     elif any(row.get(f"{name}_n", 0) for row in rows for name in names):
         yield "One seed: no row can be told from another beyond noise, so nothing is bold."

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pandas as pd
 
-from analysis.axes import axes_of
-from analysis.comparisons import Cell
+from analysis.mean_ranks import MIN_DATASETS, Line, lines_of, mean_ranks
 from analysis.metrics import ARROWS, format_value, metric, title
 from analysis.select import records, score
 from analysis.tables.cells import MISSING, QUOTED_MARK, edge_mark, recipe_mark, show_metric
@@ -21,9 +19,6 @@ from analysis.tables.quoted import QuotedCell, quoted, quoted_notes, rule_before
 from analysis.tables.structure import Column, PaperTable, text_table
 from harness.results.metrics import Direction
 
-# A row of the table: what was run on each dataset, by its name.
-_Line = dict[str, Cell]
-
 
 def tasks_by_methods(best: pd.DataFrame, *, published: bool = False) -> PaperTable | None:
     """Test scores of every method (rows) on every dataset (columns) and their mean: the LoRA paper's Table 2."""
@@ -31,7 +26,7 @@ def tasks_by_methods(best: pd.DataFrame, *, published: bool = False) -> PaperTab
     datasets = list(dict.fromkeys(row["dataset"] for row in cells))
     if len(datasets) < 2:
         return None
-    lines = _lines(cells)
+    lines = lines_of(cells)
     first = [next(iter(line.values())) for line in lines]
     below = quoted_rows("tasks_by_methods") if published else []
     key_columns = [
@@ -62,6 +57,7 @@ def tasks_by_methods(best: pd.DataFrame, *, published: bool = False) -> PaperTab
         notes=[
             f"{count_note(cells)} Mean: of the tasks' means, whatever their metrics, only where all have one and "
             "more is better in all; it is not tested.",
+            *([] if mean_ranks(cells) else [_refusal(lines)]),
             *bold_notes(cells, [score(row, "test") for row in cells], any_bold=bool(text.bold)),
             *collapsed_notes(cells),
             *edge_notes(cells),
@@ -76,14 +72,12 @@ def tasks_by_methods(best: pd.DataFrame, *, published: bool = False) -> PaperTab
     )
 
 
-def _lines(cells: Sequence[Cell]) -> list[_Line]:
-    """The cells of one model, method, rank, placement, own axes and recipe; of several on one dataset the first."""
-    lines: dict[tuple[Any, ...], _Line] = {}
-    for row in cells:
-        axes = tuple(row[axis.setting] for axis in axes_of(row))
-        key = (row["model"], row["method"], row["rank"], row["target_layers"], *axes, row["differs"])
-        lines.setdefault(key, {}).setdefault(row["dataset"], row)
-    return list(lines.values())
+def _refusal(lines: Sequence[Line]) -> str:
+    most = max(len(line) for line in lines)
+    return (
+        f"No mean ranks: they need two methods with scores on the same {MIN_DATASETS} datasets or more, and here a "
+        f"method has {most} at most."
+    )
 
 
 def _quoted_cells(titles: dict[str, str]) -> dict[str, Callable[[Published], QuotedCell]]:
@@ -102,7 +96,7 @@ def _quoted_cells(titles: dict[str, str]) -> dict[str, Callable[[Published], Quo
     }
 
 
-def _task_column(dataset: str, lines: Sequence[_Line]) -> Column:
+def _task_column(dataset: str, lines: Sequence[Line]) -> Column:
     present = {index: line[dataset] for index, line in enumerate(lines) if dataset in line}
     name = score(next(iter(present.values())), "test")
     bold: set[int] = set()
@@ -118,7 +112,7 @@ def _task_column(dataset: str, lines: Sequence[_Line]) -> Column:
     )
 
 
-def _average_column(datasets: Sequence[str], lines: Sequence[_Line]) -> Column:
+def _average_column(datasets: Sequence[str], lines: Sequence[Line]) -> Column:
     values = [_average(datasets, line) for line in lines]
     texts = [
         MISSING if value is None else _average_text(value, line) for value, line in zip(values, lines, strict=True)
@@ -126,14 +120,14 @@ def _average_column(datasets: Sequence[str], lines: Sequence[_Line]) -> Column:
     return Column("mean", texts, values)
 
 
-def _average_text(value: float, line: _Line) -> str:
+def _average_text(value: float, line: Line) -> str:
     """The mean in the unit of the scores, if that is one of percent."""
     names = {score(row, "test") for row in line.values()}
     is_percent = all(metric(name).display_unit == "%" for name in names)
     return format_value(min(names), value) if is_percent else f"{value:.4f}"
 
 
-def _average(datasets: Sequence[str], line: _Line) -> float | None:
+def _average(datasets: Sequence[str], line: Line) -> float | None:
     """The mean of the test scores, where every dataset has one and more is better in all."""
     names = {dataset: score(row, "test") for dataset, row in line.items()}
     if any(metric(name).direction is not Direction.HIGHER for name in names.values()):
