@@ -245,7 +245,11 @@ def _check_named(model: nn.Module, config: RunConfig) -> None:
         for each in (named if isinstance(named, list) else [])
         if not any(name == each or name.endswith(f".{each}") for name in names)
     ]
-    if isinstance(named, str) and named != "all-linear" and not any(re.fullmatch(named, name) for name in names):
+    if (
+        isinstance(named, str)
+        and named.lower() != "all-linear"
+        and not any(re.fullmatch(named, name) for name in names)
+    ):
         absent = [named]
     if absent:
         linear = {name: features_of(module) for name, module in model.named_modules() if is_linear(module)}
