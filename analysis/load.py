@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.trials import with_search_costs
 from harness.results.files import CURVE_FILE, RESULT_FILE
 from harness.results.launches import SWEEPS_DIR, Launch, LaunchError, SweepLaunches, launched_sweeps, read_launches
 from harness.results.methods import METHODS
@@ -90,7 +91,7 @@ class Runs:
             `status`, `error`, `num_target_modules`, and where a run has `evaluate_also` in `base_domain` the first set
             of it, on which forgetting is measured; the config under dotted names (`config.rank.rank`), lists as
             tuples; every metric of the registry as float64; the environment (`environment.versions.torch`). Missing
-            is None, for a metric NaN.
+            is None, for a metric NaN. Where a search chose any of them also what `trials.with_search_costs` adds.
         trials: the runs of a search (`trial=true`), likewise, which chose on val where those of `frame` are and are no
             rows of any table.
         sweep: its name; None for a whole folder.
@@ -166,9 +167,10 @@ def _load_listed(runs_dir: Path, launched: SweepLaunches, need_ended: bool) -> R
             f"Its command: {last.command or 'unknown'}" + _listing(problems)
         )
     read = {row["run_id"] for row in found}
+    of_search = _frame(trials)
     return Runs(
-        _frame(_once_per_seed(rows, problems)),
-        _frame(trials),
+        with_search_costs(_frame(_once_per_seed(rows, problems)), of_search, launched.launches),
+        of_search,
         sweep=sweep,
         command=last.command,
         created=last.created,

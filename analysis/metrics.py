@@ -12,7 +12,12 @@ from harness.results.metrics import METRICS, Direction, Metric, scores_of
 # Computed here from others, so not in the registry of what runs record.
 TRAINABLE_SHARE = "trainable_share"
 LEARNED = "learned_nll"
+# Of a search: the values that were tried before a run was reported, and the compute of all their trials.
+NUM_TRIALS = "num_trials"
+TUNING_FLOPS = "tuning_flops"
 DERIVED = {
+    NUM_TRIALS: Metric("1", Direction.NEUTRAL, "trials", ",.0f"),
+    TUNING_FLOPS: replace(METRICS["train_flops"], label="tuning compute"),
     TRAINABLE_SHARE: Metric("1", Direction.LOWER, "trainable", ".3f", "%", 0.01),
     LEARNED: Metric("nats", Direction.HIGHER, "learned: test nll before \N{MINUS SIGN} after", "+z.4f"),
 }

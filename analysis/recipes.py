@@ -21,18 +21,21 @@ from harness.results.effects import is_fact_without_effect, is_setting_without_e
 from harness.results.schema import Status
 
 
-def conditions_and_recipes(frame: pd.DataFrame) -> tuple[dict[str, str], dict[str, str]]:
+def conditions_and_recipes(
+    frame: pd.DataFrame, *, searched: Collection[str] = ()
+) -> tuple[dict[str, str], dict[str, str]]:
     """By cell, a key of its scientific settings but the learning rate and the seed; and one of its recipe.
 
     The recipe is what a comparison of methods, ranks and placements must hold fixed: everything but these, their own
-    settings and the learning rate.
+    settings, the learning rate, and the settings that were searched for each of them.
     """
     settings = scientific_settings(frame)
     firsts = frame.drop_duplicates("cell_id")
     shown = {column: setting_values(firsts, column).tolist() for column in settings}
     names = [firsts["model"].tolist(), firsts["dataset"].tolist()]
-    fixed = [shown[column] for column in settings if not is_of_method(column.removeprefix("config."))]
-    varied = [shown[column] for column in settings if is_of_method(column.removeprefix("config."))]
+    own = {column: is_of_method(name) or name in searched for column in settings for name in [column[len("config.") :]]}
+    fixed = [shown[column] for column in settings if not own[column]]
+    varied = [shown[column] for column in settings if own[column]]
     if "config.target_layers.name" in frame:
         varied.append(firsts["config.target_layers.name"].tolist())
     recipes: dict[tuple[Any, ...], str] = {}

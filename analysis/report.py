@@ -11,6 +11,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import pandas as pd
@@ -28,6 +29,7 @@ from analysis.recipes import show_value
 from analysis.tables import notes, writers
 from analysis.tables.asked import Asked
 from analysis.tables.structure import PaperTable
+from analysis.trials import searches_of
 from harness.results.files import write_atomically
 from harness.results.launches import Launch
 from harness.results.metrics import METRICS
@@ -73,15 +75,22 @@ def write_report(
     runs = load_runs(runs_dir, sweep=sweep)
     frame = select.at_last_step(runs.frame) if scores == "last" else runs.frame
     cells = select.cells(frame)
+    searches = searches_of(runs.launches, runs.trials)
     with table_style(style):
         paper_tables = tables.paper_tables(
-            frame, cells, scores=scores, published=published, margin=margin, asked=asked or Asked()
+            frame,
+            cells,
+            scores=scores,
+            published=published,
+            margin=margin,
+            asked=asked or Asked(),
+            searches=searches,
         )
     summary = list(_summary(runs, scores))
     report_dir = reports_dir / name
     _write_tables(report_dir / "tables", paper_tables, name, summary, small_spread=style == "paper")
     curves = load_curves(runs_dir, runs.frame["run_id"])
-    drawn = figures.paper_figures(cells, curves)
+    drawn = figures.paper_figures(cells, curves, searches=searches)
     pictures = figures.write_figures(drawn, report_dir / "figures")
     _remove_others(report_dir / "figures", pictures)
     _write(report_dir / "runs.csv", writers.to_csv(_without_empty_metrics(runs.frame)))
@@ -182,8 +191,9 @@ def _summary(runs: Runs, scores: str) -> Iterator[str]:
         counts.append(f"{len(runs.unreadable)} unreadable")
     if runs.to_do is not None:
         counts.append(f"{len(runs.to_do)} to do")
-    yield from _launches(runs.launches)
+    yield from _launches(_without_earlier_rounds(runs.launches))
     yield f"Runs: {num_runs} ({', '.join(counts)})."
+    yield from _search(runs)
     if runs.sweep is not None and runs.to_do is None:
         yield "What is still to do is not known: no sweep file lists the runs of this sweep."
     if runs.to_do:
@@ -192,6 +202,32 @@ def _summary(runs: Runs, scores: str) -> Iterator[str]:
     yield f"Selection: {notes.selection_rule(best_metrics, scores)}."
     for problem in runs.problems:
         yield f"Left out: {as_code(problem)}"
+
+
+def _search(runs: Runs) -> Iterator[str]:
+    """What was searched in which cells, by how many trials, and that test had no part in it."""
+    cells = runs.launches[-1].searched if runs.launches else []
+    if not cells:
+        return
+    names = " and ".join(as_code(name) for name in dict.fromkeys(axis for cell in cells for axis in cell.axes))
+    seeds = ", ".join(str(seed) for seed in sorted(set(runs.trials["config.seed"])))
+    counts = Counter(runs.trials["status"])
+    ended = ", ".join(f"{counts[status.value]} {status}" for status in Status if counts[status.value])
+    num_open = sum(cell.runs is None for cell in cells)
+    yield (
+        f"Search: {names} in {len(cells)} cells{f', {num_open} of them not decided yet' if num_open else ''}, by "
+        f"{len(runs.trials)} trials ({ended}) on seed{'s' * (', ' in seeds)} {seeds}, chosen on val; trials open no "
+        "test split, and the runs below have other seeds."
+    )
+
+
+def _without_earlier_rounds(launches: Sequence[Launch]) -> list[Launch]:
+    """The launches; of the rounds of one search, which name more and more runs, the last."""
+    return [
+        launch
+        for launch, later in zip_longest(launches, launches[1:])
+        if later is None or not (launch.searched and later.searched and later.command == launch.command)
+    ]
 
 
 def _launches(launches: Sequence[Launch]) -> Iterator[str]:

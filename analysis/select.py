@@ -20,9 +20,10 @@ import pandas as pd
 from analysis.axes import is_axis, own_axes, value_for
 from analysis.comparisons import Cell, half_interval, ranked_by
 from analysis.methods import method_name
-from analysis.metrics import BY_MEDIAN, GENERATION_SCORES, LEARNED, TRAINABLE_SHARE, is_score
+from analysis.metrics import BY_MEDIAN, GENERATION_SCORES, LEARNED, NUM_TRIALS, TRAINABLE_SHARE, TUNING_FLOPS, is_score
 from analysis.names import with_names
 from analysis.recipes import conditions_and_recipes, recipe_differences
+from analysis.trials import SEARCH_EDGE, searched_settings
 from harness.results.metrics import COLLAPSED_ABOVE, LANGUAGE_TASKS, METRICS
 from harness.results.schema import Status
 
@@ -47,6 +48,8 @@ CELL_COLUMNS = (
     "best_metric",
     "base_domain",
     "run_ids",
+    "searched",
+    "search_edge",
     "differs",
     "recipe",
     "by_seed",
@@ -75,7 +78,9 @@ def cells(frame: pd.DataFrame) -> pd.DataFrame:
     Columns: what names the cell (`cell_id`, `condition_id`, `recipe_id`, `model`, `dataset`, `method`, `rank`,
     `target_layers`, `learning_rate`, `best_metric`, `run_ids` of all its runs, and where any run has one the
     `base_domain`), `model`, `dataset` and `target_layers` as `analysis.names` calls them; its value of each own axis of
-    the runs (`analysis.axes`) under the name of the setting, as `trainer.num_epochs`; its runs by status
+    the runs (`analysis.axes`) under the name of the setting, as `trainer.num_epochs`; in `searched` its value of
+    each setting but the learning rate that was searched, each with its name, and in `search_edge` "low" or "high"
+    where its rate is the first or last that its search tried; its runs by status
     (`num_finished`, `num_diverged`, ...) and how many of the finished ones collapsed (`num_collapsed`); in `differs`
     the settings in which its recipe departs from that of most others, and in `recipe` a number for each such way; in
     `by_seed` the scores of its finished runs, by metric and seed. Then, for each metric that any run has, over the
@@ -90,8 +95,9 @@ def cells(frame: pd.DataFrame) -> pd.DataFrame:
     shares = frame[["val_majority_share", "test_majority_share"]]
     collapsed = (shares > COLLAPSED_ABOVE).any(axis="columns").to_numpy() & finished
     axes = own_axes(frame)
-    differences = recipe_differences(frame, axes=axes.settings, following=axes.following)
-    conditions, recipes = conditions_and_recipes(frame)
+    searched = [name for name in searched_settings(frame) if name != "trainer.learning_rate"]
+    differences = recipe_differences(frame, axes=(*axes.settings, *searched), following=axes.following)
+    conditions, recipes = conditions_and_recipes(frame, searched=searched)
     statuses, seeds, run_ids = frame["status"].to_numpy(), frame["config.seed"].tolist(), frame["run_id"].tolist()
     # As lists: a look into a frame of so many columns takes longer than all that follows.
     methods = frame["config.method.name"].tolist()
@@ -99,6 +105,8 @@ def cells(frame: pd.DataFrame) -> pd.DataFrame:
         setting: [value_for(setting, *run) for run in zip(methods, frame[f"config.{setting}"].tolist(), strict=True)]
         for setting in axes.settings
     }
+    values_of_searched = {name: frame[f"config.{name}"].tolist() for name in searched}
+    search_edges = frame[SEARCH_EDGE].tolist() if SEARCH_EDGE in frame else [None] * len(frame)
     rows: list[dict[str, Any]] = []
     for cell_id, index in frame.groupby("cell_id", sort=False).indices.items():
         runs = np.asarray(index)
@@ -107,6 +115,10 @@ def cells(frame: pd.DataFrame) -> pd.DataFrame:
             {
                 **_name(frame.iloc[runs[0]]),
                 **{setting: values_of_runs[runs[0]] for setting, values_of_runs in on_axes.items()},
+                "search_edge": search_edges[runs[0]],
+                "searched": tuple(
+                    (name, values_of_runs[runs[0]]) for name, values_of_runs in values_of_searched.items()
+                ),
                 "condition_id": conditions[str(cell_id)],
                 "recipe_id": recipes[str(cell_id)],
                 "run_ids": tuple(run_ids[run] for run in runs),
@@ -139,6 +151,7 @@ def _measured(frame: pd.DataFrame) -> dict[str, FloatArray]:
     totals = frame["num_total_params"].where(frame["num_total_params"] > 0)
     shares = (frame["num_trainable_params"] / totals).to_numpy(dtype=float)
     values[TRAINABLE_SHARE] = np.where(np.abs(shares) < LARGEST, shares, math.nan)
+    values |= {name: frame[name].to_numpy(dtype=float) for name in (NUM_TRIALS, TUNING_FLOPS) if name in frame}
     learned = frame["test_nll_before"] - frame["test_nll"]
     if learned.notna().any():
         values[LEARNED] = learned.to_numpy(dtype=float)
@@ -262,6 +275,7 @@ def best_cells(table: pd.DataFrame) -> pd.DataFrame:
         ranked = ranked_by(complete, score(candidates[0], "val"))
         best = complete[ranked[0]] if ranked else _together(candidates)
         edge, bounded = _ends(best, candidates, complete) if ranked and len(tried) > 1 else (None, None)
+        edge = edge or best["search_edge"]
         chosen.append({**best, "tried": tried, "edge": edge, "bounded": bounded, "is_chosen": bool(ranked)})
     order = {cell_id: position for position, cell_id in enumerate(table["cell_id"])}
     chosen.sort(key=lambda cell: min(order[cell["cell_id"]], len(order)))

@@ -25,7 +25,9 @@ from analysis.figures.own_axes import own_axis_figures
 from analysis.figures.panels import Curves, panels_of
 from analysis.figures.ranks import RANK_BY_PLACEMENT, RANK_CURVES
 from analysis.figures.rates import BEST_RATES, LEARNING_RATES
+from analysis.figures.search import SEARCHED_VALUES
 from analysis.figures.tradeoffs import SCORE_BY_COMPUTE, SCORE_BY_MEMORY, SCORE_BY_PARAMS, SCORE_BY_STEP_TIME
+from analysis.trials import Searches
 
 __all__ = ["KINDS", "Figure", "paper_figures", "write_figures"]
 
@@ -38,6 +40,7 @@ KINDS = (
     RANK_CURVES,
     RANK_BY_PLACEMENT,
     LEARNING_RATES,
+    SEARCHED_VALUES,
     BEST_RATES,
     LOWEST_CURVES,
     TRAINING_CURVES,
@@ -46,12 +49,13 @@ KINDS = (
 )
 
 
-def paper_figures(cells: pd.DataFrame, curves: Curves) -> list[Figure]:
+def paper_figures(cells: pd.DataFrame, curves: Curves, *, searches: Searches | None = None) -> list[Figure]:
     """The figures that the data allow, always in the same order.
 
     Args:
         cells: as `select.cells` makes them, at all learning rates.
         curves: by run id, the rows of its `metrics.jsonl`; may be empty.
+        searches: what was tried before the runs were reported.
     """
-    panels = panels_of(cells, curves)
+    panels = panels_of(cells, curves, searches=searches)
     return [*figures_of(KINDS, panels), *own_axis_figures(cells, curves), *mean_rank_figures(cells)]

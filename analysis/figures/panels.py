@@ -20,6 +20,7 @@ from analysis.figures.style import COLOURS, LINES, LOOK_OF_FULL, LOOK_WITHOUT_RA
 from analysis.methods import is_full
 from analysis.metrics import metric
 from analysis.select import best_cells, num_status, records
+from analysis.trials import Searches
 from harness.results.schema import Status
 
 Curves = Mapping[str, Sequence[Mapping[str, float]]]
@@ -82,7 +83,7 @@ class Panel:
 
     `tried` holds the cells of all learning rates, `best` one per condition; `numbers` are those of the families in the
     whole sweep, so that a placement looks alike in all panels. `along` is an own axis of which a panel has all values,
-    for a figure that has it as its x axis.
+    for a figure that has it as its x axis. `searches` are what was tried before the runs were reported.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Panel:
     val: str
     numbers: Mapping[str, int]
     along: Axis | None = None
+    searches: Searches | None = None
 
     def with_metrics(self, *names: str) -> list[PlottedCell]:
         """The conditions that have all of these metrics."""
@@ -146,7 +148,9 @@ class Panel:
 # ---------------------------------------------------------------- from cells to panels
 
 
-def panels_of(cells: pd.DataFrame, curves: Curves, *, along: Axis | None = None) -> list[Panel]:
+def panels_of(
+    cells: pd.DataFrame, curves: Curves, *, along: Axis | None = None, searches: Searches | None = None
+) -> list[Panel]:
     """The panels of a table of `select.cells` at all learning rates, those of a dataset in the order of own axes."""
     best = best_cells(cells)
     by_dataset: defaultdict[tuple[Any, ...], list[Cell]] = defaultdict(list)
@@ -170,9 +174,8 @@ def panels_of(cells: pd.DataFrame, curves: Curves, *, along: Axis | None = None)
             name = ", ".join([short_name(model), short_name(dataset), *facet])
             alike = sum(panel.name.partition(" #")[0] == name for panel in panels)
             name += f" #{alike + 1}" if alike else ""
-            panels.append(
-                Panel(name, [*chosen.values()], tried, curves, f"test_{score}", f"val_{score}", numbers, along)
-            )
+            scored = (f"test_{score}", f"val_{score}")
+            panels.append(Panel(name, [*chosen.values()], tried, curves, *scored, numbers, along, searches))
     return panels
 
 

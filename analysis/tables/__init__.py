@@ -21,8 +21,10 @@ from analysis.tables.notes import axes_notes, setting_note
 from analysis.tables.placements import rank_by_target_layers, target_layers_at_budget
 from analysis.tables.ranks import rank_sweep
 from analysis.tables.rates import learning_rates
+from analysis.tables.search import search
 from analysis.tables.structure import PaperTable
 from analysis.tables.tasks import tasks_by_methods
+from analysis.trials import Searches
 
 __all__ = [
     "Asked",
@@ -52,6 +54,7 @@ def paper_tables(
     published: bool = False,
     margin: float = MARGIN,
     asked: Asked = _NOTHING,
+    searches: Searches | None = None,
 ) -> list[PaperTable]:
     """Every table that the runs of a sweep allow, the trade-off first, and before it what was asked for.
 
@@ -62,6 +65,7 @@ def paper_tables(
         published: whether quoted rows of papers stand under the measured ones.
         margin: how much of a metric's scale a difference may be and still not matter.
         asked: a table of the reader's own.
+        searches: what was tried before the runs were reported.
 
     Raises:
         LoadError: what was asked for is not there.
@@ -76,6 +80,7 @@ def paper_tables(
         tasks_by_methods(best, published=published),
         mean_ranks_table(best),
         learning_rates(table, best),
+        search(best, searches) if searches is not None else None,
         earlier_tasks(best, frame),
     ]
     # Each is pasted alone, and must say by itself what it is about.

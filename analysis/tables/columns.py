@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterable, Sequence
 
 import pandas as pd
 
-from analysis.axes import axis_number, axis_text, is_axis, varied
+from analysis.axes import axes_of, axis_number, axis_text, is_axis, varied
 from analysis.comparisons import Cell
 from analysis.metrics import title
 from analysis.select import num_status, score
@@ -63,10 +63,18 @@ def _rate_value(row: Cell) -> float | None:
 
 
 def learning_rate_columns(rows: Sequence[Cell]) -> list[Column]:
-    """The column of the chosen rates, where rows differ in them or one lies at the edge of its grid."""
+    """The chosen rates, where rows differ in them or one lies at the edge of its grid, and what else was searched."""
+    searched = [_searched_column(rows, setting) for setting, _ in rows[0]["searched"]]
     if len({row["learning_rate"] for row in rows}) == 1 and not any(map(edge_mark, rows)):
-        return []
-    return [learning_rate_column(rows)]
+        return searched
+    return [learning_rate_column(rows), *searched]
+
+
+def _searched_column(rows: Sequence[Cell], setting: str) -> Column:
+    values = [dict(row["searched"])[setting] for row in rows]
+    (axis,) = axes_of([setting])
+    texts = [MISSING if value is None else axis_text(value) for value in values]
+    return Column(f"{axis.name} (searched)", texts, [axis_number(value) for value in values])
 
 
 def num_finished_column(rows: Sequence[Cell]) -> Column:

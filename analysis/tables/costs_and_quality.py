@@ -9,7 +9,16 @@ import pandas as pd
 from analysis.axes import own_axes
 from analysis.code_spans import as_code
 from analysis.comparisons import Cell
-from analysis.metrics import FORGETTING, FORGETTING_SCORE, GENERATION_SCORES, TRAINABLE_SHARE, format_value, metric
+from analysis.metrics import (
+    FORGETTING,
+    FORGETTING_SCORE,
+    GENERATION_SCORES,
+    NUM_TRIALS,
+    TRAINABLE_SHARE,
+    TUNING_FLOPS,
+    format_value,
+    metric,
+)
 from analysis.names import name_notes, with_names
 from analysis.select import additional_scores, num_status, records, score_columns
 from analysis.tables.cells import EN_DASH, MISSING, TIMES, same_everywhere, show_rate, show_status
@@ -44,6 +53,8 @@ from harness.results.schema import Status
 # ---------------------------------------------------------------- trade-off
 
 _TRADEOFF_COSTS = (
+    NUM_TRIALS,
+    TUNING_FLOPS,
     "num_adapter_params",
     TRAINABLE_SHARE,
     "peak_memory_bytes",
@@ -60,8 +71,9 @@ def tradeoff(best: pd.DataFrame, frame: pd.DataFrame, *, scores: str = "best") -
     rows = records(best)
     keys = [*key_columns(rows), *learning_rate_columns(rows)]
     costs = [name for name in _TRADEOFF_COSTS if name in best]
-    if "train_tokens_per_second" in costs and not best["train_tokens_per_second_n"].any():
-        costs.remove("train_tokens_per_second")
+    for name in ("train_tokens_per_second", TUNING_FLOPS):
+        if name in costs and not best[f"{name}_n"].any():
+            costs.remove(name)
     score_names = _score_names(best, frame)
     columns = [
         *keys,
@@ -76,7 +88,7 @@ def tradeoff(best: pd.DataFrame, frame: pd.DataFrame, *, scores: str = "best") -
         name="tradeoff",
         caption=f"Cost and quality. {_sentence(selection_rule(best_metrics_of(rows), scores))}",
         text=text,
-        numbers=best.drop(columns="by_seed"),
+        numbers=best.drop(columns=["by_seed", "searched", "search_edge"]),
         notes=[
             *_definitions(rows, frame),
             *axes_notes(rows),

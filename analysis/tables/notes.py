@@ -132,6 +132,7 @@ def edge_notes(rows: Sequence[Cell]) -> Iterator[str]:
         return (f"{row['model']} on {row['dataset']}, " if several else "") + cell_name(row) + recipe_mark(row)
 
     at_edge = [f"{named(row)}, tried {', '.join(map(show_rate, row['tried']))}" for row in tuned if row["edge"]]
+    at_edge += [f"{named(row)}, the {row['search_edge']}est of its search" for row in rows if row["search_edge"]]
     if at_edge:
         yield f"{EDGE_MARK} at the edge of the rates that were tried, so a better one may lie outside: " + (
             f"{_first_of(at_edge)}."

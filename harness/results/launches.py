@@ -2,9 +2,10 @@
 
     <runs_dir>/sweeps/<sweep>/20261122T101500.123456Z-1a2b3c4d.json
     {"sweep": "demo", "run_ids": ["...", ...], "command": "python -m harness -m sweeps=demo", "created": "2026-...",
-     "searched": [{"axes": ["trainer.learning_rate"], "trials": ["...", ...], "runs": ["...", ...]}, ...]}
+     "searched": [{"axes": ["trainer.learning_rate"], "trials": ["...", ...], "runs": ["...", ...],
+                   "chosen": [0.002], "edges": {}}, ...]}
 
-A sweep that searches is recorded at each round; `runs` of a cell is null until its trials have chosen.
+A sweep that searches is recorded at each round; `runs` and `chosen` of a cell are null until its trials have decided.
 
 Launches that start at once write two files, so neither can lose the other's runs, on any file system. Folders of
 several machines are merged by copying. `<runs_dir>/sweeps/<sweep>.json`, which held the last launch alone in earlier
@@ -35,11 +36,17 @@ class LaunchError(ValueError):
 
 @dataclass(frozen=True)
 class SearchedCell:
-    """A cell of a sweep in which settings (`axes`) were searched: its trials, and the runs that they chose, if any."""
+    """A cell of a sweep in which settings (`axes`) were searched: its trials, and what they chose.
+
+    `runs` have the values `chosen`; both are None until the trials have decided. `edges` names the settings whose
+    chosen value is the first or last of all that were tried: "low" or "high".
+    """
 
     axes: list[str]
     trials: list[str]
     runs: list[str] | None = None
+    chosen: list[float] | None = None
+    edges: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

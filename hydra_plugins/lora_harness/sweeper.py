@@ -424,6 +424,8 @@ def _record_launches(found: Round) -> None:
                 runs=[run_ids[overrides] for overrides in stand.wanted if overrides in run_ids]
                 if stand.found.chosen is not None
                 else None,
+                chosen=None if stand.found.chosen is None else list(stand.found.chosen),
+                edges=dict(stand.found.edges),
             )
             for stand in found.stands
         ]
