@@ -11,6 +11,7 @@ no second axis of the grid.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -161,11 +162,11 @@ def varied(rows: Sequence[Mapping[Hashable, Any]]) -> list[Axis]:
 
 def axis_text(value: Any) -> str:
     """A value of an own axis as text; a long one by its beginning and a digest."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         text = " ".join(show_value(value).split())
         digest = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:6]
         return text if len(text) <= _MAX_LENGTH else f"{text[: _MAX_LENGTH - 8]}… {digest}"
-    return f"{int(value):,}" if value == int(value) and abs(value) < 1e15 else f"{value:g}"
+    return f"{int(value):,}" if value == int(value) and abs(value) < 1e15 else f"{value:.12g}"
 
 
 _MAX_LENGTH = 40
@@ -173,7 +174,8 @@ _MAX_LENGTH = 40
 
 def axis_number(value: Any) -> float | None:
     """What to sort or draw a value of an own axis by, where it is a number."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if is_number else None
 
 
 def axis_order(value: Any) -> tuple[int, float, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -124,6 +125,23 @@ def test_a_setting_that_is_no_own_axis(tmp_path: Path) -> None:
     table = asked(load_runs(tmp_path).frame, "rank", "rank.alpha")
     assert table.text.titles == ["rank", "rank.alpha 16", "rank.alpha 32"]
     assert table.text.rows == [["1", "0.7500", DASH], ["4", DASH, "0.7500 [1]"]]
+
+
+@pytest.mark.parametrize("name", ["Epochs", "trainer.num_epochs", "config.trainer.num_epochs"])
+def test_an_own_axis_has_its_title_by_whatever_name_it_was_asked_for(tmp_path: Path, name: str) -> None:
+    save_small(tmp_path)
+    assert asked(load_runs(tmp_path).frame, "rank", name).text.titles == ["method", "rank", "epochs 1", "epochs 3"]
+
+
+def test_a_group_stands_for_its_name(tmp_path: Path) -> None:
+    for variant in ("plain", "dora"):
+        path = save_run(tmp_path, variant, metrics=measured())
+        raw = json.loads(path.read_text())
+        raw["config"]["variant"] = {"name": variant}
+        path.write_text(json.dumps(raw))
+    table = asked(load_runs(tmp_path).frame, "variant", "rank")
+    assert table.text.titles == ["method", "variant.name", "rank 8"]
+    assert [row[1] for row in table.text.rows] == ["dora", "plain"]
 
 
 def test_two_recipes_at_one_place_are_two_rows(tmp_path: Path) -> None:

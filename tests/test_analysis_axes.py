@@ -128,7 +128,17 @@ def test_titles_that_two_settings_share_are_spelled_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(1000, "1,000"), (3.0, "3"), (1.5, "1.5"), (1e-5, "1e-05"), (True, "true"), ("sgd", "sgd"), ((1, 2), "[1, 2]")],
+    [
+        (1000, "1,000"),
+        (3.0, "3"),
+        (1.5, "1.5"),
+        (0.12345678, "0.12345678"),
+        (1e-5, "1e-05"),
+        (float("inf"), "Infinity"),
+        (True, "true"),
+        ("sgd", "sgd"),
+        ((1, 2), "[1, 2]"),
+    ],
 )
 def test_values_as_text(value: Any, text: str) -> None:
     assert axis_text(value) == text

@@ -120,13 +120,15 @@ def _rate_key() -> _Key:
 
 def _find_key(asked: str, option: str, table: pd.DataFrame, frame: pd.DataFrame) -> _Key | None:
     """The axis of that name: one of the cells' own, or any setting of the runs' configs."""
+    asked = asked.strip().removeprefix("config.")
     wanted = _plain(asked)
     by_name = {key.name.lower(): key for key in (*_keys(table), _rate_key())}
     by_name |= {"placement": by_name["target layers"], "rate": by_name["learning rate"], "lr": by_name["learning rate"]}
     by_name |= {_plain(axis.setting): by_name[axis.name.lower()] for axis in axes_of(table.columns)}
     if wanted in by_name:
         return by_name[wanted]
-    setting = f"config.{asked.strip().removeprefix('config.')}"
+    # A group stands for its name: `variant` for `variant.name`.
+    setting = f"config.{asked}" if f"config.{asked}.name" not in frame else f"config.{asked}.name"
     if setting == "config.seed":
         raise LoadError(
             f"{option} {asked}: means are taken over seeds, so that a seed is no row; runs.csv has each run"
@@ -202,7 +204,8 @@ def _rows_by_columns(asked: Asked, table: pd.DataFrame, best: pd.DataFrame, fram
     keys = [*added, *row_keys]
     entries = list(_entries(cells, keys, column_keys, values))
     lines = _lines(entries, keys, values)
-    texts = {(entry.line, entry.heading): (*_value_text(entry, full_of(records(best))), entry) for entry in entries}
+    full = full_of(records(best))
+    texts = {(entry.line, entry.heading): (*_value_text(entry, full), entry) for entry in entries}
     # Among all rates the best on test would be chosen by test.
     bold = set() if at_every_rate else _bold(cells, entries)
     columns = _line_columns(lines, keys)
