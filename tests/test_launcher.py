@@ -311,6 +311,48 @@ def test_chaos(base: list[str], sweep_here: SweepHere, tmp_path: Path) -> None:
         print(f"{count:5} {what}")
 
 
+def test_a_search_that_is_killed_makes_the_same_trials_and_choice(
+    base: list[str], sweep_here: SweepHere, tmp_path: Path
+) -> None:
+    """Launchers and workers are killed at random, and the sweep launched again, until it ends as undisturbed.
+
+    CHAOS_KILLS=20 CHAOS_SEED=1 gives the long form; `pytest -s` shows what was hit.
+    """
+    kills, draw = int(os.environ.get("CHAOS_KILLS", "1")), random.Random(int(os.environ.get("CHAOS_SEED", "0")))
+    ranks = "r2" if kills < 10 else "r1,r2,r4"
+    arguments = [*base, "hydra.sweeper.search={}", f"rank={ranks}", "target_layers=qv", "seed=0,1", "sweep=searched"]
+    arguments += ["trainer.max_steps=12", "trainer.checkpoint_every=4"]
+    code, output = sweep_here(tmp_path / "calm", *arguments)
+    assert code == 0, output
+    calm = exact(tmp_path / "calm")
+    hit: Counter[str] = Counter()
+    rounds = 0
+    while hit.total() < kills:
+        rounds += 1
+        runs_dir = tmp_path / f"wild{rounds}"
+        code = 1
+        while code != 0:
+            launcher = launch(runs_dir, *arguments)
+            if hit.total() < kills:
+                time.sleep(draw.uniform(1, 12))
+                workers = _workers(launcher.pid)
+                is_worker = bool(workers) and draw.random() < 0.5
+                victim, what = (draw.choice(workers), "worker") if is_worker else (launcher.pid, "launcher")
+                number = draw.choice([signal.SIGKILL, signal.SIGTERM])
+                with contextlib.suppress(ProcessLookupError):
+                    if launcher.poll() is None:
+                        os.kill(victim, number)
+                        hit[f"{number.name} {what}"] += 1
+                        print(f"round {rounds}, {len(results(runs_dir))} results: {number.name} {what}", flush=True)
+            launcher.communicate(timeout=300)
+            code = launcher.returncode
+        assert exact(runs_dir) == calm
+        for run_id in calm:
+            assert (runs_dir / run_id / "log.txt").read_text().count(f"{run_id}: finished") <= 1
+        shutil.rmtree(runs_dir)
+    print(f"{hit.total()} kills in {rounds} rounds of {len(calm)} runs: {dict(sorted(hit.items()))}")
+
+
 def _hit(draw: random.Random, launcher: subprocess.Popen[str], runs_dir: Path, *, patience: float) -> list[str]:
     """Kills the launcher or a worker, or asks it to stop; says which, and what it was doing.
 
