@@ -124,7 +124,8 @@ def _report(options: argparse.Namespace) -> None:
     if options.wandb is not None:
         # Imported late: a report needs neither W&B nor the rest of the harness.
         from harness.config.schema import TrackingConfig, WandbMode
-        from harness.tracking.wandb_mirror import TrackingError, log_report
+        from harness.tracking.mirror import TrackingError
+        from harness.tracking.wandb_mirror import log_report
 
         frame = load_runs(options.runs_dir, sweep=options.sweep).frame
         project, entity = (frame.get(f"config.tracking.{name}", [None])[0] for name in ("project", "entity"))

@@ -19,6 +19,7 @@ from harness.placement.architectures import ARCHITECTURES
 from harness.placement.ranks import ranks_of
 from harness.placement.select import Target, count_blocks, select_targets
 from harness.results.methods import METHODS
+from harness.tracking.tracker import require_trackers
 from harness.training.optimizer import hidden_matrices
 
 
@@ -34,8 +35,9 @@ def plan(config: RunConfig) -> Plan:
     """Resolves the placement and counts the adapter on the meta device.
 
     Raises `PlacementError`, `LoRAError`, `PeftMethodError` or `ModelError` for a placement or rank that the model does
-    not allow.
+    not allow, `ConfigError` for a tracker that is not installed.
     """
+    require_trackers(config.tracking)
     is_language = config.dataset.task.is_language
     skeleton = build_skeleton(base_model(config), num_labels=None if is_language else 2)
     require_packing(skeleton.config.model_type, config)

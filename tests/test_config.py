@@ -326,7 +326,7 @@ def test_every_problem_is_reported_at_once() -> None:
         ("model.hub", ["adapter", "asset", "attention", "dropout", "dtype", "from_sweep", "hub_id", "name", "path"]),
         ("rank.r", ["alpha", "alpha_per_rank", "alpha_policy", "pattern", "rank"]),
         ("target_layers.layers", ["blocks", "modules", "name", "projections"]),
-        ("tracking.group", ["entity", "log_every", "progress", "project", "wandb"]),
+        ("tracking.group", ["entity", "log_every", "progress", "project", "tensorboard", "trackio", "wandb"]),
     ],
 )
 def test_an_unknown_setting_is_an_error_that_lists_those_that_exist(key: str, known: list[str]) -> None:

@@ -84,7 +84,7 @@ HARNESS_SEEN_BY = {
 
 # Libraries that one room alone talks to.
 HOMES = {
-    "wandb": ("harness.tracking",),
+    **dict.fromkeys(("wandb", "trackio", "tensorboard"), ("harness.tracking",)),
     "transformers": ("harness.models",),
     "tokenizers": ("harness.models",),
     **dict.fromkeys(("sacrebleu", "rouge_score", "nltk"), ("harness.tasks",)),

@@ -506,8 +506,8 @@ def test_a_tracked_run_does_not_import_wandb(tmp_path: Path) -> None:
         from harness.config.schema import TrackingConfig
         from harness.tracking.tracker import open_tracker
         tracker = open_tracker(
-            TrackingConfig(), run_dir=Path(sys.argv[1]), run_id="r", cell_id="c", job_type="lora", sweep=None,
-            run_config={},
+            TrackingConfig(wandb="offline"), run_dir=Path(sys.argv[1]), run_id="r", cell_id="c", job_type="lora",
+            sweep=None, run_config={},
         )
         tracker.log(1, {"train_nll": 0.5})
         tracker.close()

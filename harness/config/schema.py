@@ -268,6 +268,10 @@ _OF_PEFT = _of_method(
     lambda method: method.peft is not None,
 )
 _OF_WANDB = _read("where W&B is on (tracking.wandb)", lambda config: config.tracking.wandb is not WandbMode.disabled)
+_OF_PROJECTS = _read(
+    "where W&B or Trackio is on (tracking.wandb, tracking.trackio)",
+    lambda config: config.tracking.wandb is not WandbMode.disabled or config.tracking.trackio,
+)
 
 
 @dataclass
@@ -692,18 +696,22 @@ class TrainerConfig:
 
 @dataclass
 class TrackingConfig:
-    """Where numbers go beside `metrics.jsonl` and `result.json`, which are always written.
+    """Where numbers go beside `metrics.jsonl` and `result.json`, which are always written: any of the trackers here.
 
     Attributes:
         wandb: whether and how W&B mirrors them.
-        project: W&B's project.
+        trackio: whether Trackio mirrors them: a local database, without an account (the extra `trackio`).
+        tensorboard: whether TensorBoard's event files mirror them, in the run's folder (the extra `tensorboard`).
+        project: the project on W&B and Trackio.
         entity: W&B's user or team; null for the default one of the account.
         progress: whether progress is displayed.
         log_every: steps between two points of the training curves.
     """
 
-    wandb: WandbMode = WandbMode.offline
-    project: str = field(default="lora-harness", metadata=_OF_WANDB)
+    wandb: WandbMode = WandbMode.disabled
+    trackio: bool = False
+    tensorboard: bool = False
+    project: str = field(default="lora-harness", metadata=_OF_PROJECTS)
     entity: str | None = field(default=None, metadata=_OF_WANDB)
     progress: bool = True
     log_every: int = 10

@@ -22,6 +22,8 @@ REFERENCES_FILE = "references.tsv"
 LABELS_FILE = "labels.json"
 HEADS_DIR = "heads"
 WANDB_DIR = "wandb"
+TRACKIO_DIR = "trackio"
+TENSORBOARD_DIR = "tensorboard"
 
 # While a run is computed, and where it was stopped.
 CLAIMS_DIR = "claims"

@@ -322,7 +322,7 @@ def _plan_all(runs: Sequence[SweepRun]) -> dict[str, Plan]:
         except ModelError as error:  # gone since it was composed
             problems.setdefault(str(error), []).append(run.overrides)
             continue
-        key = repr((starts, method, placed, texts))
+        key = repr((starts, method, placed, texts, config.tracking))
         if key not in known:
             try:
                 known[key] = plan(run.config)
