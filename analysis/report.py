@@ -85,7 +85,6 @@ def write_report(
             margin=margin,
             asked=asked or Asked(),
             searches=searches,
-            predictions_dir=runs_dir,
         )
     summary = list(_summary(runs, scores))
     report_dir = reports_dir / name

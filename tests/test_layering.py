@@ -55,7 +55,6 @@ ROOMS = (
     "analysis.load",
     "analysis",
     "analysis.comparisons",
-    "analysis.predictions",
     "analysis.methods",
     "analysis.recipes",
     "analysis.axes",
