@@ -85,6 +85,7 @@ def write_report(
             margin=margin,
             asked=asked or Asked(),
             searches=searches,
+            predictions_dir=runs_dir,
         )
     summary = list(_summary(runs, scores))
     report_dir = reports_dir / name

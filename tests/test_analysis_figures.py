@@ -269,6 +269,37 @@ def test_one_seed_has_no_interval(tmp_path: Path) -> None:
     assert len(figure.axes[0].collections) == 0
 
 
+def test_two_seeds_are_points_and_do_not_flatten_the_axis(tmp_path: Path) -> None:
+    """The 95 % interval of two seeds is 12.7 times their standard error on either side."""
+    table = grid_cells(tmp_path, seeds=2)
+    figures = paper_figures(table, {})
+    for name in ("score_by_params", "score_by_memory", "rank_curves", "score_by_step_time"):
+        axes = draw(figures, name).axes[0]
+        scored = [single for single in axes.lines if str(single.get_label()).endswith(": seeds")]
+        seeds = {value for single in scored for value in np.asarray(single.get_ydata(), dtype=float).round(6)}
+        best = best_cells(table)
+        assert seeds == {round(value, 6) for row in best["by_seed"] for value in row["test_accuracy"].values()}, name
+        low, high = axes.get_ylim()
+        assert high - low < 1.5 * (max(seeds) - min(seeds)), name
+    assert (
+        footnote(draw(figures, "rank_curves")) == "mean of 2 seeds, small points: both seeds, too few for an interval"
+    )
+
+
+def test_where_some_have_three_seeds_those_have_intervals(tmp_path: Path) -> None:
+    save_grid(tmp_path, seeds=3)
+    for seed in (1, 2):
+        for path in tmp_path.glob(f"c0-r8-*-s{seed}/result.json"):
+            path.unlink()
+    for path in tmp_path.glob("c1-r1-*-s2/result.json"):
+        path.unlink()
+    figure = draw(paper_figures(cells(load_runs(tmp_path).frame), {}), "rank_curves")
+    expected = "mean of 1 to 3 seeds, 95 % interval, small points: both seeds of two, too few for an interval"
+    assert footnote(figure) == f"{expected} (none for one seed)"
+    (seeds,) = (single for single in figure.axes[0].lines if str(single.get_label()).endswith(": seeds"))
+    assert (seeds.get_label(), len(seeds.get_xydata())) == ("all: seeds", 2)
+
+
 # ---------------------------------------------------------------- failures
 
 

@@ -481,7 +481,7 @@ def test_learning_against_forgetting(figures: list[Any]) -> None:
     assert axes.get_xlabel() == f"learned: test nll before {MINUS} after (nats), → better"
     assert axes.get_ylabel() == "forgetting (nats), ↓ better"
     assert "forgetting: nll on news after training minus before" in footnote(figure)
-    assert "mean of 2 seeds, 95 % interval" in footnote(figure)
+    assert "mean of 2 seeds, small points: both seeds" in footnote(figure)
     shown = texts(figure).split("\n")
     assert shown.count("r64") == 2 and "base model" in shown and "full" in shown
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
@@ -22,27 +23,64 @@ MAX_NAMED = 40  # points; more names than that would cover each other
 # ---------------------------------------------------------------- marks
 
 
-def draw_points(axes: Axes, cells: Sequence[PlottedCell], x: str, y: str, label: str, **look: Any) -> None:
-    """Means, joined if `look` has a line style, with the 95 % intervals of scores and for medians the range."""
-    xs, ys = ([cell.displayed(name) for cell in cells] for name in (x, y))
-    halves, ranges = [cell.interval(y) for cell in cells], np.zeros((2, len(cells)))
+def draw_points(axes: Axes, cells: Sequence[PlottedCell], x: str, y: str, label: str, **look: Any) -> list[Artist]:
+    """Means of two metrics, joined if `look` has a line style, with their noise; see `draw_means`."""
+    xs = [cell.displayed(x) for cell in cells]
+    ranges = np.zeros((2, len(cells)))
     if f"{x}_min" in cells[0].row:
         ends = np.array([[cell.row[f"{x}_{end}"] for cell in cells] for end in ("min", "max")], dtype=float)
         ranges = np.abs(ends / metric(x).display_divisor - np.array(xs))
     if any(cell.interval(x) for cell in cells):
         ranges = np.array([[cell.interval(x) for cell in cells]] * 2)
-    bars: dict[str, Any] = {"yerr": halves if any(halves) else None, "xerr": ranges if ranges.any() else None}
-    axes.errorbar(xs, ys, **bars, elinewidth=0.7, capsize=1.5, label=label, **look)
+    seeds = [cell.two_seeds(x) or (at, at) for cell, at in zip(cells, xs, strict=True)]
+    return draw_means(axes, cells, xs, y, label, seeds_at=seeds, ranges=ranges if ranges.any() else None, **look)
 
 
-def draw_families(axes: Axes, panel: Panel, x: str, shown: Sequence[PlottedCell], y: str | None = None) -> None:
+def draw_means(
+    axes: Axes,
+    cells: Sequence[PlottedCell],
+    xs: Sequence[float],
+    y: str,
+    label: str,
+    *,
+    seeds_at: Sequence[tuple[float, float]] | None = None,
+    ranges: np.ndarray[Any, Any] | None = None,
+    **look: Any,
+) -> list[Artist]:
+    """Means with their 95 % interval from three seeds on, and with the seeds as small points where there are two.
+
+    Args:
+        axes: where.
+        cells: what is drawn.
+        xs: where each lies on the x axis.
+        y: a metric.
+        label: of the means.
+        seeds_at: where the two seeds of each lie on the x axis; at its mean by default.
+        ranges: on the x axis, how far each reaches below and above.
+        look: colour, marker and line style.
+    """
+    ys, halves = [cell.displayed(y) for cell in cells], [cell.interval(y) for cell in cells]
+    bars: dict[str, Any] = {"yerr": halves if any(halves) else None, "xerr": ranges}
+    artists = [*axes.errorbar(xs, ys, **bars, elinewidth=0.7, capsize=1.5, label=label, **look).get_children()]
+    both = seeds_at or [(x, x) for x in xs]
+    points = [pair for cell, at in zip(cells, both, strict=True) for pair in zip(at, cell.two_seeds(y), strict=False)]
+    if points:
+        small: dict[str, Any] = {"color": look["color"], "marker": "o", "markersize": 1.8, "markeredgewidth": 0}
+        artists += axes.plot(*zip(*points, strict=True), linestyle="none", zorder=1.5, label=f"{label}: seeds", **small)
+    return artists
+
+
+def draw_families(
+    axes: Axes, panel: Panel, x: str, shown: Sequence[PlottedCell], y: str | None = None
+) -> list[list[Artist]]:
     """The score on test, or `y`, against `x`: a line for each family in order of rank, named at its end."""
-    y = y or panel.test
+    y, drawn = y or panel.test, []
     for family, members in panel.families().items():
         if cells := [cell for cell in members if cell in shown]:
             look = panel.look_of(cells[0])
-            draw_points(axes, cells, x, y, family, **look)
+            drawn.append(draw_points(axes, cells, x, y, family, **look))
             label_end(axes, family, (cells[-1].displayed(x), cells[-1].displayed(y)), look["color"])
+    return drawn
 
 
 def draw_without_rank(axes: Axes, panel: Panel, cells: Sequence[PlottedCell], x: str, y: str) -> None:
@@ -64,7 +102,10 @@ def name_points(axes: Axes, cells: Sequence[PlottedCell], x: str, y: str, footno
 
 
 def draw_references(axes: Axes, panel: Panel, cells: Sequence[PlottedCell], footnote: Footnote) -> None:
-    """A line across for each, with its interval as a band; what would flatten all others stands in the footnote."""
+    """A line across for each, with its interval as a band or two seeds as thin lines.
+
+    What would flatten all others stands in the footnote.
+    """
     for cell in cells:
         if is_outlier(cell, panel.with_metrics(panel.test), panel.test):
             footnote.remarks.append(outlier_text(cell, panel.test, footnote))
@@ -74,6 +115,8 @@ def draw_references(axes: Axes, panel: Panel, cells: Sequence[PlottedCell], foot
         axes.axhline(y, label=cell.label, zorder=1, **look)
         if half:
             axes.axhspan(y - half, y + half, facecolor=look["color"], alpha=0.15, linewidth=0)
+        for seed in cell.two_seeds(panel.test):
+            axes.axhline(seed, label=f"{cell.label}: seeds", color=look["color"], linewidth=0.35, alpha=0.6, zorder=1)
         label_end(axes, cell.label, (1, y), look["color"], coordinates=("axes fraction", "data"))
 
 
@@ -105,18 +148,11 @@ def outlier_text(cell: PlottedCell, name: str, footnote: Footnote) -> str:
     return f"beyond the axis: {footnote.where}{cell.label} at {format_value(name, cell.row[name])}"
 
 
-def limits(
-    cells: Sequence[PlottedCell], name: str, footnote: Footnote, also: Sequence[float] = ()
-) -> tuple[float, float]:
-    """From the lowest to the highest mean, and `also`, with room for the noise and around them."""
-    # The interval of two seeds is thirteen times their deviation and would press all means onto one line.
-    reach = [min(cell.interval(name), 2 * cell.deviation(name)) for cell in cells]
-    ends = [
-        *also,
-        *(cell.displayed(name) + side * half for cell, half in zip(cells, reach, strict=True) for side in (-1, 1)),
-    ]
-    if any(cell.interval(name) > half for cell, half in zip(cells, reach, strict=True)):
-        footnote.remarks.append("intervals of few seeds reach beyond the axis")
+def limits(cells: Sequence[PlottedCell], name: str, also: Sequence[float] = ()) -> tuple[float, float]:
+    """From the lowest to the highest mean with its noise, and `also`, with room around them."""
+    ends = [*also, *(end for cell in cells for end in cell.two_seeds(name))]
+    for cell in cells:
+        ends += [cell.displayed(name) - cell.interval(name), cell.displayed(name) + cell.interval(name)]
     room = 0.12 * (max(ends) - min(ends)) or 0.01
     return min(ends) - room, max(ends) + room
 

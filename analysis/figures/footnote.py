@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from analysis.figures.panels import Panel, PlottedCell, short_name, variants
+from analysis.figures.panels import MIN_SEEDS_OF_INTERVAL, Panel, PlottedCell, short_name, variants
 
 
 @dataclass
@@ -48,10 +48,19 @@ class Footnote:
         if self.seeds:
             low, high = min(self.seeds), max(self.seeds)
             several = f"mean of {high} seeds" if low == high else f"mean of {low} to {high} seeds"
-            several += (", 95 % interval" + (" (none for one seed)" if low == 1 else "")) if has_intervals else ""
+            several += self._noise() if has_intervals else ""
             parts.append(several if high > 1 else "one seed: no interval")
         parts += dict.fromkeys(self.remarks)
         for reason, names in self.absent.items():
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             parts.append(f"{reason}: {', '.join(names[:3])}{more}")
         return "; ".join(parts)
+
+    def _noise(self) -> str:
+        """What is drawn around the means."""
+        small = f"small points: both seeds{' of two' if len(self.seeds) > 1 else ''}, too few for an interval"
+        parts = [
+            *(["95 % interval"] if max(self.seeds) >= MIN_SEEDS_OF_INTERVAL else []),
+            *([small] if MIN_SEEDS_OF_INTERVAL - 1 in self.seeds else []),
+        ]
+        return f", {', '.join(parts)}" + (" (none for one seed)" if min(self.seeds) == 1 else "")

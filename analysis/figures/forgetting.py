@@ -31,8 +31,8 @@ def _draw_forgetting(subfigure: SubFigure, panel: Panel, footnote: Footnote) -> 
     values = [[cell.displayed(name) for cell in shown] for name in (LEARNED, FORGETTING)]
     # From far off it would press all others together.
     is_far = any(map(_is_far_from_zero, values))
-    axes.set_xlim(*limits(shown, LEARNED, footnote, [] if is_far else [0.0]))
-    axes.set_ylim(*limits(shown, FORGETTING, footnote, [] if is_far else [0.0]))
+    axes.set_xlim(*limits(shown, LEARNED, [] if is_far else [0.0]))
+    axes.set_ylim(*limits(shown, FORGETTING, [] if is_far else [0.0]))
     _draw_base_model(axes, footnote)
     sets = dict.fromkeys(short_name(cell.row.get("base_domain")) for cell in shown)
     footnote.account_for(panel.best, shown, FORGETTING)

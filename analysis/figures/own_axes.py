@@ -13,7 +13,7 @@ from matplotlib.figure import SubFigure
 
 from analysis.axes import Axis, axes_of, axis_number, axis_order, axis_text
 from analysis.comparisons import ranked_by
-from analysis.figures.axes import axis_label, draw_references, of_same_recipe, set_ticks, without_rank
+from analysis.figures.axes import axis_label, draw_means, draw_references, of_same_recipe, set_ticks, without_rank
 from analysis.figures.engine import Figure, FigureKind, figures_of
 from analysis.figures.footnote import Footnote
 from analysis.figures.labels import label_end
@@ -72,10 +72,8 @@ def _draw(subfigure: SubFigure, panel: Panel, footnote: Footnote, *, axis: Axis)
     for members in shown:
         look = panel.look_by_rank(members[0])
         xs = [places[cell.row[axis.setting]] for cell in members]
-        ys, halves = [cell.displayed(panel.test) for cell in members], [cell.interval(panel.test) for cell in members]
-        bars = halves if any(halves) else None
-        axes.errorbar(xs, ys, yerr=bars, elinewidth=0.7, capsize=1.5, label=members[0].label, **look)
-        label_end(axes, members[0].label, (xs[-1], ys[-1]), look["color"])
+        draw_means(axes, members, xs, panel.test, members[0].label, **look)
+        label_end(axes, members[0].label, (xs[-1], members[-1].displayed(panel.test)), look["color"])
     drawn = [cell for members in shown for cell in members]
     if axis.is_of_method:  # which full fine-tuning does not have
         full = of_same_recipe([cell for cell in without_rank(panel) if cell.is_full], drawn)

@@ -23,6 +23,7 @@ from analysis.select import best_cells, num_status, records
 from analysis.trials import Searches
 from harness.results.schema import Status
 
+MIN_SEEDS_OF_INTERVAL = 3
 Curves = Mapping[str, Sequence[Mapping[str, float]]]
 
 
@@ -46,14 +47,23 @@ class PlottedCell:
         return value if name == "rank" else value / metric(name).display_divisor
 
     def interval(self, name: str) -> float:
-        """Half the width of the 95 % interval; 0 where one seed gives none."""
-        half = self.row.get(f"{name}_ci")
-        return 0.0 if half is None or math.isnan(half) else float(half)
+        """Half the width of the 95 % interval; 0 below three seeds.
 
-    def deviation(self, name: str) -> float:
-        """Standard deviation over seeds; 0 where there is one."""
-        sd = self.row.get(f"{name}_sd")
-        return 0.0 if sd is None or math.isnan(sd) else float(sd)
+        That of two is nine times their deviation on either side: it would press all means of a figure onto one line,
+        and says less than the two values, which are drawn instead (`two_seeds`).
+        """
+        half = self.row.get(f"{name}_ci")
+        if half is None or math.isnan(half) or self.row[f"{name}_n"] < MIN_SEEDS_OF_INTERVAL:
+            return 0.0
+        return float(half) / metric(name).display_divisor
+
+    def two_seeds(self, name: str) -> tuple[float, float] | tuple[()]:
+        """The values of a score where it has exactly two, in the unit in which it is shown and the order of seeds."""
+        by_seed = self.row["by_seed"].get(name, {})
+        if len(by_seed) != MIN_SEEDS_OF_INTERVAL - 1:
+            return ()
+        first, second = (by_seed[seed] / metric(name).display_divisor for seed in sorted(by_seed))
+        return first, second
 
     @property
     def rank(self) -> float | None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 from matplotlib.patches import Rectangle
@@ -26,8 +27,7 @@ def _draw_rank_curves(subfigure: SubFigure, panel: Panel, footnote: Footnote) ->
     shown = [cell for cell in panel.with_metrics(panel.test) if cell.rank]
     full = of_same_recipe([cell for cell in without_rank(panel) if cell.is_full], shown)
     axes.set_xscale("log", base=2)
-    draw_families(axes, panel, "rank", shown)
-    _move_apart(axes)
+    _move_apart(axes, draw_families(axes, panel, "rank", shown))
     set_ticks(axes, [cell.displayed("rank") for cell in shown], lambda value: f"{value:g}")
     draw_references(axes, panel, full, footnote)
     compared = [cell for cell in panel.best if cell.rank or cell in full or not cell.num_finished]
@@ -36,12 +36,12 @@ def _draw_rank_curves(subfigure: SubFigure, panel: Panel, footnote: Footnote) ->
     axes.set(xlabel="rank", ylabel=axis_label(panel.test, "y"))
 
 
-def _move_apart(axes: Axes) -> None:
+def _move_apart(axes: Axes, families: Sequence[Sequence[Artist]]) -> None:
     """Moves the families a little aside: the intervals of all placements would lie on one another."""
-    for number, bars in enumerate(axes.containers):
-        points = (number - (len(axes.containers) - 1) / 2) * 2.5
+    for number, artists in enumerate(families):
+        points = (number - (len(families) - 1) / 2) * 2.5
         aside = ScaledTranslation(points / 72, 0, axes.figure.dpi_scale_trans)
-        for artist in bars.get_children():
+        for artist in artists:
             artist.set_transform(artist.get_transform() + aside)
 
 

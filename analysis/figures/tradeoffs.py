@@ -89,7 +89,7 @@ def _draw_front(subfigure: SubFigure, panel: Panel, footnote: Footnote, *, cost:
     axes.plot(*zip(*corners, strict=True), color=INK, linewidth=0.7, zorder=0.5, label="front")
     axes.margins(0.12)
     near = [cell for cell in cells if not is_outlier(cell, cells, panel.test)]
-    axes.set_ylim(*limits(near, panel.test, footnote))
+    axes.set_ylim(*limits(near, panel.test))
     # What everything is compared with has its name also where it is beaten.
     for index in [*front, *(index for index, cell in enumerate(cells) if cell.is_full and index not in front)]:
         low, high = axes.get_ylim()

@@ -7,6 +7,7 @@ their best learning rate, chosen on val alone. Bold is what differs from all oth
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 
@@ -18,6 +19,7 @@ from analysis.tables.forgetting import earlier_tasks
 from analysis.tables.lora_against_full import summary
 from analysis.tables.mean_ranks import mean_ranks_table
 from analysis.tables.notes import axes_notes, setting_note
+from analysis.tables.paired_predictions import paired_predictions
 from analysis.tables.placements import rank_by_target_layers, target_layers_at_budget
 from analysis.tables.ranks import rank_sweep
 from analysis.tables.rates import learning_rates
@@ -33,6 +35,7 @@ __all__ = [
     "earlier_tasks",
     "learning_rates",
     "mean_ranks_table",
+    "paired_predictions",
     "paper_tables",
     "rank_by_target_layers",
     "rank_sweep",
@@ -55,6 +58,7 @@ def paper_tables(
     margin: float = MARGIN,
     asked: Asked = _NOTHING,
     searches: Searches | None = None,
+    predictions_dir: Path | None = None,
 ) -> list[PaperTable]:
     """Every table that the runs of a sweep allow, the trade-off first, and before it what was asked for.
 
@@ -66,6 +70,7 @@ def paper_tables(
         margin: how much of a metric's scale a difference may be and still not matter.
         asked: a table of the reader's own.
         searches: what was tried before the runs were reported.
+        predictions_dir: the folder of the runs, where their saved predictions of the best step are compared.
 
     Raises:
         LoadError: what was asked for is not there.
@@ -79,6 +84,7 @@ def paper_tables(
         rank_sweep(best, published=published),
         tasks_by_methods(best, published=published),
         mean_ranks_table(best),
+        paired_predictions(best, frame, predictions_dir) if predictions_dir is not None and scores == "best" else None,
         learning_rates(table, best),
         search(best, searches) if searches is not None else None,
         earlier_tasks(best, frame),

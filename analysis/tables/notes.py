@@ -135,16 +135,17 @@ def edge_notes(rows: Sequence[Cell]) -> Iterator[str]:
     at_edge += [f"{named(row)}, the {row['search_edge']}est of its search" for row in rows if row["search_edge"]]
     if at_edge:
         yield f"{EDGE_MARK} at the edge of the rates that were tried, so a better one may lie outside: " + (
-            f"{_first_of(at_edge)}."
+            f"{first_of(at_edge)}."
         )
     bounded = [
         f"{named(row)} at {show_rate(row['learning_rate'])}: {row['bounded']}" for row in tuned if row["bounded"]
     ]
     if bounded:
-        yield f"{EDGE_MARK} the last rate with as many finished runs: {_first_of(bounded)}."
+        yield f"{EDGE_MARK} the last rate with as many finished runs: {first_of(bounded)}."
 
 
-def _first_of(texts: Sequence[str]) -> str:
+def first_of(texts: Sequence[str]) -> str:
+    """Texts one after the other; of very many the first, and how many more."""
     more = f"; and {len(texts) - _NUM_NAMED} more" if len(texts) > _NUM_NAMED else ""
     return "; ".join(texts[:_NUM_NAMED]) + more
 
