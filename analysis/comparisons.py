@@ -50,6 +50,13 @@ def equivalence_margin(name: str, reference: float, fraction: float = MARGIN) ->
     return fraction * (abs(reference) if kind in _RELATIVE else _SCALES.get(kind, 1.0))
 
 
+def share_of_scale(name: str, value: float) -> float | None:
+    """A score as a part of its scale: 0.31 for a BLEU of 31. None where less is better, as of an nll: it has no end."""
+    if metric(name).direction is Direction.LOWER:
+        return None
+    return value / _SCALES.get(name.removeprefix("val_").removeprefix("test_"), 1.0)
+
+
 def p_value(first: Cell, second: Cell, name: str) -> float | None:
     """A t-test, two-sided, that two cells have the same mean of a metric: paired by seed where seeds match, else Welch.
 

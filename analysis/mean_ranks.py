@@ -3,6 +3,7 @@
 Demsar 2006 (JMLR 7, 1-30) with the pairs of Benavoli, Corani and Mangili 2016 (JMLR 17, 1-10): Friedman's test over
 all methods, then Wilcoxon's signed-rank test of each pair over the datasets, with Holm's correction for the number of
 pairs.
+Beside them the interquartile mean, which keeps how far apart the scores are.
 Below five datasets there is no statement: mean ranks over three datasets show nothing.
 """
 
@@ -16,7 +17,8 @@ from typing import Any
 from scipy import stats
 
 from analysis.axes import axes_of
-from analysis.comparisons import CONFIDENCE, Cell, holm
+from analysis.comparisons import CONFIDENCE, Cell, holm, share_of_scale
+from analysis.interquartile import InterquartileMean, interquartile_mean
 from analysis.metrics import metric
 from analysis.select import score
 from harness.results.metrics import Direction
@@ -36,6 +38,8 @@ class MeanRanks:
         datasets: their names.
         lines: of each method its cells, the best mean rank first.
         ranks: mean over the datasets of its rank by the test score, 1 the best, equal scores sharing theirs.
+        interquartile: by method, the interquartile mean of its scores on test as parts of their scales; None where a
+            score has no scale, or the datasets have different numbers of runs.
         friedman: p of Friedman's test that no method differs from another; None for two methods.
         pairs: by positions of two methods, p of Wilcoxon's test after Holm's correction over all pairs.
     """
@@ -44,6 +48,7 @@ class MeanRanks:
     datasets: tuple[str, ...]
     lines: list[Line]
     ranks: list[float]
+    interquartile: list[InterquartileMean | None]
     friedman: float | None
     pairs: Mapping[tuple[int, int], float]
 
@@ -104,6 +109,15 @@ def _value(row: Cell) -> float:
     return -float(row[name]) if metric(name).direction is Direction.LOWER else float(row[name])
 
 
+def _interquartile(line: Line, datasets: Sequence[str]) -> InterquartileMean | None:
+    shares: list[list[float]] = []
+    for row in (line[dataset] for dataset in datasets):
+        name = score(row, "test")
+        found = [share_of_scale(name, value) for value in row["by_seed"][name].values()]
+        shares.append([share for share in found if share is not None])
+    return interquartile_mean(shares) if all(shares) else None
+
+
 def _mean_ranks(model: str, datasets: tuple[str, ...], lines: Sequence[Line]) -> MeanRanks:
     values = [[_value(line[dataset]) for dataset in datasets] for line in lines]
     by_dataset = [stats.rankdata([-row[place] for row in values]) for place in range(len(datasets))]
@@ -116,6 +130,7 @@ def _mean_ranks(model: str, datasets: tuple[str, ...], lines: Sequence[Line]) ->
         datasets=datasets,
         lines=[lines[index] for index in order],
         ranks=[means[index] for index in order],
+        interquartile=[_interquartile(lines[index], datasets) for index in order],
         friedman=_friedman(ordered) if len(lines) > 2 else None,
         pairs=dict(zip(pairs, holm([_wilcoxon(ordered[one], ordered[other]) for one, other in pairs]), strict=True)),
     )

@@ -55,6 +55,7 @@ ROOMS = (
     "analysis.load",
     "analysis",
     "analysis.comparisons",
+    "analysis.interquartile",
     "analysis.predictions",
     "analysis.methods",
     "analysis.recipes",

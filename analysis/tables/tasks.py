@@ -75,8 +75,8 @@ def tasks_by_methods(best: pd.DataFrame, *, published: bool = False) -> PaperTab
 def _refusal(lines: Sequence[Line]) -> str:
     most = max(len(line) for line in lines)
     return (
-        f"No mean ranks: they need two methods with scores on the same {MIN_DATASETS} datasets or more, and here a "
-        f"method has {most} at most."
+        f"No mean ranks and no interquartile mean: they need two methods with scores on the same {MIN_DATASETS} "
+        f"datasets or more, and here a method has {most} at most."
     )
 
 
