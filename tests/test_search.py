@@ -7,7 +7,7 @@ import logging
 import math
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,9 +30,10 @@ from harness.results.launches import read_launches
 from harness.results.schema import RunResult, Status, write_result
 from harness.run import run
 from harness.tasks.objective import why_hopeless
-from hydra_plugins.lora_harness import _composing
+from hydra_plugins.lora_harness import _composing, clusters
 from hydra_plugins.lora_harness import sweeper as sweeper_module
 from hydra_plugins.lora_harness._search import WORST, Axis, Budget, Point, Score, Search, search_cell
+from hydra_plugins.lora_harness._worker import Outcome
 
 RATE = Axis("trainer.learning_rate", 2e-3)
 
@@ -259,6 +260,41 @@ def test_a_sweep_searches_each_cell_and_reports_at_what_it_chose(searched: Any) 
     before = list(searched.made)
     assert searched.sweep(*SEARCH) == 0
     assert searched.made == before
+
+
+class ThroughACluster(clusters._ClusterLauncher):
+    """What the launchers for SLURM and Ray share, with runs that are made up where they would be handed over."""
+
+    def __init__(self, made_up_by: Any) -> None:
+        super().__init__()
+        self._made_up_by = made_up_by
+
+    def compute_all(self, runs: Sequence[PlannedRun]) -> dict[str, Outcome]:
+        """Ends the runs at once."""
+        outcomes = {}
+        for planned in reversed(runs):  # jobs of a cluster end in any order
+            found = made_up(planned, self._made_up_by(planned.config))
+            write_result(run_dir(planned), found)
+            outcomes[planned.run_id] = Outcome(str(found.status), found.error)
+        return outcomes
+
+
+def test_launchers_of_clusters_make_the_same_choices(
+    searched: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched.score = by_rank
+    assert searched.sweep(*SEARCH) == 0
+    made = sorted(path.parent.name for path in searched.runs_dir.glob("*/result.json"))
+    (tmp_path / "runs").rename(tmp_path / "queue")
+
+    def setup(self: Any, *, hydra_context: Any, task_function: Any, config: Any) -> None:
+        launcher = ThroughACluster(by_rank)
+        launcher.setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        self.__dict__.update(hydra_context=hydra_context, config=config, launcher=launcher)
+
+    monkeypatch.setattr(sweeper_module.GridSweeper, "setup", setup)
+    assert searched.sweep(*SEARCH) == 0
+    assert sorted(path.parent.name for path in searched.runs_dir.glob("*/result.json")) == made
 
 
 def test_a_search_that_is_killed_anywhere_makes_the_same_trials_and_choice(searched: Any, tmp_path: Path) -> None:
