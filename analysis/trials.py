@@ -57,6 +57,11 @@ class Searches:
         cell = self.by_run.get(run_ids[0])
         return None if cell is None else (cell, tried_points(cell, self.trials))
 
+    def in_order(self, run_ids: Sequence[str]) -> list[Tried] | None:
+        """The points of the search that chose the first of these runs, as they were planned; None where none did."""
+        cell = self.by_run.get(run_ids[0])
+        return None if cell is None else _points(cell, self.trials)
+
     def chosen(self, run_ids: Sequence[str]) -> tuple[float, ...] | None:
         """The values that a search chose for the first of these runs."""
         cell = self.by_run.get(run_ids[0])
@@ -104,7 +109,13 @@ def tried_points(cell: SearchedCell, trials: pd.DataFrame) -> list[Tried]:
         cell: the search.
         trials: a row per trial (`Runs.trials`).
     """
-    own = trials[trials["run_id"].isin(cell.trials)]
+    return sorted(_points(cell, trials), key=lambda point: point.values)
+
+
+def _points(cell: SearchedCell, trials: pd.DataFrame) -> list[Tried]:
+    """The points of a search in the order of its plan."""
+    planned = {run_id: place for place, run_id in enumerate(cell.trials)}
+    own = trials[trials["run_id"].isin(planned)].sort_values("run_id", key=lambda run_ids: run_ids.map(planned))
     points = []
     for _, runs in own.groupby("cell_id", sort=False):
         first = runs.iloc[0]
@@ -118,4 +129,4 @@ def tried_points(cell: SearchedCell, trials: pd.DataFrame) -> list[Tried]:
                 " and ".join(dict.fromkeys(status.replace("_", " ") for status in unfinished)),
             )
         )
-    return sorted(points, key=lambda point: point.values)
+    return points

@@ -56,6 +56,7 @@ ROOMS = (
     "analysis",
     "analysis.comparisons",
     "analysis.interquartile",
+    "analysis.tuning",
     "analysis.predictions",
     "analysis.methods",
     "analysis.recipes",

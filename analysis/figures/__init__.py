@@ -27,6 +27,7 @@ from analysis.figures.ranks import RANK_BY_PLACEMENT, RANK_CURVES
 from analysis.figures.rates import BEST_RATES, LEARNING_RATES
 from analysis.figures.search import SEARCHED_VALUES
 from analysis.figures.tradeoffs import SCORE_BY_COMPUTE, SCORE_BY_MEMORY, SCORE_BY_PARAMS, SCORE_BY_STEP_TIME
+from analysis.figures.tuning import TUNING_CURVES
 from analysis.trials import Searches
 
 __all__ = ["KINDS", "Figure", "paper_figures", "write_figures"]
@@ -41,6 +42,7 @@ KINDS = (
     RANK_BY_PLACEMENT,
     LEARNING_RATES,
     SEARCHED_VALUES,
+    TUNING_CURVES,
     BEST_RATES,
     LOWEST_CURVES,
     TRAINING_CURVES,
