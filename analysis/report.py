@@ -87,6 +87,7 @@ def write_report(
             searches=searches,
             predictions_dir=runs_dir,
         )
+        choices = tables.choices(select.best_cells(cells), margin=margin)
     summary = list(_summary(runs, scores))
     report_dir = reports_dir / name
     _write_tables(report_dir / "tables", paper_tables, name, summary, small_spread=style == "paper")
@@ -95,7 +96,12 @@ def write_report(
     pictures = figures.write_figures(drawn, report_dir / "figures")
     _remove_others(report_dir / "figures", pictures)
     _write(report_dir / "runs.csv", writers.to_csv(_without_empty_metrics(runs.frame)))
-    _write(report_dir / "report.md", _markdown(name, summary, paper_tables, drawn, runs.frame))
+    _write(
+        report_dir / "report.md",
+        _markdown(
+            name, [*(f"{one.verdict} {one.tests}" for one in choices), *summary], paper_tables, drawn, runs.frame
+        ),
+    )
     html = page(
         title=name,
         summary=summary,
@@ -106,6 +112,7 @@ def write_report(
         environment=list(_environment(runs.frame)),
         failures=notes.failures(runs.frame),
         figures=[(one.name, one.title, (report_dir / "figures" / f"{one.name}.png").read_bytes()) for one in drawn],
+        choices=choices,
     )
     _write(report_dir / "report.html", html)
     _print(name, summary, paper_tables[0], report_dir, console)
@@ -168,10 +175,10 @@ def _markdown(
     frame: pd.DataFrame,
 ) -> str:
     parts = [f"# {name}\n\n{_as_list(summary)}"]
-    parts += [f"## {table.caption}\n\n{_in_markdown(table)}" for table in paper_tables]
     if drawn:
         pictures = "\n".join(f"![{figure.title}](figures/{figure.name}.png)\n" for figure in drawn)
         parts.append(f"## Figures\n\n{pictures}")
+    parts += [f"## {table.caption}\n\n{_in_markdown(table)}" for table in paper_tables]
     parts.append(f"## Environment\n\n{_as_list(list(_environment(frame)))}")
     parts.append(
         "## Files\n\n"

@@ -202,7 +202,7 @@ def test_what_is_refused(frame: pd.DataFrame, rows: str, columns: str, value: st
 def test_the_command_writes_every_format(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("analysis.figures.paper_figures", lambda cells, curves: [])
+    monkeypatch.setattr("analysis.figures.paper_figures", lambda cells, curves, searches: [])
     save_small(tmp_path / "runs")
     arguments = ["report", "--runs-dir", str(tmp_path / "runs"), "--reports-dir", str(tmp_path / "reports")]
     arguments += ["--rows", "rank", "--columns", "epochs", "--style", "paper"]

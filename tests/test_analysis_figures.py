@@ -23,8 +23,8 @@ from analysis.select import best_cells, cells
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1024 * 1024
 ALL = [
-    "score_by_params",
     "score_by_memory",
+    "score_by_params",
     "rank_curves",
     "rank_by_placement",
     "learning_rates",
@@ -372,7 +372,7 @@ def test_each_dataset_has_its_panel_and_a_placement_one_look(tmp_path: Path) -> 
 def test_the_files_are_the_same_again(tmp_path: Path) -> None:
     table = grid_cells(tmp_path / "runs", seeds=2)
     written = [
-        write_figures(paper_figures(table, curves_of(table))[1:4:2], tmp_path / name) for name in ("first", "second")
+        write_figures(paper_figures(table, curves_of(table))[0:4:3], tmp_path / name) for name in ("first", "second")
     ]
     assert [path.name for path in written[0][:2]] == ["score_by_memory.pdf", "score_by_memory.png"]
     for first, second in zip(*written, strict=True):

@@ -455,8 +455,8 @@ def figures(frame: pd.DataFrame, runs_dir: Path) -> list[Any]:
 
 def test_the_figures_of_a_language_sweep(figures: list[Any]) -> None:
     assert [figure.name for figure in figures] == [
-        "score_by_params",
         "score_by_memory",
+        "score_by_params",
         "score_by_compute",
         "forgetting",
         "rank_curves",

@@ -20,7 +20,8 @@ from plotly.offline import get_plotlyjs
 import analysis.page.data
 from analysis.load import load_runs
 from analysis.page import PageTable, page
-from analysis.select import cells
+from analysis.select import best_cells, cells
+from analysis.tables import choices
 from harness.results.schema import RunResult, Status, write_result
 
 SCRIPT = "</script><script>alert(1)</script>"
@@ -123,6 +124,7 @@ def make(frame: pd.DataFrame, **options: Any) -> str:
         environment=["device_type: `cpu`"],
         failures=options.get("failures", ["`lora64-s0`: failed"]),
         figures=[("score", "Score", PIXEL)],
+        choices=choices(best_cells(cells(frame))),
     )
 
 
@@ -188,6 +190,29 @@ def test_a_list_in_a_note_is_a_list(frame: pd.DataFrame) -> None:
         failures=[],
     )  # fmt: skip
     assert "<li>two:<ul><li><code>a</code></li><li>&lt;b&gt;</li></ul></li>" in text
+
+
+def test_the_head_says_what_is_best_and_figures_come_before_tables(frame: pd.DataFrame) -> None:
+    text = make(frame)
+    (choice,) = choices(best_cells(cells(frame)))
+    assert choice.verdict.startswith("bert on sst2: `lora rank 16 all` has")
+    head = text[text.index("<header>") : text.index("</header>")]
+    assert head.index("<code>lora rank 16 all</code> has the best val accuracy") < head.index("Command:")
+    assert escape(choice.tests.split(" (")[0]) in head
+    sections = re.findall(r'<section id="(\w+)">', text)
+    assert sections == ["figures", "tables", "failures", "environment", "differences", "paper"]
+    assert re.findall(r'<figure id="figure-(\w+)">', text)[0] == "memory"
+    leading = [cell["name"] for cell in data_of(text)["cells"] if cell["leads"]]
+    assert leading == ["lora, rank 16, all"]
+
+
+def test_of_many_choices_the_first_are_in_sight(frame: pd.DataFrame) -> None:
+    text = page(
+        title="t", summary=[], tables=[], cells=cells(frame), frame=frame, curves={}, environment=[], failures=[],
+        choices=choices(best_cells(cells(frame))) * 8,
+    )  # fmt: skip
+    shown, folded = text[text.index("<header>") : text.index("</header>")].split("<summary>2 more</summary>")
+    assert (shown.count("has the best"), folded.count("has the best")) == (6, 2)
 
 
 def test_the_same_runs_give_the_same_bytes(frame: pd.DataFrame) -> None:
@@ -395,6 +420,22 @@ def test_a_reader_sorts_filters_points_and_clicks(browser: Any, frame: pd.DataFr
     browser.switch_to.active_element.send_keys("\ue00c")
     assert not panel.is_displayed()
     assert browser.switch_to.active_element.tag_name == "tr"
+    check_quiet(browser, address)
+
+
+@pytest.mark.browser
+def test_notes_are_folded_and_open_in_print(browser: Any, frame: pd.DataFrame, tmp_path: Path) -> None:
+    address = open_page(browser, tmp_path / "page.html", make(frame, tables=[table(frame), table(frame)]))
+    first, second = browser.find_elements("css selector", "details.notes")
+    note = first.find_element("css selector", "li")
+    assert first.text == "1 note"
+    assert not note.is_displayed()
+    second.find_element("css selector", "summary").click()
+    browser.execute_script("window.dispatchEvent(new Event('beforeprint'))")
+    assert note.is_displayed()
+    browser.execute_script("window.dispatchEvent(new Event('afterprint'))")
+    assert not note.is_displayed()
+    assert second.find_element("css selector", "li").is_displayed()
     check_quiet(browser, address)
 
 

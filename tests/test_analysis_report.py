@@ -60,6 +60,8 @@ def test_the_table_alone_says_what_the_page_says_at_its_head(runs_dir: Path, tmp
     table = (report_dir / "tables" / "tradeoff.md").read_text(encoding="utf-8").replace(str(runs_dir), "RUNS")
     golden = GOLDEN_PAGE.read_text(encoding="utf-8").removeprefix("# demo\n\n")
     head, _, rest = golden.partition("\n## Cost and quality.")
+    choice, _, head = head.partition("\n## ")[0].partition("\n")
+    assert "has the best val accuracy" in choice  # is about all conditions, not about a table
     assert table == rest.partition("\n\n")[2].partition("\n## ")[0] + "\n" + head
 
 
@@ -143,7 +145,7 @@ def test_the_command_prints_the_table(
 def test_without_a_sweep_all_runs_are_one_table(runs_dir: Path, tmp_path: Path) -> None:
     assert main(["report", "--runs-dir", str(runs_dir), "--reports-dir", str(tmp_path / "out")]) == 0
     page = (tmp_path / "out" / "all" / "report.md").read_text(encoding="utf-8")
-    assert page.startswith("# all\n\n- Runs: 4 (3 finished, 1 failed).\n- Selection:")
+    assert re.match(r"# all\n\n- .* has the best .*\n- Runs: 4 \(3 finished, 1 failed\)\.\n- Selection:", page)
 
 
 def test_a_sweep_without_a_sweep_file_says_so(runs_dir: Path, tmp_path: Path) -> None:

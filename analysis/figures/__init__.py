@@ -34,8 +34,8 @@ __all__ = ["KINDS", "Figure", "paper_figures", "write_figures"]
 
 # In the order in which they appear in a report.
 KINDS = (
-    SCORE_BY_PARAMS,
     SCORE_BY_MEMORY,
+    SCORE_BY_PARAMS,
     SCORE_BY_COMPUTE,
     FORGETTING_BY_LEARNING,
     RANK_CURVES,

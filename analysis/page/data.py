@@ -6,7 +6,7 @@ Numbers become text here, by the METRICS registry; the scripts draw and format n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,8 +56,8 @@ def _task_name(cell: pd.Series[Any] | Cell) -> str:
 # ---------------------------------------------------------------- cells
 
 
-def cells_data(cells: pd.DataFrame, best: pd.DataFrame) -> dict[str, Any]:
-    """Every cell with what is drawn and said of it, and the titles of axes."""
+def cells_data(cells: pd.DataFrame, best: pd.DataFrame, leading: Collection[str] = ()) -> dict[str, Any]:
+    """Every cell with what is drawn and said of it, and the titles of axes; `leading` by id are those best on val."""
     tasks, chosen, rows = tasks_of(cells), set(best["cell_id"]), records(cells)
     axes, own = axes_of(cells.columns), {name: varied(records(table)) for name, table in tasks.items()}
     series_of = [_series(row, own[_task_name(row)]) for row in rows]
@@ -79,6 +79,7 @@ def cells_data(cells: pd.DataFrame, best: pd.DataFrame) -> dict[str, Any]:
                 "task": list(tasks).index(_task_name(cell)),
                 "series": series.index(name),
                 "best": cell["cell_id"] in chosen,
+                "leads": cell["cell_id"] in leading,
                 "axes": [None if cell[axis.setting] is None else axis_text(cell[axis.setting]) for axis in axes],
                 "places": [_number(axis_number(cell[axis.setting])) for axis in axes],
             }

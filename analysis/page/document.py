@@ -19,22 +19,25 @@ from analysis.code_spans import with_code
 from analysis.page.data import axis_choices, cells_data, detailed_runs, runs_data, tasks_of
 from analysis.recipes import show_value
 from analysis.select import best_cells
+from analysis.tables import Choice
 
 # Beyond these a list is cut, or folded away.
 MAX_VALUES_SHOWN = 12
 MAX_LINES_OPEN = 20
+MAX_CHOICES_OPEN = 6
 
 # Together one script, in this order; all but the last only define what those after them use.
 _SCRIPTS = ("state.js", "tables.js", "plots.js", "figures.js", "details.js", "start.js")
 
 # Id and title of each figure, and what its marks are. `figures.js` draws them by id and hides those without data.
 _FIGURES = (
-    ("params", "Score and adapter size", "Dashed: conditions without an adapter. Bars: sample standard deviation."),
     (
         "memory",
         "Score and memory",
-        "Dotted: the Pareto front, conditions that no other shown one beats or equals in both.",
+        "Dotted: the Pareto front, conditions that no other shown one beats or equals in both. Large: best on "
+        "val. Bars: sample standard deviation.",
     ),
+    ("params", "Score and adapter size", "Dashed: conditions without an adapter. Bars: sample standard deviation."),
     ("compute", "Score and training compute", "Dashed: conditions whose compute is not known."),
     (
         "forgetting",
@@ -78,6 +81,7 @@ def page(
     environment: Sequence[str],
     failures: Sequence[str],
     figures: Sequence[tuple[str, str, bytes]] = (),
+    choices: Sequence[Choice] = (),
 ) -> str:
     """The whole page.
 
@@ -92,24 +96,29 @@ def page(
         environment: sentences about where the runs ran.
         failures: sentences about runs that did not finish.
         figures: name, title and PNG bytes of the static figures.
+        choices: which conditions are best on val and what cannot be told from them, before the summary.
     """
     best = best_cells(cells)
     detailed = detailed_runs(frame, best)
     sections = [
-        ("tables", "Tables", "".join(map(_table_html, tables))),
         ("figures", "Figures", _figures_html(len(detailed), len(frame))),
+        ("tables", "Tables", "".join(map(_table_html, tables))),
         ("failures", "Failures", _listing(failures)),
         ("environment", "Environment", _listing(environment)),
         ("differences", "What differs between runs", _differences_html(frame)),
         ("paper", "Paper figures", "".join(_paper_figure(*figure) for figure in figures)),
     ]
     sections = [section for section in sections if section[2]]
-    data = json.dumps(cells_data(cells, best) | runs_data(detailed, curves), allow_nan=False, separators=(",", ":"))
+    leading = {choice.best["cell_id"] for choice in choices}
+    data = json.dumps(
+        cells_data(cells, best, leading) | runs_data(detailed, curves), allow_nan=False, separators=(",", ":")
+    )
     scripts = [_as_hashed(get_plotlyjs()), _own_script()]
     text = Template(_read("page.html")).substitute(
         policy=_policy(scripts),
         title=escape(title),
         style=_read("page.css"),
+        choices=_choices_html(choices),
         summary=_listing(summary),
         navigation=_navigation([(name, heading) for name, heading, _ in sections], cells),
         sections="\n".join(
@@ -148,11 +157,27 @@ def _option(value: str, text: str) -> str:
     return f'<option value="{escape(value)}">{escape(text)}</option>'
 
 
+def _choices_html(choices: Sequence[Choice]) -> str:
+    """The first few in sight, the others folded away below them."""
+    items = [f"<li>{_prose(one.verdict)}<p>{_prose(one.tests)}</p></li>" for one in choices]
+    shown, others = "".join(items[:MAX_CHOICES_OPEN]), items[MAX_CHOICES_OPEN:]
+    folded = f'<details><summary>{len(others):,} more</summary><ul class="choices">{"".join(others)}</ul></details>'
+    return (f'<ul class="choices">{shown}</ul>' if shown else "") + (folded if others else "")
+
+
 def _table_html(table: PageTable) -> str:
     return (
         f'<div class="table"><h3>{escape(table.name)}</h3><p class="caption">{_prose(table.caption)}</p>'
-        f'<div class="scroll">{table.html}</div>{_listing(table.notes, "notes")}</div>\n'
+        f'<div class="scroll">{table.html}</div>{_notes_html(table.notes)}</div>\n'
     )
+
+
+def _notes_html(notes: Sequence[str]) -> str:
+    """The notes of a table folded away; they unfold in print."""
+    if not notes:
+        return ""
+    num = f"{len(notes)} note{'s' * (len(notes) > 1)}"
+    return f'<details class="notes"><summary>{num}</summary>{_list(notes, "notes")}</details>'
 
 
 def _figures_html(num_detailed: int, num_runs: int) -> str:
@@ -214,8 +239,12 @@ def _paper_figure(name: str, title: str, png: bytes) -> str:
 def _listing(lines: Sequence[str], kind: str = "lines") -> str:
     if not lines:
         return ""
-    html = f'<ul class="{kind}">' + "".join(f"<li>{_item(line)}</li>" for line in lines) + "</ul>"
+    html = _list(lines, kind)
     return html if len(lines) <= MAX_LINES_OPEN else f"<details><summary>{len(lines):,} lines</summary>{html}</details>"
+
+
+def _list(lines: Sequence[str], kind: str) -> str:
+    return f'<ul class="{kind}">' + "".join(f"<li>{_item(line)}</li>" for line in lines) + "</ul>"
 
 
 def _item(line: str) -> str:

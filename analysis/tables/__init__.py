@@ -14,6 +14,7 @@ import pandas as pd
 from analysis.comparisons import MARGIN
 from analysis.select import best_cells, records
 from analysis.tables.asked import Asked, asked_table
+from analysis.tables.choice import Choice, choices
 from analysis.tables.costs_and_quality import costs, tradeoff
 from analysis.tables.forgetting import earlier_tasks
 from analysis.tables.lora_against_full import summary
@@ -30,7 +31,9 @@ from analysis.trials import Searches
 
 __all__ = [
     "Asked",
+    "Choice",
     "PaperTable",
+    "choices",
     "costs",
     "earlier_tasks",
     "learning_rates",

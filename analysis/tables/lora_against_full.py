@@ -133,7 +133,7 @@ def _smallest_as_good(rows: Sequence[Cell], fraction: float) -> tuple[Cell, str]
     if max(row[f"{name}_n"] for row in ranked) < 2:
         return best, "the best on val (one seed: none can be shown to be as good)"
     candidates = [row for row in ranked[1:] if row.get("num_adapter_params_n", 0) and _is_smaller(row, best)]
-    smaller = _as_good(candidates, best, name, margin)
+    smaller = as_good(candidates, best, name, margin)
     within = f"within {format_spread(name, margin)} of {metric(name).label}"
     if not smaller:
         return best, f"the best on val, and no smaller adapter is shown to be as good ({within})"
@@ -144,7 +144,7 @@ def _smallest_as_good(rows: Sequence[Cell], fraction: float) -> tuple[Cell, str]
     )
 
 
-def _as_good(rows: Sequence[Cell], best: Cell, name: str, margin: float) -> list[Cell]:
+def as_good(rows: Sequence[Cell], best: Cell, name: str, margin: float) -> list[Cell]:
     """The rows shown to be as good as the best one, with Holm's correction for how many are tried."""
     tested = [(row, equivalence_p_value(row, best, name, margin)) for row in rows]
     found = [(row, probability) for row, probability in tested if probability is not None]

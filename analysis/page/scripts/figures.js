@@ -24,7 +24,13 @@ function drawMemory() {
     type: "scatter", mode: "lines", x: front.map((cell) => cell.memory), y: front.map((cell) => cell.test),
     line: { shape: "hv", dash: "dot", width: 1.5, color: theme().quiet }, hoverinfo: "skip", name: "Pareto front",
   });
-  return { traces, layout: layout({ title: data.memory, rangemode: "normal" }, task().test) };
+  const middle = cells.reduce((sum, cell) => sum + cell.memory, 0) / cells.length;
+  const annotations = cells.filter((cell) => cell.leads).map((cell) => ({
+    x: cell.memory, y: cell.test, text: `best on val: ${plain(cell.name)}`, font: { size: 12 }, bgcolor: theme().back,
+    opacity: 0.9, arrowwidth: 1, arrowhead: 0, standoff: 8, ay: -26, ax: cell.memory > middle ? -34 : 34,
+    xanchor: cell.memory > middle ? "right" : "left",
+  }));
+  return { traces, layout: layout({ title: data.memory, rangemode: "normal" }, task().test, { annotations }) };
 }
 
 function drawForgetting() {

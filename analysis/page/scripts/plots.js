@@ -31,8 +31,10 @@ function trace(cells, x, y, options = {}) {
     legendrank: 1000 + series,
     line: { color: colour(series), width: 1.2 },
     marker: {
-      color: colour(series), symbol: SYMBOLS[series % SYMBOLS.length], size: 10,
-      line: { color: theme().text, width: 0.8 },
+      color: colour(series), symbol: SYMBOLS[series % SYMBOLS.length],
+      // The best on val is larger in every figure.
+      size: ordered.map((cell) => (cell.leads ? 15 : 10)),
+      line: { color: theme().text, width: ordered.map((cell) => (cell.leads ? 2 : 0.8)) },
     },
   };
 }

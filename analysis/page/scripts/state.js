@@ -22,7 +22,7 @@ const methodBox = document.getElementById("method");
 const taskBox = document.getElementById("task");
 const axisBoxes = [...document.querySelectorAll("select.axis")];
 const panel = document.getElementById("details");
-const state = { printing: false, curve: null, axis: 0, opener: null };
+const state = { printing: false, curve: null, axis: 0, opener: null, unfolded: [] };
 data.cells.forEach((cell, index) => { cell.index = index; });
 const cellOfRun = new Map(data.cells.flatMap((cell) => cell.runs.map((run) => [run, cell])));
 

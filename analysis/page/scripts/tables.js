@@ -81,3 +81,13 @@ function filterRows() {
   const shown = rows.filter((row) => !row.hidden).length;
   document.getElementById("shown").textContent = `${shown} of ${rows.length} rows`;
 }
+
+// Paper has nothing to click: in print the notes are open, and after it as the reader had them.
+function unfoldNotes() {
+  state.unfolded = [...document.querySelectorAll("details.notes:not([open])")];
+  state.unfolded.forEach((notes) => { notes.open = true; });
+}
+
+function foldNotes() {
+  state.unfolded.forEach((notes) => { notes.open = false; });
+}
