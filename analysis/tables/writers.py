@@ -226,8 +226,19 @@ def to_csv(frame: pd.DataFrame) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(frame.columns)
-    writer.writerows([_csv_cell(value) for value in row] for row in frame.astype(object).to_numpy().tolist())
+    writer.writerows(zip(*(_csv_column(frame.iloc[:, place]) for place in range(frame.shape[1])), strict=True))
     return text.getvalue()
+
+
+def _csv_column(column: pd.Series[Any]) -> list[Any]:
+    values = column.tolist()
+    # By the column and not by the cell: a column of numbers of thousands of runs has no texts to look for.
+    return list(map(_csv_number if pd.api.types.is_float_dtype(column.dtype) else _csv_cell, values))
+
+
+def _csv_number(value: float) -> float | int | None:
+    # Counts and bytes are whole numbers in a float column.
+    return None if math.isnan(value) else int(value) if value.is_integer() else value
 
 
 def _csv_cell(value: Any) -> Any:
@@ -236,8 +247,7 @@ def _csv_cell(value: Any) -> Any:
     if isinstance(value, tuple):
         return json.dumps(value)
     if isinstance(value, float):
-        # Counts and bytes are whole numbers in a float column.
-        return None if math.isnan(value) else int(value) if value.is_integer() else value
+        return _csv_number(value)
     return value
 
 
