@@ -424,6 +424,52 @@ def test_a_reader_sorts_filters_points_and_clicks(browser: Any, frame: pd.DataFr
 
 
 @pytest.mark.browser
+def test_the_marks_of_a_figure_are_reached_from_the_keyboard(browser: Any, frame: pd.DataFrame, tmp_path: Path) -> None:
+    address = open_page(browser, tmp_path / "page.html", make(frame))
+
+    def press(*keys: str) -> str:
+        """What is said after these keys, once the tooltip says the same."""
+        mouse(browser).send_keys(*keys).perform()
+        shown, said = "", "-"
+        for _ in range(40):
+            shown, said = browser.execute_script(
+                "return ['#figure-memory .hoverlayer', '.spoken'].map((at) => document.querySelector(at).textContent)"
+            )
+            if shown.replace(", ", "") == said.replace(", ", ""):
+                return str(said)
+            time.sleep(0.05)
+        raise AssertionError(f"shown {shown!r}, said {said!r}")
+
+    right, left, down, up, end = "\ue014", "\ue012", "\ue015", "\ue013", "\ue010"
+    browser.find_element("id", "method").send_keys("")
+    plot = browser.find_element("css selector", "#figure-memory .plot")
+    assert press("\ue004").startswith("full, learning rate 0.001, test accuracy")
+    assert browser.switch_to.active_element == plot
+    assert press(right).startswith("head_only, ")
+    assert press(left).startswith("full, ")
+    assert press(left).startswith("full, ")
+    assert press(down, down).startswith("lora, rank 1, all, ")
+    assert press(right).startswith("lora, rank 4, all, ")
+    assert press(down, end).startswith("lora, rank 16, qv, ")
+    assert press(right, down).startswith("lora, rank 16, qv, ")
+    assert press(up).startswith("lora, rank 16, all, ")
+
+    press("\n")
+    panel = browser.find_element("id", "details")
+    assert panel.find_element("css selector", "h3").text == "lora, rank 16, all"
+    assert press("\ue00c").startswith("lora, rank 16, all")
+    assert browser.switch_to.active_element == plot
+
+    # Tab goes on to the next figure; what a filter leaves is what can be reached.
+    mouse(browser).send_keys("\ue004").perform()
+    assert browser.switch_to.active_element != plot
+    browser.find_element("css selector", "#method option[value=full]").click()
+    browser.execute_script("arguments[0].focus()", plot)
+    assert press(end, down, right).startswith("full, ")
+    check_quiet(browser, address)
+
+
+@pytest.mark.browser
 def test_notes_are_folded_and_open_in_print(browser: Any, frame: pd.DataFrame, tmp_path: Path) -> None:
     address = open_page(browser, tmp_path / "page.html", make(frame, tables=[table(frame), table(frame)]))
     first, second = browser.find_elements("css selector", "details.notes")

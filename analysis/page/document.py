@@ -27,7 +27,7 @@ MAX_LINES_OPEN = 20
 MAX_CHOICES_OPEN = 6
 
 # Together one script, in this order; all but the last only define what those after them use.
-_SCRIPTS = ("state.js", "tables.js", "plots.js", "figures.js", "details.js", "start.js")
+_SCRIPTS = ("state.js", "tables.js", "plots.js", "keyboard.js", "figures.js", "details.js", "start.js")
 
 # Id and title of each figure, and what its marks are. `figures.js` draws them by id and hides those without data.
 _FIGURES = (
@@ -181,7 +181,10 @@ def _notes_html(notes: Sequence[str]) -> str:
 
 
 def _figures_html(num_detailed: int, num_runs: int) -> str:
-    hint = "Point at a mark for its cell; click it, or a row of a table, for its runs; click a legend entry to hide it."
+    hint = (
+        "Point at a mark for its cell; click it, or a row of a table, for its runs; click a legend entry to hide it. "
+        "From the keyboard: Tab to a figure, arrow keys for its marks, Enter for the runs."
+    )
     if num_detailed < num_runs:
         hint += (
             f" Settings, metrics and curves of {num_detailed:,} of {num_runs:,} runs are in this page, "

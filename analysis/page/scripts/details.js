@@ -10,7 +10,7 @@ function openDetails(runs, opener) {
   if (isCell) lines.append(...cell.lines.map((line) => element("li", line)));
   panel.replaceChildren(close, element("h3", isCell ? cell.name : `${runs.length} runs`), lines);
   panel.append(...runs.map((run, i) => runDetails(run, i === 0)));
-  document.querySelectorAll("tr[aria-current]").forEach((row) => row.removeAttribute("aria-current"));
+  document.querySelectorAll("[aria-current]").forEach((row) => row.removeAttribute("aria-current"));
   if (opener) opener.setAttribute("aria-current", "true");
   state.opener = opener;
   panel.hidden = false;
@@ -21,7 +21,7 @@ function openDetails(runs, opener) {
 function closeDetails() {
   panel.hidden = true;
   panel.replaceChildren();
-  document.querySelectorAll("tr[aria-current]").forEach((row) => row.removeAttribute("aria-current"));
+  document.querySelectorAll("[aria-current]").forEach((row) => row.removeAttribute("aria-current"));
   if (state.opener) state.opener.focus();
 }
 

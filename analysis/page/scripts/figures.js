@@ -178,6 +178,7 @@ function drawFigures() {
         const runs = event.points[0].customdata;
         if (runs) openDetails(runs, null);
       });
+      listenToKeys(plot);
     }
   });
   document.getElementById("no-figures").hidden = document.querySelector(".grid figure:not([hidden])") !== null;

@@ -9,6 +9,8 @@ darkness.addEventListener("change", drawFigures);
 window.addEventListener("beforeprint", () => { state.printing = true; unfoldNotes(); drawFigures(); });
 window.addEventListener("afterprint", () => { state.printing = false; foldNotes(); drawFigures(); });
 document.addEventListener("keydown", (event) => { if (event.key === "Escape" && !panel.hidden) closeDetails(); });
+spoken.setAttribute("aria-live", "polite");
+document.body.append(spoken);
 addCurveChoice();
 addAxisChoice();
 filterRows();
