@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -24,6 +24,7 @@ import pytest
 import test_run
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from launching import Launched
 from test_run import NOT_EXACT
 
 from analysis.status import find_status
@@ -59,27 +60,20 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     forkserver._forkserver._stop()
 
 
-def launch(runs_dir: Path, *arguments: str, address_space: int | None = None) -> subprocess.Popen[str]:
-    def before_exec() -> None:
-        # A shell starts what it puts into the background with SIGINT ignored, and that is inherited.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if address_space is not None:
-            resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
+def launch(runs_dir: Path, *arguments: str, address_space: int | None = None) -> Launched:
+    """A launcher in its own process, which starts a fork server of its own for its workers."""
+    output = runs_dir.with_name(f"{runs_dir.name}-{next(_numbers)}.txt")
+    words = ["-m", *arguments, f"runs_dir={runs_dir}"]
+    return Launched(words, cwd=ROOT, output=output, address_space=address_space)
 
-    command = [sys.executable, "-m", "harness", "-m", *arguments, f"runs_dir={runs_dir}"]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=before_exec,
-    )
+
+_numbers = itertools.count()
 
 
 def sweep(runs_dir: Path, *arguments: str, address_space: int | None = None) -> tuple[int, str]:
     process = launch(runs_dir, *arguments, address_space=address_space)
     output, _ = process.communicate(timeout=300)
+    assert process.returncode is not None
     return process.returncode, output
 
 
@@ -353,7 +347,7 @@ def test_a_search_that_is_killed_makes_the_same_trials_and_choice(
     print(f"{hit.total()} kills in {rounds} rounds of {len(calm)} runs: {dict(sorted(hit.items()))}")
 
 
-def _hit(draw: random.Random, launcher: subprocess.Popen[str], runs_dir: Path, *, patience: float) -> list[str]:
+def _hit(draw: random.Random, launcher: Launched, runs_dir: Path, *, patience: float) -> list[str]:
     """Kills the launcher or a worker, or asks it to stop; says which, and what it was doing.
 
     A phase is drawn, and the first worker seen in it within `patience` seconds is hit a moment later. The launcher is
