@@ -7,11 +7,13 @@ The same runs give the same bytes.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
+from multiprocessing import get_context
 from pathlib import Path
 
 import pandas as pd
@@ -93,7 +95,7 @@ def write_report(
     _write_tables(report_dir / "tables", paper_tables, name, summary, small_spread=style == "paper")
     curves = load_curves(runs_dir, runs.frame["run_id"])
     drawn = figures.paper_figures(cells, curves, searches=searches)
-    pictures = figures.write_figures(drawn, report_dir / "figures")
+    pictures = _write_figures(drawn, report_dir / "figures", num_runs=len(frame))
     _remove_others(report_dir / "figures", pictures)
     _write(report_dir / "runs.csv", writers.to_csv(_without_empty_metrics(runs.frame)))
     _write(
@@ -161,6 +163,27 @@ def _preview(paper_tables: Sequence[PaperTable]) -> str:
         "\\documentclass{article}\n\\usepackage[T1]{fontenc}\n\\usepackage{booktabs,graphicx,textcomp}\n"
         f"\\usepackage[margin=2cm]{{geometry}}\n\\begin{{document}}\n{inputs}\n\\end{{document}}\n"
     )
+
+
+# From so many runs on drawing takes most of the time.
+_MANY_RUNS = 2_000
+
+
+def _write_figures(drawn: Sequence[figures.Figure], directory: Path, *, num_runs: int) -> list[Path]:
+    """Writes the figures; of very many runs half of them in a second process, where the system can fork one."""
+    if num_runs < _MANY_RUNS or sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2:
+        return figures.write_figures(drawn, directory)
+    halves = drawn[::2], drawn[1::2]
+    # Forked, because what is drawn is here and nothing that could be sent.
+    other = get_context("fork").Process(target=figures.write_figures, args=(halves[1], directory), daemon=True)
+    other.start()
+    try:
+        written = figures.write_figures(halves[0], directory)
+    finally:
+        other.join()
+    if other.exitcode != 0:  # here its error is raised, or what it had no memory for is drawn
+        return [*written, *figures.write_figures(halves[1], directory)]
+    return [*written, *(directory / f"{figure.name}.{suffix}" for figure in halves[1] for suffix in ("pdf", "png"))]
 
 
 def _in_markdown(table: PaperTable) -> str:

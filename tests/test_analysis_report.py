@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import os
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from test_analysis_load import ENVIRONMENT, save_json, save_run, save_sweep
 from test_analysis_tables import measured
 from wandb_file import read_artifacts, read_wandb_file
 
+from analysis import figures, report
 from analysis.__main__ import main
 from analysis.report import write_report
 from harness.results.launches import record_launch
@@ -106,6 +109,33 @@ def test_what_an_earlier_report_had_and_this_one_has_not_is_taken_away(runs_dir:
     write_report(runs_dir, tmp_path / "reports", console=quiet())
     assert not (report_dir / "tables/learning_rates.md").exists()
     assert (report_dir / "tables/tradeoff.md").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="figures are drawn by two processes on Linux alone")
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_two_processes_draw_the_same_figures(
+    is_killed: bool, runs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the second is killed, as for want of memory: the first draws its figures then."""
+    one = write_report(runs_dir, tmp_path / "one", "demo", console=quiet()) / "figures"
+    monkeypatch.setattr(report, "_MANY_RUNS", 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    draw, parent, drawn_here = figures.write_figures, os.getpid(), []
+
+    def write(drawn: Sequence[figures.Figure], directory: Path) -> list[Path]:
+        if os.getpid() == parent:
+            drawn_here.append(len(drawn))
+        elif is_killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return draw(drawn, directory)
+
+    monkeypatch.setattr(figures, "write_figures", write)
+    two = write_report(runs_dir, tmp_path / "two", "demo", console=quiet()) / "figures"
+    files = {path.name: path.read_bytes() for path in one.iterdir()}
+    assert len(files) >= 4 and {path.name: path.read_bytes() for path in two.iterdir()} == files
+    num_figures = len(files) // 2
+    first = -(-num_figures // 2)
+    assert drawn_here == ([first, num_figures - first] if is_killed else [first])
 
 
 def test_a_report_on_wandb_carries_the_whole_folder(runs_dir: Path, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def _draw(kind: FigureKind, panels: Sequence[Panel]) -> matplotlib.figure.Figure
         figure.supxlabel(text, x=0.01, ha="left", fontsize=SMALL, color=INK)
         # Labels need to know where everything is, and must not move it again.
         figure.draw_without_rendering()
-        figure.set_layout_engine("none")
+        figure.set_layout_engine(None)  # with a placeholder every format would be drawn twice
         renderer: RendererAgg = canvas.get_renderer()  # type: ignore[no-untyped-call]
         for axes in figure.axes:
             place_labels(axes, renderer)
