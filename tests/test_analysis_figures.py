@@ -239,6 +239,10 @@ def test_curves_are_means_of_whole_runs(tmp_path: Path) -> None:
     figure = draw(paper_figures(table, curves), "training_curves")
     np.testing.assert_allclose(line(figure, "full", axes=0), [[10, 0.2], [20, 0.1], [30, 2 / 30]])
     np.testing.assert_allclose(line(figure, "full", axes=1), [[10, 0.215], [20, 0.415], [30, 0.615]])
+    # The band of the two that are left: from the second to the third seed.
+    bands = [collection.get_paths()[0].vertices for collection in figure.axes[1].collections]
+    assert any(np.allclose(band[:, 1].min(), 0.21) and np.allclose(band[:, 1].max(), 0.62) for band in bands)
+    assert "band: from the lowest to the highest seed" in footnote(figure)
 
 
 def test_of_many_curves_the_best_on_val_are_drawn_and_the_title_says_so(tmp_path: Path) -> None:

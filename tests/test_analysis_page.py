@@ -288,6 +288,26 @@ def test_curves_are_thinned_to_their_ends(frame: pd.DataFrame) -> None:
     assert values[-1] == 0.0066667
 
 
+def test_the_curves_of_a_cell_have_a_band_over_its_seeds(frame: pd.DataFrame) -> None:
+    curves: dict[str, list[dict[str, float]]] = {
+        f"full-None-None-0.001-s{seed}": [
+            {"step": step, "train_nll": (1 + seed) / step, **({"val_accuracy": 0.1 * step} if seed else {})}
+            for step in (1, 2, 4)
+        ]
+        for seed in (0, 1)
+    }
+    curves["lora-1-qv-0.001-s0"] = [{"step": 1, "train_nll": 1.0}, {"step": 2, "train_nll": 0.5}]
+    # At another rate than the chosen one.
+    curves["lora-4-qv-0.01-s0"] = curves["lora-1-qv-0.001-s0"]
+    data = data_of(make(frame, curves=curves))
+    by_name = {data["cells"][int(place)]["name"]: bands for place, bands in data["bands"].items()}
+    assert by_name == {
+        # Without the accuracy, which one of its runs does not have.
+        "full": {"train_nll": [[1, 2, 4], [1.5, 0.75, 0.375], [1.0, 0.5, 0.25], [2.0, 1.0, 0.5], 2]},
+        "lora, rank 1, qv": {"train_nll": [[1, 2], [1.0, 0.5], [1.0, 0.5], [1.0, 0.5], 1]},
+    }
+
+
 def test_settings_that_differ_are_listed_with_their_counts(frame: pd.DataFrame) -> None:
     text = make(frame)
     assert "<code>trainer.learning_rate</code></td><td>0.001 (17), 0.01 (2)</td>" in text
@@ -399,6 +419,9 @@ def test_a_reader_sorts_filters_points_and_clicks(browser: Any, frame: pd.DataFr
     figures = [name for name in browser.find_elements("css selector", "figure .js-plotly-plot") if name.is_displayed()]
     assert len(figures) == 6
     assert len(browser.find_elements("css selector", ".modebar-btn")) == 6 * 4
+
+    # Of every chosen cell a curve and a band over its two seeds; of the failed run a curve.
+    assert len(browser.find_elements("css selector", "#figure-curves .lines .js-line")) == 2 * 8 + 1
 
     # Pointing and clicking.
     mark = browser.find_elements("css selector", "#figure-memory .point")[-1]

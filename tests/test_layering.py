@@ -63,6 +63,7 @@ ROOMS = (
     "analysis.axes",
     "analysis.select",
     "analysis.mean_ranks",
+    "analysis.curves",
     "analysis.tables",
     "analysis.figures",
     "analysis.page",

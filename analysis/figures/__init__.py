@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import pandas as pd
 
+from analysis.curves import Curves
 from analysis.figures.curves import LOWEST_CURVES, TRAINING_CURVES
 from analysis.figures.engine import Figure, figures_of, write_figures
 from analysis.figures.forgetting import FORGETTING_BY_LEARNING
 from analysis.figures.mean_ranks import mean_rank_figures
 from analysis.figures.memory import MEMORY
 from analysis.figures.own_axes import own_axis_figures
-from analysis.figures.panels import Curves, panels_of
+from analysis.figures.panels import panels_of
 from analysis.figures.ranks import RANK_BY_PLACEMENT, RANK_CURVES
 from analysis.figures.rates import BEST_RATES, LEARNING_RATES
 from analysis.figures.search import SEARCHED_VALUES

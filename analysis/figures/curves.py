@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 
 from analysis.comparisons import ranked_by
+from analysis.curves import SeedCurve, seed_curve
 from analysis.figures.axes import axis_label, set_count_ticks
 from analysis.figures.engine import FigureKind
 from analysis.figures.footnote import Footnote
@@ -27,23 +28,30 @@ Curve = tuple[list[float], list[float]]
 def _draw_training(subfigure: SubFigure, panel: Panel, footnote: Footnote) -> None:
     upper, lower = subfigure.subplots(2, 1, sharex=True)
     shown, loss = _curve_cells(panel)[:MAX_CURVES], _loss(panel)
+    bands = []
     for number, cell in enumerate(shown):
         colour = "black" if cell.is_full else in_turn(COLOURS, number)
         look = {"color": colour, "linestyle": in_turn(LINES, number), "label": cell.label}
-        losses, scores = (mean_curve(panel, cell, name) for name in (loss, panel.val))
-        upper.plot(*losses, **look, alpha=0.6, linewidth=0.7)
-        lower.plot(*scores, **look, marker=in_turn(MARKERS, number) if len(scores[0]) <= 20 else "", markersize=3)
-        if scores[0]:
-            label_end(lower, cell.label, (scores[0][-1], scores[1][-1]), colour)
+        losses, scores = (_seed_curve(panel, cell, name) for name in (loss, panel.val))
+        marker = in_turn(MARKERS, number) if len(scores.steps) <= 20 else ""
+        upper.plot(losses.steps, losses.means, **look, alpha=0.6, linewidth=0.7)
+        lower.plot(scores.steps, scores.means, **look, marker=marker, markersize=3)
+        for axes, curve in ((upper, losses), (lower, scores)):
+            if curve.num_runs > 1:
+                axes.fill_between(curve.steps, curve.lows, curve.highs, facecolor=colour, alpha=0.15, linewidth=0)
+                bands.append(curve)
+        if scores.steps:
+            label_end(lower, cell.label, (scores.steps[-1], scores.means[-1]), colour)
     upper.set(ylabel=axis_label(loss, "y"))
     lower.set(xlabel="step", ylabel=axis_label(panel.val, "y"))
     footnote.account_for([cell for cell in panel.best if not cell.num_finished], shown, panel.val)
+    footnote.remarks += ["band: from the lowest to the highest seed"] if bands else []
     footnote.remarks += [_curve_remark([panel]).strip(" ()")] if _curve_remark([panel]) else []
 
 
 def _curve_cells(panel: Panel) -> list[PlottedCell]:
     """The conditions with curves, the best by val first."""
-    cells = [cell for cell in panel.with_metrics(panel.val) if len(mean_curve(panel, cell, _loss(panel))[0]) > 1]
+    cells = [cell for cell in panel.with_metrics(panel.val) if len(_seed_curve(panel, cell, _loss(panel)).steps) > 1]
     return [cells[index] for index in ranked_by([cell.row for cell in cells], panel.val)]
 
 
@@ -56,17 +64,8 @@ def _loss(panel: Panel) -> str:
     return "train_mse" if any(cell.value("train_mse") is not None for cell in panel.best) else "train_nll"
 
 
-def mean_curve(panel: Panel, cell: PlottedCell, name: str) -> Curve:
-    """Steps and means over the runs, at the steps that all have; a run that stopped before the others is left out."""
-    rows = [panel.curves[run_id] for run_id in cell.row["run_ids"] if panel.curves.get(run_id)]
-    last = max((row["step"] for run in rows for row in run), default=0)
-    runs = [
-        {row["step"]: row[name] for row in run if row.get(name) is not None}
-        for run in rows
-        if max(row["step"] for row in run) == last
-    ]
-    steps = sorted(set.intersection(*(set(run) for run in runs))) if runs else []
-    return steps, [math.fsum(run[step] for run in runs) / len(runs) for step in steps]
+def _seed_curve(panel: Panel, cell: PlottedCell, name: str) -> SeedCurve:
+    return seed_curve(panel.curves, cell.row["run_ids"], name)
 
 
 TRAINING_CURVES = FigureKind(
@@ -162,7 +161,8 @@ def _lowest_curve(panel: Panel, condition: PlottedCell, name: str) -> Curve:
     lowest: dict[float, float] = {}
     for cell in panel.tried:
         if cell.num_finished and cell.row["condition_id"] == condition.row["condition_id"]:
-            for step, value in zip(*mean_curve(panel, cell, name), strict=True):
+            curve = _seed_curve(panel, cell, name)
+            for step, value in zip(curve.steps, curve.means, strict=True):
                 lowest[step] = min(value, lowest.get(step, math.inf))
     steps = sorted(step for step in lowest if step > 0)  # a logarithmic axis has no 0
     return steps, [lowest[step] for step in steps]

@@ -13,11 +13,12 @@ from matplotlib.figure import SubFigure
 
 from analysis.axes import Axis, axes_of, axis_number, axis_order, axis_text
 from analysis.comparisons import ranked_by
+from analysis.curves import Curves
 from analysis.figures.axes import axis_label, draw_means, draw_references, of_same_recipe, set_ticks, without_rank
 from analysis.figures.engine import Figure, FigureKind, figures_of
 from analysis.figures.footnote import Footnote
 from analysis.figures.labels import label_end
-from analysis.figures.panels import Curves, Panel, PlottedCell, panels_of
+from analysis.figures.panels import Panel, PlottedCell, panels_of
 
 MAX_LINES = 12
 

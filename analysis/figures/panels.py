@@ -16,6 +16,7 @@ from matplotlib import font_manager
 
 from analysis.axes import Axis, axes_texts, axis_order, varied
 from analysis.comparisons import Cell
+from analysis.curves import Curves
 from analysis.figures.style import COLOURS, LINES, LOOK_OF_FULL, LOOK_WITHOUT_RANK, MARKERS, in_turn
 from analysis.methods import is_full
 from analysis.metrics import metric
@@ -24,7 +25,6 @@ from analysis.trials import Searches
 from harness.results.schema import Status
 
 MIN_SEEDS_OF_INTERVAL = 3
-Curves = Mapping[str, Sequence[Mapping[str, float]]]
 
 
 @dataclass(frozen=True, eq=False)

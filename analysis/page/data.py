@@ -14,6 +14,7 @@ import pandas as pd
 
 from analysis.axes import Axis, axes_of, axes_texts, axis_number, axis_order, axis_text, varied
 from analysis.comparisons import Cell
+from analysis.curves import seed_curve
 from analysis.metrics import FORGETTING, LEARNED, MEMORY_PARTS, format_spread, format_value, metric
 from analysis.recipes import show_value
 from analysis.select import generation_scores, num_status, records, score
@@ -25,6 +26,7 @@ from harness.results.schema import Status
 MAX_DETAILED_RUNS = 2_000
 MAX_CURVE_POINTS = 200
 MAX_CURVE_POINTS_ALTOGETHER = 200_000
+MAX_BANDS = 400
 # What a run records during training that says how good its model is.
 _CURVES = tuple(
     name
@@ -192,6 +194,34 @@ def runs_data(detailed: pd.DataFrame, curves: Mapping[str, Sequence[Mapping[str,
     }
 
 
+def bands_data(
+    cells: pd.DataFrame, best: pd.DataFrame, curves: Mapping[str, Sequence[Mapping[str, float]]]
+) -> dict[str, Any]:
+    """By the index of a best cell and by metric: steps, means, lowest and highest run, and how many runs."""
+    places = {cell_id: str(place) for place, cell_id in enumerate(cells["cell_id"])}
+    shown = [
+        (cell_id, runs) for cell_id, runs in zip(best["cell_id"], best["run_ids"], strict=True) if cell_id in places
+    ]
+    max_points = max(20, min(MAX_CURVE_POINTS, MAX_CURVE_POINTS_ALTOGETHER // max(1, len(shown))))
+    bands: dict[str, dict[str, Any]] = {}
+    for cell_id, run_ids in shown[:MAX_BANDS]:
+        found = {}
+        for name in _CURVES:
+            curve = seed_curve(curves, run_ids, name)
+            if len(curve.steps) > 1:
+                kept = _kept(len(curve.steps), max_points)
+                numbers = (curve.steps, curve.means, curve.lows, curve.highs)
+                found[name] = [*([_rounded(values[i]) for i in kept] for values in numbers), curve.num_runs]
+        if found:
+            bands[places[cell_id]] = found
+    return {"bands": bands}
+
+
+def _kept(num: int, most: int) -> list[int]:
+    """The indices of at most so many of `num` points, the first and the last among them."""
+    return [*range(num)] if num <= most else [round(i * (num - 1) / (most - 1)) for i in range(most)]
+
+
 def _thinned(
     records: Sequence[Mapping[str, float]], max_points: int
 ) -> dict[str, tuple[list[float], list[float | None]]]:
@@ -201,8 +231,7 @@ def _thinned(
         steps = ((_number(record.get("step")), record[name]) for record in records if name in record)
         points = [(step, _rounded(value)) for step, value in steps if step is not None]
         points.sort(key=lambda point: point[0])  # a resumed run goes back a few steps
-        if len(points) > max_points:
-            points = [points[round(i * (len(points) - 1) / (max_points - 1))] for i in range(max_points)]
+        points = [points[i] for i in _kept(len(points), max_points)]
         if len(points) > 1:
             found[name] = ([step for step, _ in points], [value for _, value in points])
     return found

@@ -16,7 +16,7 @@ import pandas as pd
 from plotly.offline import get_plotlyjs
 
 from analysis.code_spans import with_code
-from analysis.page.data import axis_choices, cells_data, detailed_runs, runs_data, tasks_of
+from analysis.page.data import axis_choices, bands_data, cells_data, detailed_runs, runs_data, tasks_of
 from analysis.recipes import show_value
 from analysis.select import best_cells
 from analysis.tables import Choice
@@ -48,7 +48,11 @@ _FIGURES = (
     ("axis", "Score along an axis of the sweep", "Lines join what differs in this setting alone."),
     ("rate", "Learning rates", "Score on val at every learning rate tried; filled: the chosen one."),
     ("parts", "Where the memory goes", "Mean over the runs of a cell, at the peak of a training step."),
-    ("curves", "Training curves", "One line per run of the chosen cells."),
+    (
+        "curves",
+        "Training curves",
+        "Mean over the seeds of each chosen cell; band: from the lowest to the highest seed.",
+    ),
 )
 
 
@@ -110,9 +114,8 @@ def page(
     ]
     sections = [section for section in sections if section[2]]
     leading = {choice.best["cell_id"] for choice in choices}
-    data = json.dumps(
-        cells_data(cells, best, leading) | runs_data(detailed, curves), allow_nan=False, separators=(",", ":")
-    )
+    found = cells_data(cells, best, leading) | runs_data(detailed, curves) | bands_data(cells, best, curves)
+    data = json.dumps(found, allow_nan=False, separators=(",", ":"))
     scripts = [_as_hashed(get_plotlyjs()), _own_script()]
     text = Template(_read("page.html")).substitute(
         policy=_policy(scripts),

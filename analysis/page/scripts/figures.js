@@ -124,26 +124,26 @@ function drawParts() {
 }
 
 function drawCurves() {
-  const cells = bestCells();
-  const longest = Math.max(0, ...cells.map((cell) => cell.runs.length));
-  // The first seed of every cell before the second of any, so that a limit drops seeds and not cells.
-  const runs = Array.from({ length: longest }, (_, i) => cells.map((cell) => [cell, cell.runs[i]])).flat()
-    .filter(([, run]) => run && Object.hasOwn(data.curves, run) && data.curves[run][state.curve]);
-  if (!runs.length) return null;
-  const named = new Set();
-  const traces = runs.slice(0, MAX_CURVES).map(([cell, run]) => {
-    const [steps, values] = data.curves[run][state.curve];
-    const first = !named.has(cell.series);
-    named.add(cell.series);
-    return {
-      type: "scatter", mode: "lines", x: steps, y: values, name: plain(data.series[cell.series]), showlegend: first,
-      legendgroup: String(cell.series), legendrank: 1000 + cell.series, opacity: 0.85,
-      line: { color: colour(cell.series), width: 1.3 },
-      text: steps.map((step, i) => `<b>${plain(run)}</b><br>${plain(cell.name)}<br>step ${step}: ${values[i]}`),
-      hoverinfo: "text", customdata: steps.map(() => [run]),
+  const cells = bestCells().filter((cell) => data.bands[cell.index]?.[state.curve]);
+  if (!cells.length) return null;
+  const shown = cells.slice(0, MAX_CURVES);
+  const places = new Map(bySeries(shown).flatMap((members) => members.map((cell, place) => [cell, place])));
+  const traces = shown.flatMap((cell) => {
+    const [steps, means, lows, highs, num] = data.bands[cell.index][state.curve];
+    const shared = { type: "scatter", mode: "lines", legendgroup: String(cell.index), legendrank: 1000 + cell.series };
+    const seeds = (i) => (num > 1 ? ` (${lows[i]} to ${highs[i]}, ${num} seeds)` : "");
+    const line = {
+      ...shared, x: steps, y: means, name: plain(cell.name), hoverinfo: "text", customdata: steps.map(() => cell.runs),
+      text: steps.map((step, i) => `<b>${plain(cell.name)}</b><br>step ${step}: ${means[i]}${seeds(i)}`),
+      line: { color: colour(cell.series), width: 1.5, dash: ["solid", ...DASHES][places.get(cell) % (DASHES.length + 1)] },
     };
+    const band = {
+      ...shared, x: [...steps, ...[...steps].reverse()], y: [...highs, ...[...lows].reverse()], showlegend: false,
+      hoverinfo: "skip", fill: "toself", fillcolor: `${colour(cell.series)}26`, line: { width: 0 },
+    };
+    return num > 1 ? [band, line] : [line];
   });
-  const limit = runs.length > MAX_CURVES ? ` (${MAX_CURVES} of ${runs.length} runs)` : "";
+  const limit = cells.length > MAX_CURVES ? ` (${MAX_CURVES} of ${cells.length} conditions)` : "";
   return { traces, layout: layout({ title: `step${limit}` }, data.curve_labels[state.curve]) };
 }
 
