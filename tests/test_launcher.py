@@ -314,7 +314,14 @@ def test_a_search_that_is_killed_makes_the_same_trials_and_choice(
     """
     kills, draw = int(os.environ.get("CHAOS_KILLS", "1")), random.Random(int(os.environ.get("CHAOS_SEED", "0")))
     ranks = "r2" if kills < 10 else "r1,r2,r4"
-    arguments = [*base, "hydra.sweeper.search={}", f"rank={ranks}", "target_layers=qv", "seed=0,1", "sweep=searched"]
+    arguments = [
+        *base,
+        "hydra.sweeper.search.axis=trainer.learning_rate",
+        f"rank={ranks}",
+        "target_layers=qv",
+        "seed=0,1",
+        "sweep=searched",
+    ]
     arguments += ["trainer.max_steps=12", "trainer.checkpoint_every=4"]
     code, output = sweep_here(tmp_path / "calm", *arguments)
     assert code == 0, output

@@ -220,7 +220,13 @@ def made_up(planned: PlannedRun, score: float | Status) -> RunResult:
     )
 
 
-SEARCH = ["hydra.sweeper.search={}", "method=lora", "rank=r1,r4", "target_layers=qv", "seed=0,1"]
+SEARCH = [
+    "hydra.sweeper.search.axis=trainer.learning_rate",
+    "method=lora",
+    "rank=r1,r4",
+    "target_layers=qv",
+    "seed=0,1",
+]
 
 
 def near(rate: float, **best: float) -> float:
@@ -353,7 +359,7 @@ def test_several_seeds_of_the_search_are_averaged(searched: Any) -> None:
 
     searched.score = score
     arguments = [word for word in SEARCH if "search" not in word and "rank" not in word]
-    assert searched.sweep(*arguments, "rank=r1", "hydra.sweeper.search={seeds:[7,8]}") == 0
+    assert searched.sweep(*arguments, "rank=r1", *SEARCH[:1], "hydra.sweeper.search.seeds=[7,8]") == 0
     rates = {run_id.split("-lr")[1].split("-s")[0] for run_id in searched.made if "-s0-" in run_id}
     assert {float(rate) for rate in rates} == {8.5e-4}  # as with one seed and no wiggle
 
@@ -361,7 +367,7 @@ def test_several_seeds_of_the_search_are_averaged(searched: Any) -> None:
 def test_a_grid_that_names_the_setting_is_not_searched(searched: Any) -> None:
     searched.score = by_rank
     grids = "[{method: lora, rank: r1, target_layers: qv}, {method: full, trainer.learning_rate: 1e-4}]"
-    assert searched.sweep("hydra.sweeper.search={}", f"hydra.sweeper.grids={grids}") == 0
+    assert searched.sweep("hydra.sweeper.search.axis=trainer.learning_rate", f"hydra.sweeper.grids={grids}") == 0
     full = [run_id for run_id in searched.made if "-full-" in run_id]
     assert len(full) == 1 and len(searched.made) == 1 + 5 + 1
 
@@ -380,26 +386,30 @@ def test_the_dry_run_says_what_the_next_round_is(searched: Any, capsys: pytest.C
 @pytest.mark.parametrize(
     ("search", "message"),
     [
-        ("{axis: x}", "axis: no such setting. Known here: axes, trials, max_trials, seeds."),
-        ("{trials: few}", "trials: Value 'few' of type 'str' could not be converted to Integer"),
-        ("{trials: 2}", "trials=2: at least 4"),
-        ("{trials: 7}", "max_trials=6: at least trials=7"),
-        ("{seeds: []}", "seeds=[]: give one seed"),
-        ("{seeds: [1]}", "seed=1 is reported as well"),
-        ("{axes: {trainer.learning_rat: {}}}", "trainer.learning_rat: only settings that are numbers"),
-        ("{axes: {model.name: {}}}", "model.name: only settings that are numbers"),
-        ("{axes: {seed: {}}}", "seed: only settings that are numbers"),
-        ("{axes: {rank.alpha: {factor: 1}}}", "rank.alpha.factor=1.0: must be above 1"),
-        ("{axes: {rank.alpha: {factor: 2, step: 1}}}", "factor=2.0 and step=1.0; give one"),
-        ("{axes: {method.adapter_dropout: {}}}", "own value is 0.0, from which no search can begin; give a prior"),
-        ("{axes: {rank.alpha: {highest: 2}}}", "begins at 16, outside of lowest=0 to 2"),
-        ("5", "search=5: must be null or a mapping"),
+        ("axi=x", "axi: no such setting. Known here: axis, max_trials, seeds, trials."),
+        ("trials=few", "trials: Value 'few' of type 'str' could not be converted to Integer"),
+        ("trials=2", "trials=2: at least 4"),
+        ("trials=7", "max_trials=6: at least trials=7"),
+        ("seeds=[]", "seeds=[]: give one seed"),
+        ("seeds=[1]", "seed=1 is reported as well"),
+        ("axis=trainer.learning_rat", "trainer.learning_rat: only settings that are numbers"),
+        ("axis=model.name", "model.name: only settings that are numbers"),
+        ("axis=seed", "seed: only settings that are numbers"),
+        ("axis=5", "axis=5: must be a setting, a list of settings, or a mapping"),
+        ("axis=[trainer.learning_rate,rank.alpha,rank.rank]", "one or two settings can be searched"),
+        ("axis={rank.alpha:{facto:2}}", "facto: no such setting. Known here: prior, factor, step, lowest, highest."),
+        ("axis={rank.alpha:{factor:much}}", "factor: Value 'much' of type 'str' could not be converted to Float"),
+        ("axis={rank.alpha:{factor:1}}", "rank.alpha.factor=1.0: must be above 1"),
+        ("axis={rank.alpha:{factor:2,step:1}}", "factor=2.0 and step=1.0; give one"),
+        ("axis={rank.alpha:{highest:2}}", "begins at 16, outside of lowest=0 to 2"),
+        ("axis=method.adapter_dropout", "own value is 0.0, from which no search can begin; give a prior"),
     ],
 )
 def test_a_search_that_cannot_be_is_refused(
     searched: Any, search: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert searched.sweep(*SEARCH[1:], f"hydra.sweeper.search={search}") == 2
+    own = [] if search.startswith("axis=") else SEARCH[:1]
+    assert searched.sweep(*SEARCH[1:], *own, f"hydra.sweeper.search.{search}") == 2
     assert message in capsys.readouterr().err
     assert not searched.made
 
@@ -417,7 +427,14 @@ def test_the_prior_follows_the_law_of_the_rank(searched: Any, policy: str, rate:
     searched.score = by_rank
     searched.left = 3
     assert (
-        searched.sweep("hydra.sweeper.search={}", "method=lora", "rank=r64", "target_layers=qv", *policy.split()) == -9
+        searched.sweep(
+            "hydra.sweeper.search.axis=trainer.learning_rate",
+            "method=lora",
+            "rank=r64",
+            "target_layers=qv",
+            *policy.split(),
+        )
+        == -9
     )
     tried = sorted(float(run_id.split("-lr")[1].split("-s")[0]) for run_id in searched.made)
     assert tried[1] == float(f"{rate:.3g}")

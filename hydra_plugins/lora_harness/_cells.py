@@ -30,7 +30,7 @@ RANK_OF_PRIOR = 8
 
 @dataclass
 class AxisConf:
-    """Settings under `hydra.sweeper.search.axes.<setting>`.
+    """Settings of a setting that is searched, in `hydra.sweeper.search.axis`.
 
     Attributes:
         prior: where the search begins; null is the value of the config, of a learning rate with the law of its rank.
@@ -52,39 +52,48 @@ class SearchConf:
     """Settings under `hydra.sweeper.search`.
 
     Attributes:
-        axes: the settings that are searched, one after the other; none is the learning rate.
+        axis: the setting that is searched, such as `trainer.learning_rate`; two are a list, and are searched in turn; a
+            mapping has the settings of `AxisConf` for each. Null: nothing is searched.
         trials: values that are tried of each axis in every cell.
         max_trials: the most of them, where the best lies at an edge.
         seeds: the seeds of the trials, which no reported run may have.
     """
 
-    axes: dict[str, AxisConf] = field(default_factory=dict)
+    axis: Any = None
     trials: int = 5
     max_trials: int = 6
     seeds: list[int] = field(default_factory=lambda: [1000])
 
-    @property
-    def budget(self) -> Budget:
-        """Trials of an axis."""
-        return Budget(self.trials, self.max_trials)
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """What is searched: the axes by their settings' names, how many values are tried of each, on which seeds."""
+
+    axes: Mapping[str, AxisConf]
+    budget: Budget
+    seeds: tuple[int, ...]
 
 
-def read_search(values: Any) -> SearchConf | None:
+def read_search(search: SearchConf) -> SearchPlan | None:
     """What `hydra.sweeper.search` says; None where nothing is searched. Raises `ConfigError`."""
-    if values is None:
+    if search.axis is None:
         return None
     where = "hydra.sweeper.search"
-    if not isinstance(values, Mapping):
-        raise ConfigError([f"{where}={values!r}: must be null or a mapping such as {{}} or {{trials: 5}}."])
+    named = {search.axis: {}} if isinstance(search.axis, str) else search.axis
+    named = {name: {} for name in named} if isinstance(named, list) else named
+    if not isinstance(named, dict) or not named:
+        raise ConfigError(
+            [f"{where}.axis={search.axis!r}: must be a setting, a list of settings, or a mapping from them to theirs."]
+        )
     try:
-        search = typing.cast(SearchConf, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SearchConf), values)))
+        typed = {name: OmegaConf.merge(OmegaConf.structured(AxisConf), own or {}) for name, own in named.items()}
     except OmegaConfBaseException as error:
-        raise ConfigError([f"{where}: {_explain(error)}"]) from error
-    search.axes = search.axes or {LEARNING_RATE: AxisConf()}
-    problems = [problem for name, axis in search.axes.items() for problem in _axis_problems(name, axis)]
-    if len(search.axes) > 2:
+        raise ConfigError([f"{where}.axis: {_explain(error)}"]) from error
+    axes = {str(name): typing.cast(AxisConf, OmegaConf.to_object(axis)) for name, axis in typed.items()}
+    problems = [problem for name, axis in axes.items() for problem in _axis_problems(name, axis)]
+    if len(axes) > 2:
         problems.append(
-            f"{where}.axes: {', '.join(search.axes)}; one or two settings can be searched. For more use a W&B sweep."
+            f"{where}.axis: {', '.join(axes)}; one or two settings can be searched. For more use a W&B sweep."
         )
     if search.trials < 4:
         problems.append(f"{where}.trials={search.trials}: at least 4, three values and one between them.")
@@ -94,18 +103,17 @@ def read_search(values: Any) -> SearchConf | None:
         problems.append(f"{where}.seeds={search.seeds}: give one seed or several different ones.")
     if problems:
         raise ConfigError(problems)
-    return search
+    return SearchPlan(axes, Budget(search.trials, search.max_trials), tuple(search.seeds))
 
 
 def _explain(error: OmegaConfBaseException) -> str:
-    known = {SearchConf: "axes, trials, max_trials, seeds", AxisConf: "prior, factor, step, lowest, highest"}
-    if error.object_type in known and "not in" in str(error):
-        return f"{error.full_key}: no such setting. Known here: {known[error.object_type]}."
+    if error.object_type is AxisConf and "not in" in str(error):
+        return f"{error.full_key}: no such setting. Known here: prior, factor, step, lowest, highest."
     return explain_omegaconf(error)
 
 
 def _axis_problems(name: str, axis: AxisConf) -> list[str]:
-    where = f"hydra.sweeper.search.axes.{name}"
+    where = f"hydra.sweeper.search.axis.{name}"
     kind = _type_of(name)
     if name == "seed" or kind not in (int, float):
         return [f"{where}: only settings that are numbers can be searched, such as {LEARNING_RATE} or rank.alpha."]
@@ -162,7 +170,7 @@ class Cell:
 
 
 def split_cells(
-    expanded: Sequence[Overrides], search: SearchConf, config_of: Callable[[Overrides], RunConfig]
+    expanded: Sequence[Overrides], search: SearchPlan, config_of: Callable[[Overrides], RunConfig]
 ) -> tuple[list[Overrides], list[Cell]]:
     """The runs of a sweep that are not searched because their grids name the axes, and the cells that are.
 
@@ -185,13 +193,14 @@ def split_cells(
         shared = [seed for seed in own if seed in map(str, search.seeds)]
         if shared:
             problems.append(
-                f"hydra.sweeper.search.seeds={search.seeds}: seed={shared[0]} is reported as well; a search with the "
-                "same seeds would choose by luck that the report then shows. Give other ones."
+                f"hydra.sweeper.search.seeds={list(search.seeds)}: seed={shared[0]} is reported as well; a search with "
+                "the same seeds would choose by luck that the report then shows. Give other ones."
             )
         if config.model.from_sweep is not None:
             problems.append(
                 f"hydra.sweeper.search: model.from_sweep={config.model.from_sweep} continues the run of each seed, and "
-                "the seeds of the search have none; search the first sweep, and set hydra.sweeper.search=null here."
+                "the seeds of the search have none; search the first sweep, and set hydra.sweeper.search.axis=null "
+                "here."
             )
         named_here = {override.partition("=")[0].lstrip("+") for override in overrides}
         axes = []
@@ -212,7 +221,7 @@ def _axis(name: str, conf: AxisConf, config: RunConfig) -> Axis:
     start = conf.prior
     if start is None:
         start = prior_rate(config) if name == LEARNING_RATE else _value_of(name, config)
-    where = f"hydra.sweeper.search.axes.{name}"
+    where = f"hydra.sweeper.search.axis.{name}"
     if start is None or (conf.step is None and not start > 0):
         fix = "give a prior above 0" + (", or a step for a linear scale." if start is not None else ".")
         raise ConfigError([f"{where}: the config's own value is {start}, from which no search can begin; {fix}"])

@@ -7,7 +7,7 @@
 is six runs. Without grids, `-m rank=r1,r4 target_layers=qv` works as under Hydra's own sweeper; with them, an override
 on the command line replaces the axis of the same name in every grid that has it.
 
-    hydra.sweeper.search: {}
+    hydra.sweeper.search.axis: trainer.learning_rate
 
 searches the learning rate inside every cell first (`_search`), in rounds: each is planned from the finished results of
 those before it, so that a sweep that was killed, or runs on several machines, makes the same trials.
@@ -50,7 +50,7 @@ from harness.results.files import RESULT_FILE
 from harness.results.launches import SearchedCell, command_line, record_launch
 from harness.results.schema import ResultError, RunResult, Status, read_result
 from harness.results.state import run_state
-from hydra_plugins.lora_harness._cells import Cell, SearchConf, read_search, score_of_trials, split_cells
+from hydra_plugins.lora_harness._cells import Cell, SearchConf, SearchPlan, read_search, score_of_trials, split_cells
 from hydra_plugins.lora_harness._composing import compose_config, compose_run
 from hydra_plugins.lora_harness._grids import GridError, Overrides, expand
 from hydra_plugins.lora_harness._search import Point, Score, Search, search_cell
@@ -67,7 +67,7 @@ class GridSweeperConf:
 
     _target_: str = "hydra_plugins.lora_harness.sweeper.GridSweeper"
     grids: list[dict[str, Any]] = field(default_factory=list)
-    search: Any = None  # or the settings of `SearchConf`
+    search: SearchConf = field(default_factory=SearchConf)
     dry_run: bool = False
 
 
@@ -98,7 +98,7 @@ class Stand:
 
     cell: Cell
     found: Search
-    search: SearchConf
+    search: SearchPlan
     trials: tuple[str, ...]
     failed: tuple[str, ...]
 
@@ -139,9 +139,9 @@ class Round:
 class GridSweeper(Sweeper):
     """Expands, composes, validates and launches. Raises `ConfigError` with every problem of every run."""
 
-    def __init__(self, grids: Sequence[Any], dry_run: bool, search: Any = None) -> None:
+    def __init__(self, grids: Sequence[Any], dry_run: bool, search: Any) -> None:
         self._grids = OmegaConf.to_container(grids) if OmegaConf.is_config(grids) else list(grids)
-        self._search = OmegaConf.to_container(search) if OmegaConf.is_config(search) else search
+        self._search: SearchConf = OmegaConf.to_object(search) if OmegaConf.is_config(search) else search
         self._dry_run = dry_run
         self.hydra_context: HydraContext | None = None
         self.config: DictConfig | None = None
@@ -194,7 +194,7 @@ class GridSweeper(Sweeper):
         return returns
 
     def _next_round(
-        self, fixed: Sequence[Overrides], cells: Sequence[Cell], search: SearchConf | None, attempted: set[str]
+        self, fixed: Sequence[Overrides], cells: Sequence[Cell], search: SearchPlan | None, attempted: set[str]
     ) -> Round:
         """What is to be run next, from the results that there are; nothing where all is run, or was tried in vain."""
         stands = [self._stand(cell, search, attempted) for cell in cells if search is not None]
@@ -204,7 +204,7 @@ class GridSweeper(Sweeper):
         problems = [stand.problem for stand in stands if stand.problem] if not todo else []
         return Round(todo, runs, stands, problems)
 
-    def _stand(self, cell: Cell, search: SearchConf, attempted: set[str]) -> Stand:
+    def _stand(self, cell: Cell, search: SearchPlan, attempted: set[str]) -> Stand:
         """Where a cell stands, from the results of its trials that count."""
         trials: dict[str, None] = {}
         failed: list[str] = []
