@@ -19,6 +19,7 @@ import pandas as pd
 
 from analysis.axes import is_axis, own_axes, value_for
 from analysis.comparisons import Cell, half_interval, ranked_by
+from analysis.load import with_dtypes
 from analysis.methods import method_name
 from analysis.metrics import BY_MEDIAN, GENERATION_SCORES, LEARNED, NUM_TRIALS, TRAINABLE_SHARE, TUNING_FLOPS, is_score
 from analysis.names import with_names
@@ -135,7 +136,7 @@ def cells(frame: pd.DataFrame) -> pd.DataFrame:
     # What names a cell stays an object: a rank 8 stays 8 beside a missing one, which stays None.
     table = pd.DataFrame(rows, dtype=object)
     numbers = [column for column in table.columns if not _names_a_cell(column)]
-    return table.astype({column: pd.to_numeric(table[column]).dtype for column in numbers})
+    return with_dtypes(table, {column: pd.to_numeric(table[column]).dtype for column in numbers})
 
 
 def _names_a_cell(column: str) -> bool:
@@ -280,7 +281,8 @@ def best_cells(table: pd.DataFrame) -> pd.DataFrame:
     order = {cell_id: position for position, cell_id in enumerate(table["cell_id"])}
     chosen.sort(key=lambda cell: min(order[cell["cell_id"]], len(order)))
     best_table = pd.DataFrame(chosen, columns=[*table.columns, "tried", "edge", "bounded", "is_chosen"], dtype=object)
-    return best_table.astype({column: table[column].dtype for column in table.columns if not _names_a_cell(column)})
+    dtypes = {column: table[column].dtype for column in table.columns if not _names_a_cell(column)}
+    return with_dtypes(best_table, dtypes)
 
 
 def _ends(best: Cell, candidates: Sequence[Cell], complete: Sequence[Cell]) -> tuple[str | None, str | None]:
