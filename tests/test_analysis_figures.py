@@ -304,6 +304,59 @@ def test_where_some_have_three_seeds_those_have_intervals(tmp_path: Path) -> Non
     assert (seeds.get_label(), len(seeds.get_xydata())) == ("all: seeds", 2)
 
 
+# ---------------------------------------------------------------- small multiples
+
+FIVE = ("q", "v", "qv", "mlp", "all")
+
+
+def test_more_than_thirteen_conditions_are_small_multiples(tmp_path: Path) -> None:
+    table = grid_cells(tmp_path, placements=FIVE, ranks=(1, 2, 8), seeds=2, failed={("q", 8): "diverged"})
+    figures = paper_figures(table, curves_of(table))
+    best = best_cells(table).set_index(["target_layers", "rank"])["test_accuracy"]
+    for name in ("rank_curves", "score_by_params"):
+        figure = draw(figures, name)
+        shown = [axes for axes in figure.axes if axes.get_visible()]
+        assert {axes.get_title() for axes in shown} == set(FIVE)
+        assert len({axes.get_ylim() for axes in shown}) == 1
+        for axes in shown:
+            ranks = (1, 2) if axes.get_title() == "q" else (1, 2, 8)
+            (bars,) = axes.containers
+            assert bars[0].get_ydata().tolist() == [best[axes.get_title(), rank] for rank in ranks]
+            assert sum(single.get_label() == "behind" for single in axes.lines) == 4
+        assert "faint: the others" in footnote(figure)
+    figure = draw(figures, "learning_rates")
+    shown = [axes for axes in figure.axes if axes.get_visible()]
+    assert {axes.get_title() for axes in shown} == set(FIVE)
+    assert {text.get_text() for text in shown[0].texts} == {"r1", "r2", "r8"}
+    crosses = [single for axes in shown for single in axes.lines if single.get_marker() == "x"]
+    assert [str(cross.get_label()) for cross in crosses] == ["lora r8 q: diverged"] * 2
+    assert all(axes.get_ylim()[0] < min(shown[0].lines[0].get_ydata()) for axes in shown)
+
+
+def test_the_curves_of_many_conditions_are_all_drawn(tmp_path: Path) -> None:
+    table = grid_cells(tmp_path, placements=FIVE, ranks=(1, 2, 8), rates=(1e-3,), seeds=2)
+    curves = curves_of(table)
+    (figure,) = (figure for figure in paper_figures(table, curves) if figure.name == "training_curves")
+    assert figure.title == "Training curves"
+    shown = [axes for axes in figure.draw().axes if axes.get_visible()]
+    assert [axes.get_title() for axes in shown] == 2 * [*dict.fromkeys(axes.get_title() for axes in shown)]
+    assert {axes.get_title() for axes in shown} == {*FIVE, "others"}
+    assert sum(len(axes.lines) for axes in shown) == 2 * 16
+
+
+def test_scores_at_a_single_step_are_no_curve(tmp_path: Path) -> None:
+    table = grid_cells(tmp_path, rates=(1e-3,), seeds=1)
+    curves = {
+        run: [{"step": row["step"], "train_nll": row["train_nll"]} for row in rows]
+        for run, rows in curves_of(table).items()
+    }
+    for rows in curves.values():
+        rows[-1]["val_accuracy"] = 0.9
+    (axes,) = draw(paper_figures(table, curves), "training_curves").axes
+    assert axes.get_ylabel() == "train nll (nats), ↓ better"
+    assert {text.get_text() for text in axes.texts} == {str(single.get_label()) for single in axes.lines}
+
+
 # ---------------------------------------------------------------- failures
 
 

@@ -14,6 +14,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocat
 from analysis.figures.footnote import Footnote
 from analysis.figures.labels import label_end, label_point
 from analysis.figures.panels import Panel, PlottedCell
+from analysis.figures.style import GREY
 from analysis.metrics import format_value, metric
 from harness.results.metrics import Direction
 
@@ -68,6 +69,14 @@ def draw_means(
         small: dict[str, Any] = {"color": look["color"], "marker": "o", "markersize": 1.8, "markeredgewidth": 0}
         artists += axes.plot(*zip(*points, strict=True), linestyle="none", zorder=1.5, label=f"{label}: seeds", **small)
     return artists
+
+
+def draw_behind(axes: Axes, panel: Panel, x: str, cells: Sequence[PlottedCell]) -> None:
+    """What other small multiples show, as faint lines to compare with."""
+    for members in panel.families().values():
+        points = [(cell.displayed(x), cell.displayed(panel.test)) for cell in members if cell in cells]
+        if points:
+            axes.plot(*zip(*points, strict=True), color=GREY, alpha=0.35, linewidth=0.6, zorder=0.5, label="behind")
 
 
 def draw_families(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -16,6 +17,7 @@ from analysis.figures.axes import axis_label, set_count_ticks
 from analysis.figures.engine import FigureKind
 from analysis.figures.footnote import Footnote
 from analysis.figures.labels import label_end
+from analysis.figures.multiples import draw_multiples, grid_of, groups_of, multiples_height
 from analysis.figures.panels import Panel, PlottedCell
 from analysis.figures.style import COLOURS, LINES, MARKERS, RANK_COLOURS, in_turn
 
@@ -26,27 +28,60 @@ Curve = tuple[list[float], list[float]]
 
 
 def _draw_training(subfigure: SubFigure, panel: Panel, footnote: Footnote) -> None:
-    upper, lower = subfigure.subplots(2, 1, sharex=True)
-    shown, loss = _curve_cells(panel)[:MAX_CURVES], _loss(panel)
-    bands = []
-    for number, cell in enumerate(shown):
-        colour = "black" if cell.is_full else in_turn(COLOURS, number)
-        look = {"color": colour, "linestyle": in_turn(LINES, number), "label": cell.label}
-        losses, scores = (_seed_curve(panel, cell, name) for name in (loss, panel.val))
-        marker = in_turn(MARKERS, number) if len(scores.steps) <= 20 else ""
-        upper.plot(losses.steps, losses.means, **look, alpha=0.6, linewidth=0.7)
-        lower.plot(scores.steps, scores.means, **look, marker=marker, markersize=3)
-        for axes, curve in ((upper, losses), (lower, scores)):
-            if curve.num_runs > 1:
-                axes.fill_between(curve.steps, curve.lows, curve.highs, facecolor=colour, alpha=0.15, linewidth=0)
-                bands.append(curve)
-        if scores.steps:
-            label_end(lower, cell.label, (scores.steps[-1], scores.means[-1]), colour)
-    upper.set(ylabel=axis_label(loss, "y"))
-    lower.set(xlabel="step", ylabel=axis_label(panel.val, "y"))
+    """Losses above scores; of scores at a single step nothing."""
+    groups = _curve_groups(panel)
+    shown = [cell for _, cells in groups for cell in cells]
+    names = [_loss(panel)]
+    if any(len(_seed_curve(panel, cell, panel.val).steps) > 1 for cell in shown):
+        names.append(panel.val)
+    parts = subfigure.subfigures(len(names), squeeze=False)[:, 0]
+    drawn = []
+    for part, name in zip(parts, names, strict=True):
+        is_last = name == names[-1]
+        draw = partial(_draw_curves, panel=panel, name=name, is_labelled=is_last)
+        drawn += draw_multiples(part, groups, draw)
+        if not is_last and len(groups) == 1:
+            drawn[0].tick_params(labelbottom=False)
+    ends = [end for axes in drawn for end in axes.get_xlim()]
+    for axes in drawn:
+        axes.set_xlim(min(ends), max(ends))
     footnote.account_for([cell for cell in panel.best if not cell.num_finished], shown, panel.val)
-    footnote.remarks += ["band: from the lowest to the highest seed"] if bands else []
+    if any(_seed_curve(panel, cell, name).num_runs > 1 for cell in shown for name in names):
+        footnote.remarks.append("band: from the lowest to the highest seed")
     footnote.remarks += [_curve_remark([panel]).strip(" ()")] if _curve_remark([panel]) else []
+
+
+def _draw_curves(
+    axes: Axes,
+    cells: Sequence[PlottedCell],
+    label: Callable[[PlottedCell], str],
+    *,
+    panel: Panel,
+    name: str,
+    is_labelled: bool,
+) -> None:
+    for number, cell in enumerate(cells):
+        colour = "black" if cell.is_full else in_turn(COLOURS, number)
+        curve = _seed_curve(panel, cell, name)
+        is_score = name == panel.val
+        look: dict[str, Any] = {"color": colour, "linestyle": in_turn(LINES, number), "label": cell.label}
+        if is_score:
+            look |= {"marker": in_turn(MARKERS, number) if len(curve.steps) <= 20 else "", "markersize": 3}
+        else:
+            look |= {"alpha": 0.6, "linewidth": 0.7}
+        axes.plot(curve.steps, curve.means, **look)
+        if curve.num_runs > 1:
+            axes.fill_between(curve.steps, curve.lows, curve.highs, facecolor=colour, alpha=0.15, linewidth=0)
+        if curve.steps and is_labelled:
+            label_end(axes, label(cell), (curve.steps[-1], curve.means[-1]), colour)
+    axes.set(xlabel="step" if is_labelled else "", ylabel=axis_label(name, "y"))
+
+
+def _curve_groups(panel: Panel) -> list[tuple[str, list[PlottedCell]]]:
+    """The best few in one pair of axes, or small multiples of all that are more than that can hold."""
+    cells = _curve_cells(panel)
+    groups = groups_of(panel, cells)
+    return groups if len(groups) > 1 else [("", cells[:MAX_CURVES])]
 
 
 def _curve_cells(panel: Panel) -> list[PlottedCell]:
@@ -56,7 +91,7 @@ def _curve_cells(panel: Panel) -> list[PlottedCell]:
 
 
 def _curve_remark(panels: Sequence[Panel]) -> str:
-    more = any(len(_curve_cells(panel)) > MAX_CURVES for panel in panels)
+    more = any(len(_curve_cells(panel)) > MAX_CURVES and len(_curve_groups(panel)) == 1 for panel in panels)
     return f" (the {MAX_CURVES} conditions that are best on val)" if more else ""
 
 
@@ -73,7 +108,8 @@ TRAINING_CURVES = FigureKind(
     "Training curves",
     is_drawn_for=lambda panel: bool(_curve_cells(panel)),
     draw=_draw_training,
-    height=lambda panel: 3.4,
+    height=lambda panel: max(3.4, 2 * multiples_height(_curve_groups(panel), 1.7)),
+    is_wide=lambda panel: len(_curve_groups(panel)) > 1,
     remark=_curve_remark,
 )
 
@@ -84,7 +120,7 @@ def _draw_lowest_curves(subfigure: SubFigure, panel: Panel, footnote: Footnote) 
     found = _lowest_curves(panel)
     families = [[cell for cell in members if cell in found] for members in panel.families().values()]
     families = [members for members in families if members]
-    num_rows, num_columns = _grid_of(len(families))
+    num_rows, num_columns = grid_of(len(families))
     grid = subfigure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False)
     used, unused = grid.ravel()[: len(families)], grid.ravel()[len(families) :]
     ranks = sorted({cell.displayed("rank") for members in families for cell in members})
@@ -135,12 +171,6 @@ def _limit_to_late_steps(axes: Axes, curves: Sequence[Curve], footnote: Footnote
         footnote.remarks.append("what lies above the axis comes before a twentieth of the steps")
 
 
-def _grid_of(number: int) -> tuple[int, int]:
-    """Rows and columns for so many axes, at most three side by side."""
-    columns = 2 if number == 4 else min(3, number)
-    return -(-number // columns), columns
-
-
 def _lowest_curves(panel: Panel) -> dict[PlottedCell, Curve]:
     """By condition, at every step the lowest nll of any learning rate: placements with several ranks, and full."""
     ranks_tried, name = panel.tuned_ranks(), _lowest_name(panel)
@@ -185,6 +215,6 @@ LOWEST_CURVES = FigureKind(
     "Lowest negative log-likelihood over learning rates at every step",
     is_drawn_for=_has_lowest_curves,
     draw=_draw_lowest_curves,
-    height=lambda panel: 0.3 + 2.2 * _grid_of(_num_placements(panel))[0],
+    height=lambda panel: 0.3 + 2.2 * grid_of(_num_placements(panel))[0],
     is_wide=lambda panel: _num_placements(panel) > 1,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -13,9 +13,18 @@ from matplotlib.figure import SubFigure
 from matplotlib.patches import Rectangle
 from matplotlib.transforms import ScaledTranslation
 
-from analysis.figures.axes import axis_label, draw_families, draw_references, of_same_recipe, set_ticks, without_rank
+from analysis.figures.axes import (
+    axis_label,
+    draw_behind,
+    draw_families,
+    draw_references,
+    of_same_recipe,
+    set_ticks,
+    without_rank,
+)
 from analysis.figures.engine import FigureKind
 from analysis.figures.footnote import Footnote
+from analysis.figures.multiples import draw_multiples, groups_of, multiples_height
 from analysis.figures.panels import Panel, PlottedCell
 from analysis.figures.style import GREY, TEXT
 from analysis.metrics import format_value, metric
@@ -23,17 +32,30 @@ from harness.results.metrics import Direction
 
 
 def _draw_rank_curves(subfigure: SubFigure, panel: Panel, footnote: Footnote) -> None:
-    axes = subfigure.subplots()
-    shown = [cell for cell in panel.with_metrics(panel.test) if cell.rank]
+    shown = _ranked(panel)
     full = of_same_recipe([cell for cell in without_rank(panel) if cell.is_full], shown)
-    axes.set_xscale("log", base=2)
-    _move_apart(axes, draw_families(axes, panel, "rank", shown))
-    set_ticks(axes, [cell.displayed("rank") for cell in shown], lambda value: f"{value:g}")
-    draw_references(axes, panel, full, footnote)
+
+    def draw_one(axes: Axes, cells: Sequence[PlottedCell], _: Callable[[PlottedCell], str]) -> None:
+        axes.set_xscale("log", base=2)
+        draw_behind(axes, panel, "rank", [cell for cell in shown if cell not in cells])
+        _move_apart(axes, draw_families(axes, panel, "rank", cells))
+        draw_references(axes, panel, full, footnote)
+        axes.set(xlabel="rank", ylabel=axis_label(panel.test, "y"))
+
+    for axes in draw_multiples(subfigure, _rank_groups(panel), draw_one):
+        set_ticks(axes, [cell.displayed("rank") for cell in shown], lambda value: f"{value:g}")
     compared = [cell for cell in panel.best if cell.rank or cell in full or not cell.num_finished]
     compared = [cell for cell in compared if cell.rank or cell.is_full]
     footnote.account_for(compared, [*shown, *full], panel.test)
-    axes.set(xlabel="rank", ylabel=axis_label(panel.test, "y"))
+    footnote.remarks += ["faint: the others"] if len(_rank_groups(panel)) > 1 else []
+
+
+def _ranked(panel: Panel) -> list[PlottedCell]:
+    return [cell for cell in panel.with_metrics(panel.test) if cell.rank]
+
+
+def _rank_groups(panel: Panel) -> list[tuple[str, list[PlottedCell]]]:
+    return groups_of(panel, _ranked(panel), by_line=True)
 
 
 def _move_apart(axes: Axes, families: Sequence[Sequence[Artist]]) -> None:
@@ -56,6 +78,8 @@ RANK_CURVES = FigureKind(
     "Score on test against the rank",
     is_drawn_for=_has_rank_curve,
     draw=_draw_rank_curves,
+    height=lambda panel: multiples_height(_rank_groups(panel), 2.5),
+    is_wide=lambda panel: len(_rank_groups(panel)) > 1,
     has_intervals=True,
 )
 

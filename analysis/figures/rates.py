@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -14,14 +14,39 @@ from analysis.figures.axes import MAX_NAMED, axis_label, rate_text, set_ticks
 from analysis.figures.engine import FigureKind
 from analysis.figures.footnote import Footnote
 from analysis.figures.labels import label_end, label_point
+from analysis.figures.multiples import draw_multiples, groups_of, multiples_height
 from analysis.figures.panels import Panel, PlottedCell
 
 
 def _draw_learning_rates(subfigure: SubFigure, panel: Panel, footnote: Footnote) -> None:
-    axes = subfigure.subplots()
+    tuned = _tuned(panel)
+    unfinished: dict[Axes, list[tuple[PlottedCell, str]]] = {}
+
+    def draw_one(axes: Axes, cells: Sequence[PlottedCell], name: Callable[[PlottedCell], str]) -> None:
+        unfinished[axes] = _draw_rates_of(axes, panel, cells, name, footnote)
+        axes.set(xlabel="learning rate", ylabel=axis_label(panel.val, "y"))
+
+    drawn = draw_multiples(subfigure, groups_of(panel, tuned), draw_one)
+    _draw_unfinished(unfinished, footnote)
+    for axes in drawn:
+        set_ticks(axes, [rate for cell in tuned for rate in cell.row["tried"]], rate_text)
+    footnote.remarks.append("ring: the chosen rate")
+
+
+def _tuned(panel: Panel) -> list[PlottedCell]:
+    return [cell for cell in panel.best if len(cell.row["tried"]) > 1]
+
+
+def _draw_rates_of(
+    axes: Axes,
+    panel: Panel,
+    tuned: Sequence[PlottedCell],
+    name: Callable[[PlottedCell], str],
+    footnote: Footnote,
+) -> list[tuple[PlottedCell, str]]:
+    """A line for each condition; gives the cells without a finished run, each with the colour of its line."""
     axes.set_xscale("log")
     unfinished = []
-    tuned = [cell for cell in panel.best if len(cell.row["tried"]) > 1]
     for chosen in tuned:
         look = panel.look_by_rank(chosen)
         rates = [cell for cell in panel.tried if cell.row["condition_id"] == chosen.row["condition_id"]]
@@ -30,37 +55,43 @@ def _draw_learning_rates(subfigure: SubFigure, panel: Panel, footnote: Footnote)
         if scored:
             points = [(cell.row["learning_rate"], cell.displayed(panel.val)) for cell in scored]
             axes.plot(*zip(*points, strict=True), label=chosen.label, **look)
-            label_end(axes, chosen.label, points[-1], look["color"])
+            label_end(axes, name(chosen), points[-1], look["color"])
         if chosen.value(panel.val) is not None:
             best = (chosen.row["learning_rate"], chosen.displayed(panel.val))
             axes.plot(*best, "o", ms=7, mfc="none", mec=look["color"], mew=0.7, label="best")
         unfinished += [(cell, look["color"]) for cell in rates if not cell.num_finished]
         footnote.account_for([], scored, panel.val)
     axes.margins(y=0.08)
-    _draw_unfinished(axes, unfinished, footnote)
-    set_ticks(axes, [rate for cell in tuned for rate in cell.row["tried"]], rate_text)
-    footnote.remarks.append("ring: the chosen rate")
-    axes.set(xlabel="learning rate", ylabel=axis_label(panel.val, "y"))
+    return unfinished
 
 
 def _has_rates(panel: Panel) -> bool:
     return bool(panel.with_metrics(panel.val)) and any(len(cell.row["tried"]) > 1 for cell in panel.best)
 
 
-def _draw_unfinished(axes: Axes, unfinished: Sequence[tuple[PlottedCell, str]], footnote: Footnote) -> None:
-    """An x for each cell without a finished run, stacked in a strip below the scores."""
-    low, high = axes.get_ylim()
-    most = max(Counter(cell.row["learning_rate"] for cell, _ in unfinished).values(), default=0)
+def _draw_unfinished(unfinished: Mapping[Axes, Sequence[tuple[PlottedCell, str]]], footnote: Footnote) -> None:
+    """An x for each cell without a finished run, stacked in a strip below the scores of all axes."""
+    most = max(
+        (count for cells in unfinished.values() for count in Counter(_rate(cell) for cell, _ in cells).values()),
+        default=0,
+    )
     step = min(0.045, 0.4 / max(most, 1))
-    axes.set_ylim(low - (high - low) * step * most / (1 - step * most))
-    stacked: Counter[float] = Counter()
-    for cell, colour in unfinished:
-        rate = cell.row["learning_rate"]
-        look: dict[str, Any] = {"color": colour, "clip_on": False, "label": f"{cell.label}: {cell.status}"}
-        axes.plot(rate, 0.02 + step * stacked[rate], "x", transform=axes.get_xaxis_transform(), **look)
-        stacked[rate] += 1
-        where = f"{footnote.where}{cell.label} at {rate_text(rate)}"
-        footnote.absent["x: not finished"].append(f"{where} ({cell.status})")
+    first = next(iter(unfinished))  # whose scale is that of all
+    low, high = first.get_ylim()
+    first.set_ylim(low - (high - low) * step * most / (1 - step * most))
+    for axes, cells in unfinished.items():
+        stacked: Counter[float] = Counter()
+        for cell, colour in cells:
+            rate = _rate(cell)
+            look: dict[str, Any] = {"color": colour, "clip_on": False, "label": f"{cell.label}: {cell.status}"}
+            axes.plot(rate, 0.02 + step * stacked[rate], "x", transform=axes.get_xaxis_transform(), **look)
+            stacked[rate] += 1
+            where = f"{footnote.where}{cell.label} at {rate_text(rate)}"
+            footnote.absent["x: not finished"].append(f"{where} ({cell.status})")
+
+
+def _rate(cell: PlottedCell) -> float:
+    return float(cell.row["learning_rate"])
 
 
 LEARNING_RATES = FigureKind(
@@ -68,7 +99,8 @@ LEARNING_RATES = FigureKind(
     "Score on val against the learning rate",
     is_drawn_for=_has_rates,
     draw=_draw_learning_rates,
-    height=lambda panel: max(2.5, 0.8 + 0.12 * len(panel.best)),
+    height=lambda panel: multiples_height(groups_of(panel, _tuned(panel)), max(2.5, 0.8 + 0.12 * len(panel.best))),
+    is_wide=lambda panel: len(groups_of(panel, _tuned(panel))) > 1,
 )
 
 
@@ -104,7 +136,7 @@ def _draw_best_rates(subfigure: SubFigure, panel: Panel, footnote: Footnote) -> 
 
 
 def _rate_point(cell: PlottedCell) -> tuple[float, float]:
-    return cell.displayed("rank"), float(cell.row["learning_rate"])
+    return cell.displayed("rank"), _rate(cell)
 
 
 def _draw_best_rates_of(axes: Axes, panel: Panel, cells: Sequence[PlottedCell], aside: Transform) -> None:

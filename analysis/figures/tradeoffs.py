@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 
+from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 
 from analysis.figures.axes import (
     axis_label,
+    draw_behind,
     draw_families,
     draw_points,
     draw_references,
@@ -25,23 +27,33 @@ from analysis.figures.axes import (
 from analysis.figures.engine import FigureKind
 from analysis.figures.footnote import Footnote
 from analysis.figures.labels import label_point
+from analysis.figures.multiples import MAX_IN_ONE, draw_multiples, groups_of, multiples_height
 from analysis.figures.panels import Panel, PlottedCell
 from analysis.figures.style import GREY, INK
 from analysis.metrics import is_better
 
 
 def _draw_by_params(subfigure: SubFigure, panel: Panel, footnote: Footnote) -> None:
-    axes = subfigure.subplots()
     shown = _with_adapter(panel)
     references = of_same_recipe(without_rank(panel), shown)
-    draw_families(axes, panel, "num_adapter_params", shown)
-    axes.set_xscale("log")
-    set_count_ticks(axes, "num_adapter_params")
-    name_points(axes, shown, "num_adapter_params", panel.test, footnote)
-    draw_references(axes, panel, references, footnote)
+
+    def draw_one(axes: Axes, cells: Sequence[PlottedCell], _: Callable[[PlottedCell], str]) -> None:
+        draw_behind(axes, panel, "num_adapter_params", [cell for cell in shown if cell not in cells])
+        draw_families(axes, panel, "num_adapter_params", cells)
+        axes.set_xscale("log")
+        name_points(axes, cells, "num_adapter_params", panel.test, footnote)
+        draw_references(axes, panel, references, footnote)
+        axes.set(xlabel=axis_label("num_adapter_params", "x"), ylabel=axis_label(panel.test, "y"))
+
+    for axes in draw_multiples(subfigure, _adapter_groups(panel), draw_one):
+        set_count_ticks(axes, "num_adapter_params")
     left_out = [cell for cell in without_rank(panel) if cell not in references]
     footnote.account_for([cell for cell in panel.best if cell not in left_out], [*shown, *references], panel.test)
-    axes.set(xlabel=axis_label("num_adapter_params", "x"), ylabel=axis_label(panel.test, "y"))
+    footnote.remarks += ["faint: the others"] if len(_adapter_groups(panel)) > 1 else []
+
+
+def _adapter_groups(panel: Panel) -> list[tuple[str, list[PlottedCell]]]:
+    return groups_of(panel, _with_adapter(panel), by_line=True)
 
 
 def _with_adapter(panel: Panel) -> list[PlottedCell]:
@@ -54,6 +66,8 @@ SCORE_BY_PARAMS = FigureKind(
     "Score on test against the number of adapter parameters",
     is_drawn_for=lambda panel: len(_with_adapter(panel)) > 1,
     draw=_draw_by_params,
+    height=lambda panel: multiples_height(_adapter_groups(panel), 2.5),
+    is_wide=lambda panel: len(_adapter_groups(panel)) > 1,
     has_intervals=True,
 )
 
@@ -106,11 +120,17 @@ def _can_draw_front(panel: Panel, *, cost: str) -> bool:
     return len(panel.with_metrics(cost, panel.test)) > 1
 
 
+def _is_crowded(panel: Panel) -> bool:
+    """Whether the names along a front need the width of the page."""
+    return len(panel.with_metrics(panel.test)) > MAX_IN_ONE
+
+
 SCORE_BY_MEMORY = FigureKind(
     "score_by_memory",
     "Score on test against peak memory",
     is_drawn_for=partial(_can_draw_front, cost="peak_memory_bytes"),
     draw=partial(_draw_front, cost="peak_memory_bytes"),
+    is_wide=_is_crowded,
     has_intervals=True,
 )
 SCORE_BY_STEP_TIME = FigureKind(
@@ -118,6 +138,7 @@ SCORE_BY_STEP_TIME = FigureKind(
     "Score on test against the time of a step",
     is_drawn_for=partial(_can_draw_front, cost="step_seconds_median"),
     draw=partial(_draw_front, cost="step_seconds_median"),
+    is_wide=_is_crowded,
     has_intervals=True,
 )
 

@@ -1,0 +1,85 @@
+"""Small multiples: where a panel would be crowded, axes for each family of conditions, on the same scales."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import SubFigure
+
+from analysis.figures.panels import Panel, PlottedCell
+
+# So many conditions are told apart in one pair of axes, and so many families joined by lines.
+MAX_IN_ONE = 13
+MAX_FAMILIES_IN_ONE = 4
+# Conditions without a rank, or of families with one rank, share axes.
+_MAX_OTHERS = 6
+_ROW_INCHES = 2.0
+
+# Draws conditions into axes, each named by the last argument.
+DrawOne = Callable[[Axes, Sequence[PlottedCell], Callable[[PlottedCell], str]], None]
+
+
+def grid_of(number: int) -> tuple[int, int]:
+    """Rows and columns for so many axes, at most three side by side."""
+    columns = 2 if number == 4 else min(3, number)
+    return -(-number // columns), columns
+
+
+def groups_of(
+    panel: Panel, cells: Sequence[PlottedCell], *, by_line: bool = False
+) -> list[tuple[str, list[PlottedCell]]]:
+    """The conditions that share axes, with a title; of a few conditions one group without one.
+
+    Args:
+        panel: where they are from.
+        cells: what is drawn.
+        by_line: whether a line joins the conditions of a family, of which some have room in one.
+    """
+    families = [(family, [cell for cell in members if cell in cells]) for family, members in panel.families().items()]
+    num_families = sum(bool(members) for _, members in families)
+    if len(cells) <= MAX_IN_ONE or (by_line and num_families <= MAX_FAMILIES_IN_ONE):
+        return [("", [*cells])]
+    several = [(family, members) for family, members in families if len(members) > 1]
+    in_families = {cell for _, members in several for cell in members}
+    others = [cell for cell in cells if cell not in in_families]
+    batches = [others[start : start + _MAX_OTHERS] for start in range(0, len(others), _MAX_OTHERS)]
+    groups = [*several, *(("others" if several else "", batch) for batch in batches)]
+    return groups if len(groups) > 1 else [("", [*cells])]
+
+
+def draw_multiples(
+    subfigure: SubFigure, groups: Sequence[tuple[str, Sequence[PlottedCell]]], draw_one: DrawOne
+) -> list[Axes]:
+    """Axes for each group, on the same scales, with titles at the left and below alone."""
+    rows, columns = grid_of(len(groups))
+    grid = subfigure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    used, unused = grid.ravel()[: len(groups)], grid.ravel()[len(groups) :]
+    for axes, (title, cells) in zip(used, groups, strict=True):
+        # What the title says, names need not.
+        is_family = title != "" and all(cell.family == title for cell in cells)
+        draw_one(axes, cells, _rank_name if is_family else _label)
+        axes.set_title(title)
+    for axes in unused:
+        axes.set_visible(False)
+    for number, axes in enumerate(used):
+        if number % columns:
+            axes.set_ylabel("")
+        if number + columns < len(groups):
+            axes.set_xlabel("")
+        else:
+            axes.tick_params(labelbottom=True)
+    return [*used]
+
+
+def multiples_height(groups: Sequence[object], single: float) -> float:
+    """Inches for so many groups, or of one alone."""
+    return single if len(groups) == 1 else 0.4 + _ROW_INCHES * grid_of(len(groups))[0]
+
+
+def _rank_name(cell: PlottedCell) -> str:
+    return f"r{cell.rank:g}"
+
+
+def _label(cell: PlottedCell) -> str:
+    return cell.label
