@@ -509,6 +509,36 @@ def test_notes_are_folded_and_open_in_print(browser: Any, frame: pd.DataFrame, t
 
 
 @pytest.mark.browser
+def test_more_than_thirteen_conditions_are_small_multiples(browser: Any, tmp_path: Path) -> None:
+    runs_dir = tmp_path / "runs"
+    for rate in (0.001, 0.01):
+        for placement in ("q", "v", "qv"):
+            for rank in (1, 2, 4, 8):
+                save(runs_dir, "lora", 0, rate, rank=rank, placement=placement)
+        for method in ("full", "head_only"):
+            save(runs_dir, method, 0, rate)
+    address = open_page(browser, tmp_path / "page.html", make(load_runs(runs_dir).frame, tables=[]))
+    for name in ("rate", "curves"):
+        figure = browser.find_element("id", f"figure-{name}")
+        titles = [title.text for title in figure.find_elements("css selector", ".annotation")]
+        assert titles == ["lora, q", "lora, qv", "lora, v", "others"]
+        assert len(figure.find_elements("css selector", ".cartesianlayer > .subplot")) == 4
+        legend = [entry.text for entry in figure.find_elements("css selector", ".legendtext")]
+        assert legend == ["rank 1", "rank 2", "rank 4", "rank 8", "full", "head_only"]
+    # The keyboard goes from one into the next.
+    plot = browser.find_element("css selector", "#figure-rate .plot")
+    mouse(browser).send_keys("").perform()
+    browser.execute_script("arguments[0].focus({focusVisible: true})", plot)
+    mouse(browser).send_keys("\ue015" * 4).perform()
+    said = browser.find_element("css selector", ".spoken")
+    assert said.get_attribute("textContent").startswith("lora, rank 1, qv, learning rate 0.001")
+    # Within the limit they share one plot.
+    browser.find_element("css selector", "#method option[value=lora]").click()
+    assert len(browser.find_elements("css selector", "#figure-rate .cartesianlayer > .subplot")) == 1
+    check_quiet(browser, address)
+
+
+@pytest.mark.browser
 def test_hostile_text_is_shown_as_text(browser: Any, hostile: pd.DataFrame, tmp_path: Path) -> None:
     address = open_page(browser, tmp_path / "page.html", make(hostile, title=SCRIPT))
     assert browser.title == SCRIPT

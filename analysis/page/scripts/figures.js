@@ -26,7 +26,7 @@ function drawMemory() {
   });
   const middle = cells.reduce((sum, cell) => sum + cell.memory, 0) / cells.length;
   const annotations = cells.filter((cell) => cell.leads).map((cell) => ({
-    x: cell.memory, y: cell.test, text: `best on val: ${plain(cell.name)}`, font: { size: 12 }, bgcolor: theme().back,
+    x: cell.memory, y: cell.test, text: `best on val${window.innerWidth < NARROW ? "" : `: ${plain(cell.name)}`}`, font: { size: 12 }, bgcolor: theme().back,
     opacity: 0.9, arrowwidth: 1, arrowhead: 0, standoff: 8, ay: -26, ax: cell.memory > middle ? -34 : 34,
     xanchor: cell.memory > middle ? "right" : "left",
   }));
@@ -81,7 +81,7 @@ function drawRates() {
     .filter((members) => new Set(members.map((cell) => cell.rate)).size > 1);
   if (!tried.length) return null;
   const named = new Set();
-  const traces = tried.map((members) => {
+  const pairs = tried.map((members) => {
     const made = trace(members, "rate", "val", { join: true });
     const ordered = [...members].sort((a, b) => a.rate - b.rate);
     made.showlegend = !named.has(made.legendgroup);
@@ -90,10 +90,10 @@ function drawRates() {
     made.marker.size = 8;
     made.marker.color = ordered.map((cell) => (cell.best ? colour(cell.series) : theme().back));
     made.marker.line = { color: colour(members[0].series), width: 1.8 };
-    return made;
+    return [members[0], made];
   });
   const axis = ticks("rate", 6)(tried.flat());
-  return { traces, layout: layout({ type: "log", title: "learning rate", ...axis, tickformat: "~g" }, task().val) };
+  return inMultiples(pairs, layout({ type: "log", title: "learning rate", ...axis, tickformat: "~g" }, task().val));
 }
 
 function drawParts() {
@@ -119,7 +119,6 @@ function drawParts() {
   Object.assign(made.yaxis, {
     tickvals: cells.map((_, i) => i), ticktext: cells.map((cell) => short(cell.name)), autorange: "reversed",
   });
-  made.legend.y = -75 / (made.height - 60);
   return { traces, layout: made };
 }
 
@@ -128,7 +127,7 @@ function drawCurves() {
   if (!cells.length) return null;
   const shown = cells.slice(0, MAX_CURVES);
   const places = new Map(bySeries(shown).flatMap((members) => members.map((cell, place) => [cell, place])));
-  const traces = shown.flatMap((cell) => {
+  const pairs = shown.flatMap((cell) => {
     const [steps, means, lows, highs, num] = data.bands[cell.index][state.curve];
     const shared = { type: "scatter", mode: "lines", legendgroup: String(cell.index), legendrank: 1000 + cell.series };
     const seeds = (i) => (num > 1 ? ` (${lows[i]} to ${highs[i]}, ${num} seeds)` : "");
@@ -139,12 +138,12 @@ function drawCurves() {
     };
     const band = {
       ...shared, x: [...steps, ...[...steps].reverse()], y: [...highs, ...[...lows].reverse()], showlegend: false,
-      hoverinfo: "skip", fill: "toself", fillcolor: `${colour(cell.series)}26`, line: { width: 0 },
+      hoverinfo: "skip", fill: "toself", fillcolor: `${colour(cell.series)}26`, line: { color: colour(cell.series), width: 0 },
     };
-    return num > 1 ? [band, line] : [line];
+    return num > 1 ? [[cell, band], [cell, line]] : [[cell, line]];
   });
   const limit = cells.length > MAX_CURVES ? ` (${MAX_CURVES} of ${cells.length} conditions)` : "";
-  return { traces, layout: layout({ title: `step${limit}` }, data.curve_labels[state.curve]) };
+  return inMultiples(pairs, layout({ title: `step${limit}` }, data.curve_labels[state.curve]));
 }
 
 const FIGURES = {
@@ -166,9 +165,11 @@ function drawFigures() {
     const made = make();
     figure.hidden = made === null;
     if (made === null) return;
+    figure.classList.toggle("wide", name === "memory" || Boolean(made.layout.grid));
     // Room for a long legend, which would take it from the plot.
-    const numNamed = made.traces.filter((one) => one.showlegend !== false).length;
-    made.layout.height += 18 * Math.max(0, Math.ceil(numNamed / 2) - 4);
+    const names = made.traces.filter((one) => one.showlegend !== false).map((one) => one.name);
+    const perRow = names.some((text) => text.length > 24) ? 1 : 2;
+    made.layout.height += 18 * Math.max(0, Math.ceil(names.length / perRow) - 4);
     if (state.printing) made.layout.width = 640;
     const isNew = !plot.classList.contains("js-plotly-plot");
     const image = { filename: name, format: "svg" };

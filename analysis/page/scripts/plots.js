@@ -32,6 +32,7 @@ function trace(cells, x, y, options = {}) {
     line: { color: colour(series), width: 1.2 },
     marker: {
       color: colour(series), symbol: SYMBOLS[series % SYMBOLS.length],
+      opacity: 1,
       // The best on val is larger in every figure.
       size: ordered.map((cell) => (cell.leads ? 15 : 10)),
       line: { color: theme().text, width: ordered.map((cell) => (cell.leads ? 2 : 0.8)) },
@@ -59,7 +60,7 @@ function layout(xaxis, yTitle, extra = {}) {
     font: { family: "system-ui, Liberation Sans, sans-serif", size: 13, color: text },
     margin: { l: 56, r: 12, t: 28, b: 48 },
     modebar: { bgcolor: "rgba(0,0,0,0)", color: quiet, activecolor: text },
-    legend: { orientation: "h", y: -0.2, yanchor: "top", x: 0, traceorder: "normal" },
+    legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0, traceorder: "normal" },
     hoverlabel: { bgcolor: back, bordercolor: quiet, font: { color: text }, align: "left", namelength: 0 },
     hovermode: "closest",
     showlegend: true,
@@ -67,6 +68,61 @@ function layout(xaxis, yTitle, extra = {}) {
     yaxis: { ...axis, title: { text: plain(yTitle), standoff: 12 } },
     ...extra,
   };
+}
+
+// So many lines are told apart in one plot: of more, small multiples on the same scales, one for each series that has
+// several; those of a single condition share the last ones. Each trace comes with its cell.
+function inMultiples(pairs, made) {
+  const num = new Set(pairs.map(([cell]) => cell)).size;
+  const several = [...groups(pairs, ([cell]) => cell.series)].filter(([, members]) => new Set(members.map(([cell]) => cell)).size > 1);
+  const inOwn = new Set(several.flatMap(([, members]) => members));
+  const others = [...groups(pairs.filter((pair) => !inOwn.has(pair)), ([cell]) => cell).values()];
+  const shared = Array.from({ length: Math.ceil(others.length / MAX_OTHERS) }, (_, i) => (
+    [null, others.slice(i * MAX_OTHERS, (i + 1) * MAX_OTHERS).flat()]));
+  const parts = [...several, ...shared];
+  if (num <= MAX_IN_ONE || parts.length < 2) return { traces: pairs.map(([, one]) => one), layout: made };
+  const columns = Math.min(parts.length, state.printing ? 2 : window.innerWidth < NARROW ? 1 : 3);
+  const rows = Math.ceil(parts.length / columns);
+  const { xaxis, yaxis } = made;
+  Object.assign(made, {
+    height: 210 * rows + 150, annotations: [], grid: { rows, columns, pattern: "independent", xgap: 0.12, ygap: Math.min(0.3, 60 / 210) },
+    margin: { ...made.margin, t: 50 },
+  });
+  const ranks = [...new Set(pairs.map(([cell]) => cell.rank))].filter((rank) => rank !== null).sort((a, b) => a - b);
+  const named = new Set();
+  const traces = parts.flatMap(([series, members], i) => {
+    const at = i ? String(i + 1) : "";
+    const isLowest = i + columns >= parts.length;
+    made[`xaxis${at}`] = { ...xaxis, title: isLowest ? xaxis.title : undefined, ...(i ? { matches: "x" } : {}) };
+    made[`yaxis${at}`] = { ...yaxis, title: i % columns ? undefined : yaxis.title, ...(i ? { matches: "y" } : {}) };
+    made.annotations.push({
+      text: series === null ? "others" : plain(data.series[series]), showarrow: false, font: { size: 13 }, x: 0, y: 1,
+      xref: `x${at} domain`, yref: `y${at} domain`, xanchor: "left", yanchor: "bottom", yshift: 4,
+    });
+    const cells = [...new Set(members.map(([cell]) => cell))];
+    return members.map(([cell, one]) => {
+      // Ranks have a colour each, the same in every one of them.
+      const isRank = series !== null && cell.rank !== null;
+      const name = isRank ? `rank ${cell.rank}` : one.name;
+      const number = isRank ? ranks.indexOf(cell.rank) : cells.indexOf(cell);
+      const isNew = one.hoverinfo !== "skip" && !named.has(name);
+      if (isNew) named.add(name);
+      return recoloured({ ...one, name, xaxis: `x${at}`, yaxis: `y${at}`, legendgroup: name, showlegend: isNew,
+        legendrank: 1000 + (isRank ? number : 100 + number) }, colour(number));
+    });
+  });
+  return { traces, layout: made };
+}
+
+function recoloured(one, to) {
+  const from = one.line.color;
+  const swap = (value) => (Array.isArray(value) ? value.map(swap) : value === from ? to : value);
+  const made = { ...one, line: { ...one.line, color: to } };
+  if (one.fillcolor) made.fillcolor = `${to}26`;
+  if (one.marker) {
+    made.marker = { ...one.marker, color: swap(one.marker.color), line: { ...one.marker.line, color: swap(one.marker.line.color) } };
+  }
+  return made;
 }
 
 // Ticks at the values themselves while they are few, else at 1, 2, 5, or on a long axis at powers of ten.

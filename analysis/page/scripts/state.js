@@ -4,6 +4,10 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const MAX_BARS = 60;
 const MAX_CURVES = 40;
+const MAX_IN_ONE = 13;
+const MAX_OTHERS = 6;
+// In pixels: below there is no room for names beside points, nor for two plots side by side.
+const NARROW = 720;
 const THEMES = {
   light: {
     text: "#1c2126", quiet: "#57606a", grid: "#e3e7eb", back: "#ffffff",
