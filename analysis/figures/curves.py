@@ -17,7 +17,14 @@ from analysis.figures.axes import axis_label, set_count_ticks
 from analysis.figures.engine import FigureKind
 from analysis.figures.footnote import Footnote
 from analysis.figures.labels import label_end
-from analysis.figures.multiples import draw_multiples, grid_of, groups_of, multiples_height
+from analysis.figures.multiples import (
+    draw_multiples,
+    grid_of,
+    groups_of,
+    multiples_height,
+    multiples_remarks,
+    shown_in,
+)
 from analysis.figures.panels import Panel, PlottedCell
 from analysis.figures.style import COLOURS, LINES, MARKERS, RANK_COLOURS, in_turn
 
@@ -30,7 +37,7 @@ Curve = tuple[list[float], list[float]]
 def _draw_training(subfigure: SubFigure, panel: Panel, footnote: Footnote) -> None:
     """Losses above scores; of scores at a single step nothing."""
     groups = _curve_groups(panel)
-    shown = [cell for _, cells in groups for cell in cells]
+    shown = shown_in(groups)
     names = [_loss(panel)]
     if any(len(_seed_curve(panel, cell, panel.val).steps) > 1 for cell in shown):
         names.append(panel.val)
@@ -48,6 +55,8 @@ def _draw_training(subfigure: SubFigure, panel: Panel, footnote: Footnote) -> No
     footnote.account_for([cell for cell in panel.best if not cell.num_finished], shown, panel.val)
     if any(_seed_curve(panel, cell, name).num_runs > 1 for cell in shown for name in names):
         footnote.remarks.append("band: from the lowest to the highest seed")
+    if len(groups) > 1:
+        footnote.remarks += multiples_remarks(groups, _curve_cells(panel))
     footnote.remarks += [_curve_remark([panel]).strip(" ()")] if _curve_remark([panel]) else []
 
 

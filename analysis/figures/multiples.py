@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 
+from analysis.comparisons import ranked_by
 from analysis.figures.panels import Panel, PlottedCell
 
 # So many conditions are told apart in one pair of axes, and so many families joined by lines.
@@ -15,6 +16,8 @@ MAX_FAMILIES_IN_ONE = 4
 # Conditions without a rank, or of families with one rank, share axes.
 _MAX_OTHERS = 6
 _ROW_INCHES = 2.0
+# So many fill a page; of more groups those whose best condition is best on val.
+MAX_GROUPS = 18
 
 # Draws conditions into axes, each named by the last argument.
 DrawOne = Callable[[Axes, Sequence[PlottedCell], Callable[[PlottedCell], str]], None]
@@ -36,7 +39,8 @@ def groups_of(
         cells: what is drawn.
         by_line: whether a line joins the conditions of a family, of which some have room in one.
     """
-    families = [(family, [cell for cell in members if cell in cells]) for family, members in panel.families().items()]
+    drawn = set(cells)
+    families = [(family, [cell for cell in members if cell in drawn]) for family, members in panel.families().items()]
     num_families = sum(bool(members) for _, members in families)
     if len(cells) <= MAX_IN_ONE or (by_line and num_families <= MAX_FAMILIES_IN_ONE):
         return [("", [*cells])]
@@ -45,7 +49,24 @@ def groups_of(
     others = [cell for cell in cells if cell not in in_families]
     batches = [others[start : start + _MAX_OTHERS] for start in range(0, len(others), _MAX_OTHERS)]
     groups = [*several, *(("others" if several else "", batch) for batch in batches)]
+    if len(groups) > MAX_GROUPS:
+        order = [cells[index] for index in ranked_by([cell.row for cell in cells], panel.val)]
+        places = {cell: place for place, cell in enumerate(order)}
+        best = [min(places.get(cell, len(places)) for cell in members) for _, members in groups]
+        kept = sorted(range(len(groups)), key=lambda number: best[number])[:MAX_GROUPS]
+        groups = [groups[number] for number in sorted(kept)]
     return groups if len(groups) > 1 else [("", [*cells])]
+
+
+def shown_in(groups: Sequence[tuple[str, Sequence[PlottedCell]]]) -> list[PlottedCell]:
+    """The conditions of all groups."""
+    return [cell for _, cells in groups for cell in cells]
+
+
+def multiples_remarks(groups: Sequence[tuple[str, Sequence[PlottedCell]]], cells: Sequence[PlottedCell]) -> list[str]:
+    """What the footnote says of conditions that no group holds."""
+    num = len(cells) - len(shown_in(groups))
+    return [f"the {len(groups)} groups that are best on val, without {num} other conditions"] if num else []
 
 
 def draw_multiples(

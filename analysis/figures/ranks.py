@@ -24,7 +24,7 @@ from analysis.figures.axes import (
 )
 from analysis.figures.engine import FigureKind
 from analysis.figures.footnote import Footnote
-from analysis.figures.multiples import draw_multiples, groups_of, multiples_height
+from analysis.figures.multiples import draw_multiples, groups_of, multiples_height, multiples_remarks, shown_in
 from analysis.figures.panels import Panel, PlottedCell
 from analysis.figures.style import GREY, TEXT
 from analysis.metrics import format_value, metric
@@ -32,7 +32,8 @@ from harness.results.metrics import Direction
 
 
 def _draw_rank_curves(subfigure: SubFigure, panel: Panel, footnote: Footnote) -> None:
-    shown = _ranked(panel)
+    groups = _rank_groups(panel)
+    shown = shown_in(groups)
     full = of_same_recipe([cell for cell in without_rank(panel) if cell.is_full], shown)
 
     def draw_one(axes: Axes, cells: Sequence[PlottedCell], _: Callable[[PlottedCell], str]) -> None:
@@ -42,12 +43,13 @@ def _draw_rank_curves(subfigure: SubFigure, panel: Panel, footnote: Footnote) ->
         draw_references(axes, panel, full, footnote)
         axes.set(xlabel="rank", ylabel=axis_label(panel.test, "y"))
 
-    for axes in draw_multiples(subfigure, _rank_groups(panel), draw_one):
+    for axes in draw_multiples(subfigure, groups, draw_one):
         set_ticks(axes, [cell.displayed("rank") for cell in shown], lambda value: f"{value:g}")
     compared = [cell for cell in panel.best if cell.rank or cell in full or not cell.num_finished]
     compared = [cell for cell in compared if cell.rank or cell.is_full]
-    footnote.account_for(compared, [*shown, *full], panel.test)
-    footnote.remarks += ["faint: the others"] if len(_rank_groups(panel)) > 1 else []
+    footnote.account_for(compared, [*_ranked(panel), *full], panel.test)
+    footnote.remarks += ["faint: the others"] if len(groups) > 1 else []
+    footnote.remarks += multiples_remarks(groups, _ranked(panel))
 
 
 def _ranked(panel: Panel) -> list[PlottedCell]:

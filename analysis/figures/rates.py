@@ -14,23 +14,24 @@ from analysis.figures.axes import MAX_NAMED, axis_label, rate_text, set_ticks
 from analysis.figures.engine import FigureKind
 from analysis.figures.footnote import Footnote
 from analysis.figures.labels import label_end, label_point
-from analysis.figures.multiples import draw_multiples, groups_of, multiples_height
+from analysis.figures.multiples import draw_multiples, groups_of, multiples_height, multiples_remarks
 from analysis.figures.panels import Panel, PlottedCell
 
 
 def _draw_learning_rates(subfigure: SubFigure, panel: Panel, footnote: Footnote) -> None:
     tuned = _tuned(panel)
+    groups = groups_of(panel, tuned)
     unfinished: dict[Axes, list[tuple[PlottedCell, str]]] = {}
 
     def draw_one(axes: Axes, cells: Sequence[PlottedCell], name: Callable[[PlottedCell], str]) -> None:
         unfinished[axes] = _draw_rates_of(axes, panel, cells, name, footnote)
         axes.set(xlabel="learning rate", ylabel=axis_label(panel.val, "y"))
 
-    drawn = draw_multiples(subfigure, groups_of(panel, tuned), draw_one)
+    drawn = draw_multiples(subfigure, groups, draw_one)
     _draw_unfinished(unfinished, footnote)
     for axes in drawn:
         set_ticks(axes, [rate for cell in tuned for rate in cell.row["tried"]], rate_text)
-    footnote.remarks.append("ring: the chosen rate")
+    footnote.remarks += ["ring: the chosen rate", *multiples_remarks(groups, tuned)]
 
 
 def _tuned(panel: Panel) -> list[PlottedCell]:

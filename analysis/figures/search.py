@@ -12,7 +12,7 @@ from analysis.figures.axes import axis_label, rate_text, set_ticks
 from analysis.figures.engine import FigureKind
 from analysis.figures.footnote import Footnote
 from analysis.figures.labels import label_end
-from analysis.figures.multiples import draw_multiples, groups_of, multiples_height
+from analysis.figures.multiples import draw_multiples, groups_of, multiples_height, multiples_remarks
 from analysis.figures.panels import Panel, PlottedCell
 from analysis.metrics import metric
 from analysis.trials import Tried
@@ -33,7 +33,7 @@ def _draw(subfigure: SubFigure, panel: Panel, footnote: Footnote) -> None:
     heights = [_height(panel, cells) for cells in searched.values()]
     rows = subfigure.subfigures(len(searched), squeeze=False, height_ratios=heights)[:, 0]
     for row, (setting, cells) in zip(rows, searched.items(), strict=True):
-        _draw_setting(row, panel, setting, cells)
+        footnote.remarks += _draw_setting(row, panel, setting, cells)
     footnote.remarks.append("whole runs of the search, whose seeds no other figure has; ring: the chosen value")
     if any(point.score is None for cells in searched.values() for _, points in cells for point in points):
         footnote.remarks.append("\N{MULTIPLICATION SIGN}: diverged or without a score")
@@ -41,7 +41,8 @@ def _draw(subfigure: SubFigure, panel: Panel, footnote: Footnote) -> None:
 
 def _draw_setting(
     subfigure: SubFigure, panel: Panel, setting: str, cells: list[tuple[PlottedCell, list[Tried]]]
-) -> None:
+) -> list[str]:
+    """Draws what was tried of a setting, and gives what the footnote says of it."""
     values = [point.values[0] for _, points in cells for point in points]
     points_of = dict(cells)
     title = "learning rate" if setting == "trainer.learning_rate" else axes_of([setting])[0].name
@@ -54,8 +55,10 @@ def _draw_setting(
         axes.margins(y=0.08)
         axes.set(xlabel=f"{title} tried", ylabel=axis_label(panel.val, "y"))
 
-    for axes in draw_multiples(subfigure, groups_of(panel, [*points_of]), draw_one):
+    groups = groups_of(panel, [*points_of])
+    for axes in draw_multiples(subfigure, groups, draw_one):
         set_ticks(axes, values, rate_text)
+    return multiples_remarks(groups, [*points_of])
 
 
 def _draw_cell(axes: Axes, panel: Panel, cell: PlottedCell, points: Sequence[Tried], name: str) -> None:

@@ -27,14 +27,22 @@ from analysis.figures.axes import (
 from analysis.figures.engine import FigureKind
 from analysis.figures.footnote import Footnote
 from analysis.figures.labels import label_point
-from analysis.figures.multiples import MAX_IN_ONE, draw_multiples, groups_of, multiples_height
+from analysis.figures.multiples import (
+    MAX_IN_ONE,
+    draw_multiples,
+    groups_of,
+    multiples_height,
+    multiples_remarks,
+    shown_in,
+)
 from analysis.figures.panels import Panel, PlottedCell
 from analysis.figures.style import GREY, INK
 from analysis.metrics import is_better
 
 
 def _draw_by_params(subfigure: SubFigure, panel: Panel, footnote: Footnote) -> None:
-    shown = _with_adapter(panel)
+    groups = _adapter_groups(panel)
+    shown = shown_in(groups)
     references = of_same_recipe(without_rank(panel), shown)
 
     def draw_one(axes: Axes, cells: Sequence[PlottedCell], _: Callable[[PlottedCell], str]) -> None:
@@ -45,11 +53,13 @@ def _draw_by_params(subfigure: SubFigure, panel: Panel, footnote: Footnote) -> N
         draw_references(axes, panel, references, footnote)
         axes.set(xlabel=axis_label("num_adapter_params", "x"), ylabel=axis_label(panel.test, "y"))
 
-    for axes in draw_multiples(subfigure, _adapter_groups(panel), draw_one):
+    for axes in draw_multiples(subfigure, groups, draw_one):
         set_count_ticks(axes, "num_adapter_params")
     left_out = [cell for cell in without_rank(panel) if cell not in references]
-    footnote.account_for([cell for cell in panel.best if cell not in left_out], [*shown, *references], panel.test)
-    footnote.remarks += ["faint: the others"] if len(_adapter_groups(panel)) > 1 else []
+    measured = [*_with_adapter(panel), *references]
+    footnote.account_for([cell for cell in panel.best if cell not in left_out], measured, panel.test)
+    footnote.remarks += ["faint: the others"] if len(groups) > 1 else []
+    footnote.remarks += multiples_remarks(groups, _with_adapter(panel))
 
 
 def _adapter_groups(panel: Panel) -> list[tuple[str, list[PlottedCell]]]:
