@@ -695,7 +695,7 @@ def test_subsets_lie_inside_larger_ones_and_leave_val_and_test_alone(tmp_path: P
 
 def test_blocks_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = documents(tmp_path, TEXTS)
-    monkeypatch.setattr("harness.data.language._build", lambda *_: pytest.fail("made twice"))
+    monkeypatch.setattr("harness.data.language._build", lambda *_, **__: pytest.fail("made twice"))
     again = documents(tmp_path, TEXTS)
     assert np.array_equal(first.batch([0, 1]).inputs["input_ids"], again.batch([0, 1]).inputs["input_ids"])
     with pytest.raises(pytest.fail.Exception, match="made twice"):

@@ -138,7 +138,7 @@ def test_a_report_tells_runs_of_other_rates_apart(rows: Path, tmp_path: Path) ->
         (
             "lora",
             {"learning_rate_base": 1e-3},
-            "trainer.learning_rate_base=0.001: is read by methods that train parameters of the base model, and",
+            "trainer.learning_rate_base=0.001: is read where parameters of the base model train: by method=full, ",
         ),
         (
             "lora",

@@ -278,10 +278,10 @@ def test_data_that_are_edited_after_planning_are_refused(
     planned = identify(wanted)
     load = load_data
 
-    def edited(*arguments: Any) -> Any:
-        loaded = load(*arguments) if when == "after it is read" else None
+    def edited(*arguments: Any, **options: Any) -> Any:
+        loaded = load(*arguments, **options) if when == "after it is read" else None
         path.write_text(rows.read_text().replace(",fruit", ",x"))
-        return loaded or load(*arguments)
+        return loaded or load(*arguments, **options)
 
     monkeypatch.setattr(prepare_module, "find_family", lambda task: replace(find_family(task), load=edited))
     with pytest.raises(ContentError, match=r"dataset\.train: changed since this run was planned"):
