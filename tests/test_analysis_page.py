@@ -483,7 +483,7 @@ def test_the_marks_of_a_figure_are_reached_from_the_keyboard(browser: Any, frame
     assert press("\ue00c").startswith("lora, rank 16, all")
     assert browser.switch_to.active_element == plot
 
-    # Tab goes on to the next figure; what a filter leaves is what can be reached.
+    # Tab moves to the next figure; what a filter leaves is what can be reached.
     mouse(browser).send_keys("\ue004").perform()
     assert browser.switch_to.active_element != plot
     browser.find_element("css selector", "#method option[value=full]").click()

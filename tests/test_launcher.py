@@ -61,7 +61,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
 
 
 def launch(runs_dir: Path, *arguments: str, address_space: int | None = None) -> Launched:
-    """A launcher in its own process, which starts a fork server of its own for its workers."""
+    """A launcher in its own process, which starts another fork server for its workers."""
     output = runs_dir.with_name(f"{runs_dir.name}-{next(_numbers)}.txt")
     words = ["-m", *arguments, f"runs_dir={runs_dir}"]
     return Launched(words, cwd=ROOT, output=output, address_space=address_space)

@@ -21,7 +21,7 @@ def comparison_of(row: Cell) -> tuple[str, str, str]:
 def full_of(rows: Sequence[Cell]) -> dict[tuple[str, str, str], Cell]:
     """The finished full fine-tuning to compare with, by `comparison_of`.
 
-    Of several the one that departs in nothing; of those that differ in settings of its own the best on val.
+    Of several the one that departs in nothing; of those that differ in their own axes the best on val.
     """
     several: dict[tuple[str, str, str], list[Cell]] = {}
     for row in filter(is_full, rows):

@@ -1,7 +1,7 @@
 """The search inside a cell: which values of a setting to try next, from the scores of those that were tried.
 
-Pure functions of finished results: the same trials follow from the same scores, whoever computed them and in whatever
-order they ended. Cells know nothing of each other. No run is truncated, and none ends because another leads.
+Pure functions of finished results: the same trials follow from the same scores, in whatever order and by whatever
+process they were computed. Cells know nothing of each other. No run is truncated, and none ends because another leads.
 
 On a log scale (or a linear one) three values are tried, a factor apart. While the best is the first or last of all, the
 next one outside is tried. Then the vertex of the parabola through the best and its neighbours, until the cell has had
