@@ -33,9 +33,10 @@ def conditions_and_recipes(
     firsts = frame.drop_duplicates("cell_id")
     shown = {column: setting_values(firsts, column).tolist() for column in settings}
     names = [firsts["model"].tolist(), firsts["dataset"].tolist()]
-    own = {column: is_of_method(name) or name in searched for column in settings for name in [column[len("config.") :]]}
-    fixed = [shown[column] for column in settings if not own[column]]
-    varied = [shown[column] for column in settings if own[column]]
+    names_of = {column: column.removeprefix("config.") for column in settings}
+    own = {column for column, name in names_of.items() if is_of_method(name) or name in searched}
+    fixed = [shown[column] for column in settings if column not in own]
+    varied = [shown[column] for column in settings if column in own]
     if "config.target_layers.name" in frame:
         varied.append(firsts["config.target_layers.name"].tolist())
     recipes: dict[tuple[Any, ...], str] = {}

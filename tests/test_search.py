@@ -262,7 +262,7 @@ def test_a_sweep_searches_each_cell_and_reports_at_what_it_chose(searched: Any) 
         (["trainer.learning_rate"], 5, 2)
     ] * 2
     assert {run_id for cell in last.searched for run_id in cell.trials + (cell.runs or [])} == set(last.run_ids)
-    # Run again, nothing is made again.
+    # Launched again, it runs nothing.
     before = list(searched.made)
     assert searched.sweep(*SEARCH) == 0
     assert searched.made == before

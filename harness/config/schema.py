@@ -212,7 +212,7 @@ def _file_names(dataset: DatasetConfig) -> list[str]:
     return [name for name in named if name is not None]
 
 
-def _is_given(dataset: DatasetConfig, split: str) -> bool:
+def is_given(dataset: DatasetConfig, split: str) -> bool:
     """Whether a split comes with the data, so that none is held out of train."""
     is_hub = dataset.hub_id is not None and dataset.path is None
     return getattr(dataset, f"{split}_split" if is_hub else f"{split}_file") is not None
@@ -446,17 +446,17 @@ class DatasetConfig:
     best_metric: str = "accuracy"
     val_fraction: float = field(
         default=0.1,
-        metadata=_read("where the data have no val split", lambda config: not _is_given(config.dataset, "val")),
+        metadata=_read("where the data have no val split", lambda config: not is_given(config.dataset, "val")),
     )
     test_fraction: float = field(
         default=0.1,
-        metadata=_read("where the data have no test split", lambda config: not _is_given(config.dataset, "test")),
+        metadata=_read("where the data have no test split", lambda config: not is_given(config.dataset, "test")),
     )
     split_seed: int = field(
         default=0,
         metadata=_read(
             "where the data have no val or no test split",
-            lambda config: not (_is_given(config.dataset, "val") and _is_given(config.dataset, "test")),
+            lambda config: not (is_given(config.dataset, "val") and is_given(config.dataset, "test")),
         ),
     )
     num_train_examples: int | None = None

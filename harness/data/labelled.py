@@ -40,8 +40,8 @@ from harness.data.row_checks import (
     text_faults,
     without_faults,
 )
-from harness.data.sources import Rows, Source, column_problems, digest, has_own_test, open_source
-from harness.data.splits import SPLITS, WITHOUT_TEST, choose_rows, hold_out_rows
+from harness.data.sources import Rows, Source, column_problems, digest, open_source
+from harness.data.splits import SPLITS, choose_rows, hold_out_rows
 from harness.processes.preparation import once
 
 logger = logging.getLogger(__name__)
@@ -238,13 +238,8 @@ def _split(rows: dict[str, datasets.Dataset], config: DatasetConfig, *, with_tes
         return hold_out_rows(labels[numbers], fraction, name, config, stratify=stratify)
 
     groups = {name: np.arange(len(table)) for name, table in rows.items()}
-    unread = not with_test and has_own_test(config)
-    chosen = choose_rows(groups, config, hold_out=hold_out, keep_order=False, has_unread_test=unread)
-    splits = {
-        name: rows[table].select(numbers)
-        for name, (table, numbers) in chosen.items()
-        if with_test or name in WITHOUT_TEST
-    }
+    chosen = choose_rows(groups, config, hold_out=hold_out, keep_order=False, with_test=with_test)
+    splits = {name: rows[table].select(numbers) for name, (table, numbers) in chosen.items()}
     if stratify and len(np.unique(_column(splits["train"], "label"))) < 2:
         raise DataError(
             f"dataset={config.name}: the {len(splits['train'])} training rows are all of one class; "

@@ -38,8 +38,8 @@ from harness.data.chat import conversation_faults, encode_conversations, find_ch
 from harness.data.labelled import Tokenizer, tokenizer_text
 from harness.data.prompts import encode_completions, prompt_text, template_columns
 from harness.data.row_checks import Faults, equal_rows_notes, text_faults, without_faults
-from harness.data.sources import Source, column_problems, digest, has_own_test, open_source
-from harness.data.splits import WITHOUT_TEST, choose_rows, hold_out_groups
+from harness.data.sources import Source, column_problems, digest, open_source
+from harness.data.splits import choose_rows, hold_out_groups
 from harness.processes.preparation import once
 from harness.results.files import write_atomically
 
@@ -213,11 +213,8 @@ def _split(tables: dict[str, pd.DataFrame], config: DatasetConfig, *, with_test:
     def hold_out(rows: np.ndarray, fraction: float, name: str) -> np.ndarray:
         return hold_out_groups(groups["train"][rows], fraction, name, config)
 
-    unread = not with_test and has_own_test(config)
-    chosen = choose_rows(groups, config, hold_out=hold_out, keep_order=True, has_unread_test=unread)
-    return {
-        name: tables[table].iloc[rows] for name, (table, rows) in chosen.items() if with_test or name in WITHOUT_TEST
-    }
+    chosen = choose_rows(groups, config, hold_out=hold_out, keep_order=True, with_test=with_test)
+    return {name: tables[table].iloc[rows] for name, (table, rows) in chosen.items()}
 
 
 def _groups(table: pd.DataFrame, config: DatasetConfig) -> np.ndarray:

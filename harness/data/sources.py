@@ -51,12 +51,6 @@ def open_source(config: DatasetConfig, *, with_test: bool = True) -> Source:
     return _open_files(config, with_test=with_test)
 
 
-def has_own_test(config: DatasetConfig) -> bool:
-    """Whether the test split lies by itself, and is not held out of train."""
-    from_hub = config.hub_id is not None and config.path is None
-    return (config.test_split if from_hub else config.test_file) is not None
-
-
 def _open_files(config: DatasetConfig, *, with_test: bool) -> Source:
     files = data_files(config, with_test=with_test)
     for split, path in files.items():

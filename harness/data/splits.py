@@ -13,12 +13,10 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import train_test_split
 
-from harness.config.schema import DatasetConfig
+from harness.config.schema import DatasetConfig, is_given
 from harness.content.errors import DataError
 
 SPLITS = ("train", "val", "test")
-# What a trial of a search reads, and all that it may.
-WITHOUT_TEST = ("train", "val")
 
 HoldOut = Callable[[np.ndarray, float, str], np.ndarray]
 """From row numbers of the training table, a fraction and the name of a split: which of them that split gets (bool)."""
@@ -37,7 +35,7 @@ def choose_rows(
     *,
     hold_out: HoldOut,
     keep_order: bool,
-    has_unread_test: bool = False,
+    with_test: bool,
 ) -> dict[str, Chosen]:
     """Holds out of train what is missing (test first, then val), then takes the subsets.
 
@@ -47,14 +45,14 @@ def choose_rows(
         config: fractions, seeds and limits.
         hold_out: which training rows a missing split gets.
         keep_order: whether a subset of train is in the order of the table, and not in the order of its drawing.
-        has_unread_test: whether the data have a test split that was not read; then there is none among those returned.
+        with_test: whether test is wanted; else its rows are held out where they must be, and are in no split.
 
     Raises:
         DataError: fewer rows than `num_train_examples`, or what `hold_out` raises.
     """
     chosen = {name: Chosen(name, np.arange(len(numbers))) for name, numbers in groups.items()}
     for name, fraction in (("test", config.test_fraction), ("val", config.val_fraction)):
-        if name not in chosen and not (name == "test" and has_unread_test):
+        if not is_given(config, name):
             rows = chosen["train"].rows
             is_held_out = hold_out(rows, fraction, name)
             chosen |= {"train": Chosen("train", rows[~is_held_out]), name: Chosen("train", rows[is_held_out])}
@@ -73,7 +71,7 @@ def choose_rows(
             numbers = pd.factorize(groups[table][rows])[0]
             order = np.random.default_rng(config.subset_seed).permutation(int(numbers.max()) + 1)
             chosen[name] = Chosen(table, rows[np.isin(numbers, order[: config.num_eval_examples])])
-    return {name: chosen[name] for name in SPLITS if name in chosen}
+    return {name: chosen[name] for name in SPLITS if with_test or name != "test"}
 
 
 def hold_out_rows(

@@ -110,7 +110,7 @@ def search_line(axis: Axis, budget: Budget, score_at: Callable[[float], Score | 
         scored |= {position: score for position, score in found.items() if score is not None}
         wanted = _new(_outside(scored, axis), scored, axis)
         if not wanted and (num_refined == 0 or len(scored) < budget.trials):
-            wanted = _new(_refined(scored), scored, axis, nearest=_NEAREST)
+            wanted = _new(_refined(scored), scored, axis)
             num_refined += 1
     best = _best(scored)
     is_known = scored[best] > WORST
@@ -129,15 +129,12 @@ def _best(scored: Mapping[float, Score]) -> float:
     return max(scored, key=lambda position: (scored[position], -abs(position), -position))
 
 
-def _new(
-    positions: Sequence[float], scored: Mapping[float, Score], axis: Axis, *, nearest: float = 0.0
-) -> tuple[float, ...]:
-    """Those positions whose values were not tried, nor any value too near to them."""
+def _new(positions: Sequence[float], scored: Mapping[float, Score], axis: Axis) -> tuple[float, ...]:
+    """Those positions whose values were not tried."""
     values = {axis.value(position) for position in scored}
     new: list[float] = []
     for position in positions:
-        is_near = any(abs(position - other) < nearest for other in scored)
-        if axis.value(position) not in values and not is_near:
+        if axis.value(position) not in values:
             new.append(position)
             values.add(axis.value(position))
     return tuple(new)
@@ -164,11 +161,11 @@ def _refined(scored: Mapping[float, Score]) -> tuple[float, ...]:
     halves = [(low + best) / 2, (best + high) / 2]
     vertex = _vertex({position: scored[position].objective for position in (low, best, high)})
     if vertex is None:  # toward the neighbour that did not finish: below it lies what still learns
-        halves = halves[::-1] if scored[high] == WORST else halves
-        return tuple(halves[:1])
-    if vertex > best or (vertex == best and scored[high] > scored[low]):
-        halves = halves[::-1]
-    candidates = [vertex, *halves]
+        candidates = halves[-1:] if scored[high] == WORST else halves[:1]
+    elif vertex > best or (vertex == best and scored[high] > scored[low]):
+        candidates = [vertex, *reversed(halves)]
+    else:
+        candidates = [vertex, *halves]
     return tuple(next(([position] for position in candidates if not _is_near(position, scored)), []))
 
 

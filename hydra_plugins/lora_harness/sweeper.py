@@ -19,10 +19,10 @@ import contextlib
 import logging
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from harness.plan import Plan
 
 logger = logging.getLogger("harness")
+Made = TypeVar("Made")
 
 
 @dataclass
@@ -247,11 +248,22 @@ class GridSweeper(Sweeper):
 
     def _compose_all(self, expanded: list[Overrides]) -> list[SweepRun]:
         assert self.hydra_context is not None and self.config is not None
-        runs: list[SweepRun] = []
+        context, master = self.hydra_context, self.config
+        return self._collect(expanded, lambda overrides: SweepRun(overrides, compose_run(context, master, overrides)))
+
+    def _compose_config(self, overrides: Overrides) -> RunConfig:
+        """The config of overrides; refused like a run of the sweep."""
+        assert self.hydra_context is not None and self.config is not None
+        context, master = self.hydra_context, self.config
+        return self._collect([overrides], lambda overrides: compose_config(context, master, overrides))[0]
+
+    def _collect(self, expanded: list[Overrides], make: Callable[[Overrides], Made]) -> list[Made]:
+        """What is made of each run's overrides. Raises `ConfigError` with every problem of all."""
+        found: list[Made] = []
         problems: dict[str, list[Overrides]] = {}
         for overrides in expanded:
             try:
-                runs.append(SweepRun(overrides, compose_run(self.hydra_context, self.config, overrides)))
+                found.append(make(overrides))
             except ConfigError as error:
                 for problem in error.problems:
                     problems.setdefault(problem, []).append(overrides)
@@ -264,20 +276,7 @@ class GridSweeper(Sweeper):
                 problems.setdefault(explained, []).append(overrides)
         if problems:
             raise ConfigError(_name_runs(problems, len(expanded)))
-        return runs
-
-    def _compose_config(self, overrides: Overrides) -> RunConfig:
-        """The config of overrides; refused like a run of the sweep."""
-        assert self.hydra_context is not None and self.config is not None
-        try:
-            return compose_config(self.hydra_context, self.config, overrides)
-        except ConfigError as error:
-            raise ConfigError(_name_runs({problem: [overrides] for problem in error.problems}, 1)) from error
-        except Exception as error:
-            if not isinstance(error, HydraException) and not came_from_composing(error):
-                raise
-            explained = explain_refusal(error, overrides, compose=self._compose_part)
-            raise ConfigError(_name_runs({explained: [overrides]}, 1)) from error
+        return found
 
     def _compose_part(self, overrides: list[str]) -> object:
         assert self.hydra_context is not None and self.config is not None
