@@ -20,6 +20,7 @@ from hydra import initialize_config_dir
 from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from hydra.types import HydraContext, RunMode
 from omegaconf import OmegaConf
@@ -89,7 +90,7 @@ def sweep(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_factory: pyt
     class Stand:
         def launch(self, job_overrides: list[list[str]], initial_job_idx: int) -> list[Any]:
             seen["launched"] = job_overrides
-            return []
+            return [JobReturn(overrides=each, status=JobStatus.COMPLETED) for each in job_overrides]
 
     monkeypatch.setattr(sweeper_module, "_merge_equal", watched)
     monkeypatch.setattr(sweeper_module, "split_cells", split_and_seen)

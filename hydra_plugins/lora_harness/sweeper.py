@@ -182,7 +182,7 @@ class GridSweeper(Sweeper):
             # A trial that diverges is an answer.
             is_complete &= all(
                 job.status is JobStatus.COMPLETED
-                for job, run in zip(launched, found.runs, strict=False)
+                for job, run in zip(launched, found.runs, strict=True)
                 if not run.config.trial
             )
             if search is None:
