@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from analysis.archive import opened, write_archive
 from analysis.load import LoadError, load_runs
 from analysis.metrics import STYLES
 from analysis.status import print_status
@@ -34,7 +35,7 @@ def _parser(program: str = "python -m analysis") -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="tables, figures and a page of a sweep")
     report.add_argument("--sweep", metavar="NAME", help="name of the sweep; without it, all runs in one table")
-    report.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="default: %(default)s")
+    _add_runs_dir(report)
     report.add_argument("--reports-dir", type=Path, default=Path("reports"), metavar="DIR", help="default: %(default)s")
     report.add_argument(
         "--scores",
@@ -84,9 +85,26 @@ def _parser(program: str = "python -m analysis") -> argparse.ArgumentParser:
 
     status = commands.add_parser("status", help="how far a sweep is, also while it runs")
     status.add_argument("--sweep", metavar="NAME", help="name of the sweep; without it, all runs in the folder")
-    status.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="default: %(default)s")
+    _add_runs_dir(status)
     status.set_defaults(command=_status)
+
+    archive = commands.add_parser("archive", help="results and curves of a sweep in one small file, without weights")
+    archive.add_argument("--sweep", required=True, metavar="NAME", help="name of the sweep")
+    _add_runs_dir(archive)
+    archive.add_argument("--to", required=True, type=Path, metavar="FILE", help="the file, as results/demo.tar.xz")
+    archive.add_argument("--predictions", action="store_true", help="with predictions by row, for tests paired by row")
+    archive.set_defaults(command=_archive)
     return parser
+
+
+def _add_runs_dir(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--runs-dir",
+        type=Path,
+        default=Path("runs"),
+        metavar="DIR",
+        help="the folder, or an archive of it; default: %(default)s",
+    )
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -111,39 +129,47 @@ def _report(options: argparse.Namespace) -> None:
     from analysis.report import write_report
     from analysis.tables.asked import Asked
 
-    report_dir = write_report(
-        options.runs_dir,
-        options.reports_dir,
-        options.sweep,
-        scores=options.scores,
-        published=options.published,
-        margin=options.margin,
-        asked=Asked(options.rows, options.columns, options.value),
-        style=options.style,
-    )
-    if options.wandb is not None:
-        # Imported late: a report needs neither W&B nor the rest of the harness.
-        from harness.config.schema import TrackingConfig, WandbMode
-        from harness.tracking.mirror import TrackingError
-        from harness.tracking.wandb_mirror import log_report
+    with opened(options.runs_dir) as runs_dir:
+        report_dir = write_report(
+            runs_dir,
+            options.reports_dir,
+            options.sweep,
+            scores=options.scores,
+            published=options.published,
+            margin=options.margin,
+            asked=Asked(options.rows, options.columns, options.value),
+            style=options.style,
+        )
+        if options.wandb is not None:
+            # Imported late: a report needs neither W&B nor the rest of the harness.
+            from harness.config.schema import TrackingConfig, WandbMode
+            from harness.tracking.mirror import TrackingError
+            from harness.tracking.wandb_mirror import log_report
 
-        frame = load_runs(options.runs_dir, sweep=options.sweep).frame
-        project, entity = (frame.get(f"config.tracking.{name}", [None])[0] for name in ("project", "entity"))
-        try:
-            log_report(
-                report_dir,
-                sweep=report_dir.name,
-                mode=WandbMode(options.wandb),
-                project=project or TrackingConfig().project,
-                entity=entity,
-            )
-        except TrackingError as error:
-            raise SystemExit(str(error)) from error
-        print(f"W&B files: {report_dir}/wandb/")
+            frame = load_runs(runs_dir, sweep=options.sweep).frame
+            project, entity = (frame.get(f"config.tracking.{name}", [None])[0] for name in ("project", "entity"))
+            try:
+                log_report(
+                    report_dir,
+                    sweep=report_dir.name,
+                    mode=WandbMode(options.wandb),
+                    project=project or TrackingConfig().project,
+                    entity=entity,
+                )
+            except TrackingError as error:
+                raise SystemExit(str(error)) from error
+            print(f"W&B files: {report_dir}/wandb/")
 
 
 def _status(options: argparse.Namespace) -> None:
-    print_status(options.runs_dir, options.sweep)
+    with opened(options.runs_dir) as runs_dir:
+        print_status(runs_dir, options.sweep)
+
+
+def _archive(options: argparse.Namespace) -> None:
+    with opened(options.runs_dir) as runs_dir:
+        num_runs = write_archive(runs_dir, options.sweep, options.to, predictions=options.predictions)
+    print(f"{options.to}: {num_runs} runs, {options.to.stat().st_size / 1024:,.0f} KiB")
 
 
 if __name__ == "__main__":

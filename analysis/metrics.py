@@ -93,14 +93,10 @@ def title(name: str) -> str:
 
 def format_value(name: str, value: float) -> str:
     """A value of a metric, in its stored unit, as text in its display unit, without the unit."""
-    return _as_digits(value / metric(name).display_divisor, metric(name).format)
+    return metric(name).digits(value)
 
 
 def format_spread(name: str, value: float) -> str:
     """A deviation of a metric as text in its display unit: without the sign that a difference always has."""
-    return _as_digits(value / metric(name).display_divisor, metric(name).format.removeprefix("+"))
-
-
-def _as_digits(shown: float, how: str) -> str:
-    # Nothing measures so much; of what is there all the same nobody reads a hundred digits.
-    return f"{shown:{how if abs(shown) < 1e15 else '.4g'}}"
+    about = metric(name)
+    return replace(about, format=about.format.removeprefix("+")).digits(value)

@@ -22,14 +22,15 @@ COMMANDS = {
     "evaluate": "score runs that have ended: lora-harness evaluate RUN_ID RUN_ID split=val",
     "export": "merge what a run trained into its base model: lora-harness export RUN_ID to=DIR",
     "status": "how far a sweep is, also while it runs",
+    "archive": "results and curves of a sweep in one small file, without weights",
     "init": "write a small project with its own dataset and sweep",
 }
-OF_ANALYSIS = ("report", "status")
+OF_ANALYSIS = ("report", "status", "archive")
 OF_ENDED_RUNS = ("evaluate", "export")
 _EPILOG = """\
 run is `python -m harness`, sweep is `python -m harness -m`, and both take Hydra's flags (run --help lists every
-setting); evaluate and export are `python -m harness evaluate=RUN_ID,RUN_ID` and `export=RUN_ID to=DIR`; report and
-status are those of `python -m analysis`.
+setting); evaluate and export are `python -m harness evaluate=RUN_ID,RUN_ID` and `export=RUN_ID to=DIR`; report,
+status and archive are those of `python -m analysis`.
 
 Own configs: conf/ and sweeps/ below the current folder, or --config-dir DIR after run or sweep. DIR/dataset/mine.yaml
 is dataset=mine, DIR/sweeps/mine.yaml is the sweep mine.

@@ -172,7 +172,7 @@ def _run_claimed(prepared: PreparedRun, attempt: Attempt, stop: StopRequest, spe
     finally:
         callbacks.close()
         tracker.close()
-    logger.info("%s: %s %s", result.run_id, result.status, result.error or _headline(config, result))
+    logger.info("%s: %s %s", result.run_id, result.status, result.error or result.headline)
     if not is_recorded:
         logger.warning("%s: the earlier result stands, a failure does not replace it", result.run_id)
     return result
@@ -301,9 +301,3 @@ def _logged_to(path: Path) -> Iterator[None]:
         logger.setLevel(level)
         logger.removeHandler(handler)
         handler.close()
-
-
-def _headline(config: RunConfig, result: RunResult) -> str:
-    best = config.dataset.best_metric
-    shown = {name: result.metrics[name] for name in (f"val_{best}", f"test_{best}") if name in result.metrics}
-    return "  ".join(f"{name} {value:.4f}" for name, value in shown.items())

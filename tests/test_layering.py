@@ -54,6 +54,7 @@ ROOMS = (
     "analysis.trials",
     "analysis.load",
     "analysis",
+    "analysis.archive",
     "analysis.comparisons",
     "analysis.interquartile",
     "analysis.tuning",

@@ -38,6 +38,16 @@ class Metric:
     display_unit: str = ""
     display_divisor: float = 1.0
 
+    def digits(self, value: float) -> str:
+        """A value in its stored unit as text in the display unit, without the unit."""
+        shown = value / self.display_divisor
+        # Nothing measures so much; of what is there all the same nobody reads a hundred digits.
+        return f"{shown:{self.format if abs(shown) < 1e15 else '.4g'}}"
+
+    def text(self, value: float) -> str:
+        """Label, value and unit, for a line without columns."""
+        return f"{self.label} {self.digits(value)}{f' {self.display_unit}' if self.display_unit else ''}"
+
 
 MIB = 1024.0**2
 

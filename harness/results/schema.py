@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.results.files import RESULT_FILE, write_json_atomically
-from harness.results.metrics import check_metrics
+from harness.results.metrics import METRICS, check_metrics
 
 SCHEMA_VERSION = 1
 
@@ -61,6 +61,13 @@ class RunResult:
         if not all(isinstance(name, str) for name in self.target_modules):
             raise TypeError("target_modules: expected a list of names")
         check_metrics(self.metrics)
+
+    @property
+    def headline(self) -> str:
+        """The numbers that a reader of a sweep waits for, in one line: scores, size, memory."""
+        best = self.config.get("dataset", {}).get("best_metric", "")
+        names = (f"val_{best}", f"test_{best}", "num_adapter_params", "peak_memory_bytes")
+        return "  ".join(METRICS[name].text(self.metrics[name]) for name in names if name in self.metrics)
 
 
 _FIELD_TYPES: dict[str, Any] = {

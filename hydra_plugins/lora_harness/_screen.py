@@ -117,10 +117,10 @@ class PlainScreen:
         logger.info("%s: started on %s", run_id, slot)
 
     def ended(self, run_id: str, outcome: Outcome) -> None:
-        """One line: the run, what became of it, and the totals."""
+        """One line: the run, what became of it, its scores, and the totals."""
         self._tally.add(outcome)
         word = "already finished" if outcome.was_kept else outcome.status
-        logger.info("%s: %s%s [%s]", run_id, word, _because(outcome), self._tally.text([]))
+        logger.info("%s: %s%s%s [%s]", run_id, word, _because(outcome), _row(outcome), self._tally.text([]))
 
     def show(self, running: Sequence[RunningRun], num_waiting: int) -> None:
         """A line per running run, once a minute."""
@@ -160,11 +160,13 @@ class LiveScreen:
         """Nothing: it appears in the table."""
 
     def ended(self, run_id: str, outcome: Outcome) -> None:
-        """One line above the table."""
+        """One line above the table, with its scores."""
         self._tally.add(outcome)
         word = "already finished" if outcome.was_kept else outcome.status
         style = "green" if outcome.status == Status.FINISHED else "red"
-        self._live.console.print(Text.assemble((f"{word:>16}  ", style), run_id, _because(outcome)), soft_wrap=True)
+        self._live.console.print(
+            Text.assemble((f"{word:>16}  ", style), run_id, _because(outcome), _row(outcome)), soft_wrap=True
+        )
 
     def show(self, running: Sequence[RunningRun], num_waiting: int) -> None:
         """Redraws the table."""
@@ -218,6 +220,10 @@ def _cells(run: RunningRun) -> list[str]:
 def _because(outcome: Outcome) -> str:
     lines = outcome.error.strip().splitlines()
     return f": {lines[0]}" if lines else ""
+
+
+def _row(outcome: Outcome) -> str:
+    return f"  {outcome.headline}" if outcome.headline else ""
 
 
 def _summary(tally: Tally, outcomes: Mapping[str, Outcome]) -> list[str]:

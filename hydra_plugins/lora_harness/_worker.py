@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from harness.content.identity import Identity, PlannedRun
+    from harness.results.schema import RunResult
 
 # How a run can end beside the statuses of the results contract; it has no result then.
 NOT_FINISHED = "not finished"
@@ -26,12 +27,18 @@ CLAIMED = "claimed"
 class Outcome:
     """What became of a run: a status of the results contract, `not finished` (stopped) or `claimed` (by another).
 
-    `was_kept`: nothing was computed, because the run had a result already.
+    `headline`: its result in one line. `was_kept`: nothing was computed, because the run had a result already.
     """
 
     status: str
     error: str = ""
     was_kept: bool = False
+    headline: str = ""
+
+
+def outcome_of(result: RunResult, *, was_kept: bool = False) -> Outcome:
+    """What a result says of its run."""
+    return Outcome(str(result.status), result.error, was_kept, result.headline)
 
 
 def compute(values: dict[str, Any], identity: Identity) -> Outcome:
@@ -66,7 +73,7 @@ def compute(values: dict[str, Any], identity: Identity) -> Outcome:
         with contextlib.suppress(OSError):
             traceback.print_exc()
         return write_failure(planned, f"{type(error).__name__}: {error}")
-    return Outcome(str(result.status), result.error)
+    return outcome_of(result)
 
 
 def write_failure(planned: PlannedRun, error: str) -> Outcome:
@@ -92,7 +99,7 @@ def write_failure(planned: PlannedRun, error: str) -> Outcome:
     except OSError as problem:
         error += f" (this could not be written to {config.runs_dir}: {problem.strerror})"
         return Outcome(str(Status.FAILED), error)
-    return Outcome(str(recorded.status), recorded.error, was_kept=recorded is not result)
+    return outcome_of(recorded, was_kept=recorded is not result)
 
 
 def outcome_of_dead(planned: PlannedRun, error: str | None, *, stamp_before: object) -> Outcome:
@@ -109,7 +116,7 @@ def outcome_of_dead(planned: PlannedRun, error: str | None, *, stamp_before: obj
     if result_stamp(planned) not in (None, stamp_before):
         result = kept_result(replace(planned, config=replace(planned.config, rerun=Rerun.never)))
         if result is not None:
-            return Outcome(str(result.status), result.error)
+            return outcome_of(result)
     if error is None:
         return Outcome(NOT_FINISHED, "its process was asked to stop")
     return write_failure(planned, error)

@@ -33,7 +33,7 @@ from harness.content.identity import Identity, PlannedRun
 from harness.folder import kept_result, result_stamp
 from harness.results.schema import Status
 from hydra_plugins.lora_harness._composing import compose_run
-from hydra_plugins.lora_harness._worker import NOT_FINISHED, Outcome, compute, outcome_of_dead
+from hydra_plugins.lora_harness._worker import NOT_FINISHED, Outcome, compute, outcome_of, outcome_of_dead
 from hydra_plugins.lora_harness.launcher import job_return
 
 logger = logging.getLogger("harness")
@@ -109,7 +109,7 @@ class _ClusterLauncher(Launcher):
             if kept is None:
                 todo.append(run)
             else:
-                outcomes[run.run_id] = Outcome(str(kept.status), kept.error, was_kept=True)
+                outcomes[run.run_id] = outcome_of(kept, was_kept=True)
         logger.info("%d of %d runs have a result already", len(outcomes), len(runs))
         self._stamps = {run.run_id: result_stamp(run) for run in todo}
         outcomes |= self.compute_all(todo)

@@ -37,7 +37,7 @@ from harness.results.schema import ResultError, Status, read_result
 from hydra_plugins.lora_harness import _worker as worker
 from hydra_plugins.lora_harness._composing import compose_run
 from hydra_plugins.lora_harness._screen import RunningRun, Screen, open_screen
-from hydra_plugins.lora_harness._worker import Outcome
+from hydra_plugins.lora_harness._worker import Outcome, outcome_of
 
 logger = logging.getLogger("harness")
 
@@ -201,7 +201,7 @@ class Queue:
             run = self._todo.popleft()
             kept = kept_result(run)
             if kept is not None:
-                self._outcomes[run.run_id] = Outcome(str(kept.status), kept.error, was_kept=True)
+                self._outcomes[run.run_id] = outcome_of(kept, was_kept=True)
                 screen.ended(run.run_id, self._outcomes[run.run_id])
                 continue
             if current_owner(run_dir(run)) is not None:
