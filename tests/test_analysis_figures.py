@@ -16,6 +16,7 @@ import pytest
 from test_analysis_load import save_run
 
 from analysis.figures import Figure, paper_figures, write_figures
+from analysis.figures.memory import MOST_BARS
 from analysis.figures.tradeoffs import pareto_front
 from analysis.load import load_runs
 from analysis.select import best_cells, cells
@@ -254,6 +255,18 @@ def test_of_many_curves_the_best_on_val_are_drawn_and_the_title_says_so(tmp_path
     assert drawn == {
         "full" if cell.method == "full" else f"lora r{cell.rank} {cell.target_layers}" for cell in best.itertuples()
     }
+
+
+def test_of_very_many_conditions_some_bars_stand_for_all(tmp_path: Path) -> None:
+    ranks = tuple(range(1, 61))
+    save_grid(tmp_path, ranks=ranks, placements=("qv",), rates=(1e-3,), seeds=1)
+    table = cells(load_runs(tmp_path).frame)
+    figure = draw(paper_figures(table, {}), "memory_parts")
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert len(names) == MOST_BARS
+    assert {"full", "lora r1 qv"} <= set(names)  # the most memory and the least
+    assert figure.get_size_inches()[1] < 9
+    assert "40 of 61, from the least peak memory to the most" in footnote(figure)
 
 
 def test_the_parts_of_the_memory_add_up(tmp_path: Path) -> None:
