@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -57,7 +58,8 @@ from harness.tracking.tracker import open_tracker
 from harness.training.callbacks import FollowerCallbacks, RunCallbacks
 from harness.training.learner import TrainingDivergedError
 from harness.training.ledger import Spending
-from harness.training.loop import TrainingOutcome, train
+from harness.training.loop import TrainingOutcome, train_in_turns
+from harness.training.turns import Turns, drive_alone
 
 logger = logging.getLogger("harness")
 # What of the environment a run may find changed when it resumes; the result then lists all.
@@ -82,7 +84,16 @@ USER_ERRORS = (
 
 
 def run(config: RunConfig, identity: Identity | None = None) -> RunResult:
+    """Runs one config and returns its result: `run_in_turns`, alone in its process."""
+    stop = StopRequest()
+    with stop.signals():
+        return drive_alone(run_in_turns(config, identity, stop=stop))
+
+
+def run_in_turns(config: RunConfig, identity: Identity | None = None, *, stop: StopRequest) -> Turns[RunResult]:
     """Runs one config and returns its result, which lies in `<runs_dir>/<run_id>/result.json`.
+
+    A generator: it stops at each micro-batch of training (see `harness.training.turns`). `stop` is the request to stop.
 
     `identity` is what the run was planned as; without it, it is determined here. A run that has a result already (see
     `kept_result`) is not repeated; one that left a checkpoint resumes from it.
@@ -103,31 +114,29 @@ def run(config: RunConfig, identity: Identity | None = None) -> RunResult:
         logger.info("%s: %s already; rerun=all repeats it", kept.run_id, kept.status)
         return kept
     require_writable(config.runs_dir)
-    stop = StopRequest()
-    with stop.signals():
-        with stop.interrupting("loading"), preparation_of_a_run() as preparation:
-            prepared = prepare(config, planned.identity)
-        stop.share(prepared.accelerator)
-        spending = Spending(started, prepared.accelerator.device, preparation)
-        with prepared.companions.together(shared=(PreemptedError,)):
-            if not prepared.accelerator.is_main_process:
-                return _follow(prepared, folder, stop, spending)
-            # Only now, when nothing is left to go wrong before training, does the run leave a trace.
-            with Claim.acquire(folder) as claim:
-                # The process that had the claim before may have ended the run while this process prepared.
-                settle(folder)
-                kept = kept_result(planned)
-                all_reduce_sum([kept is not None], prepared.accelerator)  # which the others ask for
-                if kept is None:
-                    attempt = Attempt.begin(planned, claim)
-                    with _logged_to(folder / LOG_FILE):
-                        kept = _run_claimed(prepared, attempt, stop, spending)
-                    attempt.end()
-                claim.release(ended=True)
+    with stop.interrupting("loading"), preparation_of_a_run() as preparation:
+        prepared = prepare(config, planned.identity)
+    stop.share(prepared.accelerator)
+    spending = Spending(started, prepared.accelerator.device, preparation)
+    with prepared.companions.together(shared=(PreemptedError,)):
+        if not prepared.accelerator.is_main_process:
+            return (yield from _follow(prepared, folder, stop, spending))
+        # Only now, when nothing is left to go wrong before training, does the run leave a trace.
+        with Claim.acquire(folder) as claim:
+            # The process that had the claim before may have ended the run while this process prepared.
+            settle(folder)
+            kept = kept_result(planned)
+            all_reduce_sum([kept is not None], prepared.accelerator)  # which the others ask for
+            if kept is None:
+                attempt = Attempt.begin(planned, claim)
+                with _logged_to(folder / LOG_FILE):
+                    kept = yield from _run_claimed(prepared, attempt, stop, spending)
+                attempt.end()
+            claim.release(ended=True)
     return kept
 
 
-def _follow(prepared: PreparedRun, folder: Path, stop: StopRequest, spending: Spending) -> RunResult:
+def _follow(prepared: PreparedRun, folder: Path, stop: StopRequest, spending: Spending) -> Turns[RunResult]:
     """What the processes beside the main one do: the same training, and nothing written."""
     if any(all_reduce_sum([False], prepared.accelerator)):  # the main process has found a result
         kept = kept_result(PlannedRun(prepared.config, prepared.identity))
@@ -137,10 +146,10 @@ def _follow(prepared: PreparedRun, folder: Path, stop: StopRequest, spending: Sp
     directory = attempt_dir(folder)
     callbacks = FollowerCallbacks(directory, stop, spending, made_from=_made_from(prepared))
     prepared.accelerator.wait_for_everyone()  # the main process writes only after this one has read
-    return _train_and_evaluate(prepared, directory, callbacks, stop, spending)
+    return (yield from _train_and_evaluate(prepared, directory, callbacks, stop, spending))
 
 
-def _run_claimed(prepared: PreparedRun, attempt: Attempt, stop: StopRequest, spending: Spending) -> RunResult:
+def _run_claimed(prepared: PreparedRun, attempt: Attempt, stop: StopRequest, spending: Spending) -> Turns[RunResult]:
     config = prepared.config
     (attempt.dir / CONFIG_FILE).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
     logger.info("%s", prepared.identity.run_id)
@@ -163,7 +172,7 @@ def _run_claimed(prepared: PreparedRun, attempt: Attempt, stop: StopRequest, spe
     prepared.accelerator.wait_for_everyone()  # whatever an earlier attempt left is cleared
     prepared.accelerator.wait_for_everyone()  # and the others have read what is resumed
     try:
-        result = _train_and_evaluate(prepared, attempt.dir, callbacks, stop, spending)
+        result = yield from _train_and_evaluate(prepared, attempt.dir, callbacks, stop, spending)
         is_recorded = attempt.record(result)
         try:
             tracker.finish(result)
@@ -193,7 +202,7 @@ def _train_and_evaluate(
     callbacks: RunCallbacks | FollowerCallbacks,
     stop: StopRequest,
     spending: Spending,
-) -> RunResult:
+) -> Turns[RunResult]:
     """Trains, scores, saves; whatever happens to training becomes a status. What an earlier attempt did is resumed."""
     config = prepared.config
     metrics: dict[str, float] = asdict(prepared.counts)
@@ -205,7 +214,7 @@ def _train_and_evaluate(
         before = score_before_training(prepared, objective, callbacks)
         metrics |= before
         untrained = untrained_scores(prepared, objective, callbacks)
-        outcome = _train(prepared, objective, callbacks, untrained=untrained)
+        outcome = yield from _train(prepared, objective, callbacks, untrained=untrained)
         spending.end_training()
         metrics |= outcome.measured
         metrics |= score_after_training(prepared, objective, callbacks, outcome, before, folder=directory)
@@ -252,7 +261,7 @@ def _train(
     callbacks: RunCallbacks | FollowerCallbacks,
     *,
     untrained: dict[str, float] | None,
-) -> TrainingOutcome:
+) -> Turns[TrainingOutcome]:
     config = prepared.config
     batches = TrainingBatches(
         prepared.data.train,
@@ -265,17 +274,19 @@ def _train(
     # After everything is built, so that dropout draws the same numbers whatever the method drew before; and other ones
     # in each process.
     torch.manual_seed(config.seed + prepared.accelerator.process_index)
-    return train(
-        prepared.model,
-        batches,
-        objective,
-        config=config.trainer,
-        accelerator=prepared.accelerator,
-        callbacks=callbacks,
-        flops=_step_flops(prepared, objective),
-        rates=learning_rates(config, prepared.head),
-        method=prepared.during_training,
-        untrained=untrained,
+    return (
+        yield from train_in_turns(
+            prepared.model,
+            batches,
+            objective,
+            config=config.trainer,
+            accelerator=prepared.accelerator,
+            callbacks=callbacks,
+            flops=_step_flops(prepared, objective),
+            rates=learning_rates(config, prepared.head),
+            method=prepared.during_training,
+            untrained=untrained,
+        )
     )
 
 
@@ -287,10 +298,17 @@ def _step_flops(prepared: PreparedRun, objective: Objective) -> StepFlops | None
         return None
 
 
+# Which of a process's runs is at work: each has a context of its own (see `harness.training.packs`).
+_LOG_PATH: ContextVar[Path | None] = ContextVar("log_path", default=None)
+
+
 @contextmanager
 def _logged_to(path: Path) -> Iterator[None]:
-    """While inside, what the harness logs goes into the file too."""
+    """While inside, what the harness logs in this run's context goes into the file too."""
+    before = _LOG_PATH.get()
+    _LOG_PATH.set(path)
     handler = logging.FileHandler(path, mode="a", encoding="utf-8")
+    handler.addFilter(lambda record: _LOG_PATH.get() in (path, None))  # None: of a thread, which has no context
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     level = logger.level
     logger.addHandler(handler)
@@ -301,3 +319,4 @@ def _logged_to(path: Path) -> Iterator[None]:
         logger.setLevel(level)
         logger.removeHandler(handler)
         handler.close()
+        _LOG_PATH.set(before)

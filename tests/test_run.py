@@ -188,7 +188,7 @@ def test_data_order_and_head_do_not_depend_on_the_method(
 ) -> None:
     seen: dict[str, list[list[int]]] = {}
     heads: dict[str, torch.Tensor] = {}
-    epoch, train = TrainingBatches.epoch, loop.train
+    epoch, train = TrainingBatches.epoch, loop.train_in_turns
 
     def watched_epoch(self: TrainingBatches, number: int, *, start: int = 0) -> Iterator[list[Any]]:
         for micro_batches in epoch(self, number, start=start):
@@ -200,7 +200,7 @@ def test_data_order_and_head_do_not_depend_on_the_method(
         return train(model, *positional, **named)
 
     monkeypatch.setattr(TrainingBatches, "epoch", watched_epoch)
-    monkeypatch.setattr(run_module, "train", watched_train)
+    monkeypatch.setattr(run_module, "train_in_turns", watched_train)
     for method in ("lora", "full", "head_only"):
         seen[method] = []
         run(config(rows, tmp_path, method))
@@ -239,7 +239,7 @@ def test_what_goes_wrong_in_training_becomes_a_status(
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(run_module, "train", fail)
+    monkeypatch.setattr(run_module, "train_in_turns", fail)
     result = run(config(rows, tmp_path))
     assert result.status == status
     assert type(error).__name__ in result.error

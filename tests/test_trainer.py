@@ -25,8 +25,9 @@ from harness.processes.stopping import PreemptedError
 from harness.tasks.objective import Evaluation, SummedLoss
 from harness.training import learner
 from harness.training.learner import Position, TrainingDivergedError
-from harness.training.loop import TrainingOutcome, train
+from harness.training.loop import TrainingOutcome, train, train_in_turns
 from harness.training.optimizer import build_optimizer, count_steps, learning_rate_at
+from harness.training.turns import MicroBatch, Turns, drive_alone
 
 
 def recipe(**values: object) -> TrainerConfig:
@@ -197,6 +198,41 @@ def test_loop_equals_one_written_out_by_hand() -> None:
     assert record.losses == pytest.approx(losses, abs=1e-6)
     for name, value in parameters(expected).items():
         torch.testing.assert_close(parameters(model)[name], value, atol=1e-6, rtol=0)
+
+
+def test_a_loop_in_turns_stops_at_each_micro_batch_and_hears_its_errors() -> None:
+    """Two steps of two micro-batches answered by hand are those of `train`; an error is raised where the loop waits."""
+    by_hand, expected = BagOfWords(), BagOfWords()
+    run(expected, Rows(size=4), recipe(max_steps=2))
+    turns = train_in_turns(
+        by_hand,
+        Rows(size=4),
+        Objective(),
+        config=recipe(max_steps=2),
+        accelerator=Accelerator(cpu=True),
+        callbacks=Record(),
+    )
+    micro_batch, num_asked = next(turns), 0
+    with pytest.raises(StopIteration):
+        while True:
+            num_asked += 1
+            assert micro_batch.model is by_hand
+            micro_batch = turns.send(micro_batch.answer())
+    assert num_asked == 4
+    assert parameters(by_hand).keys() == parameters(expected).keys()
+    assert all(torch.equal(parameters(by_hand)[name], value) for name, value in parameters(expected).items())
+
+    def waits() -> Turns[str]:
+        try:
+            yield MicroBatch(by_hand, micro_batch.batch, loss_of=fail, backward=lambda _: None)
+        except MemoryError as error:
+            return f"heard {error}"
+        return "heard nothing"
+
+    def fail(_: nn.Module) -> tuple[Tensor, Tensor]:
+        raise MemoryError("no room")
+
+    assert drive_alone(waits()) == "heard no room"
 
 
 @pytest.mark.parametrize("size", [4, 3, 1])

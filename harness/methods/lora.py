@@ -221,15 +221,19 @@ class MatrixLayer(AdaptedLayer):
         if self.merged:
             return self.base(x)
         rows = x.reshape(-1, self.in_features)
+        return self.add_update(rows, self.base(rows)).view(*x.shape[:-1], self.out_features)
+
+    def add_update(self, rows: Tensor, y: Tensor) -> Tensor:
+        """What the layer makes of `rows`, `(rows, in_features)`, of which the base module makes `y`."""
         low, high, scaling = self.factors()
         low_rank = functional.linear(self.dropout(rows), low)  # (rows, r)
         # One fused product instead of a product, a scaling and a sum: nothing of size (rows, out) is made twice.
-        y = torch.addmm(self.base(rows), low_rank, high.T, alpha=scaling)
+        y = torch.addmm(y, low_rank, high.T, alpha=scaling)
         lengths = self.length_ratios()
         if lengths is not None:
             bias = self.bias
             y = y * lengths.to(y.dtype) if bias is None else bias + (y - bias) * lengths.to(y.dtype)
-        return y.view(*x.shape[:-1], self.out_features)
+        return y
 
 
 class LoRALayer(MatrixLayer, LowRank):

@@ -9,6 +9,7 @@ import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import median
 from typing import Any, Protocol
 
@@ -28,6 +29,7 @@ from harness.processes.stopping import PreemptedError
 from harness.tasks.objective import Evaluation, Objective, why_hopeless
 from harness.training.checkpoint import pack_training, unpack_training
 from harness.training.optimizer import build_optimizer, learning_rate_at, set_learning_rates
+from harness.training.turns import MicroBatch, Turns, drive_alone
 
 # The training loss of a result is a mean over so many steps: those of one are too few examples to compare runs by. It
 # is no setting, because `tracking.log_every` may change and the numbers of a run may not.
@@ -206,8 +208,8 @@ class Learner:
         if self._accelerator.scaler is not None:
             self._accelerator.scaler.load_state_dict(self.at.scaler)
 
-    def step(self, micro_batches: Sequence[Batch]) -> None:
-        """Makes one optimizer step; its loss is read later, by `account`."""
+    def step(self, micro_batches: Sequence[Batch]) -> Turns[None]:
+        """Makes one optimizer step, in turns; its loss is read later, by `account`."""
         self.at.step += 1
         self.at.step_in_epoch += 1
         self.at.last = None
@@ -215,7 +217,7 @@ class Learner:
         set_learning_rates(self._optimizer, self.at.step, self._num_steps, self._config)
         sizes = all_reduce_sum(_sizes(micro_batches), self._accelerator)
         self._meter.begin()
-        loss = self._forward_backward(micro_batches, sizes[-1])
+        loss = yield from self._forward_backward(micro_batches, sizes[-1])
         self._optimizer.step()
         self._method.stepped(self.at.step)
         self._optimizer.zero_grad(set_to_none=True)
@@ -289,7 +291,7 @@ class Learner:
             )
         return summary
 
-    def _forward_backward(self, micro_batches: Sequence[Batch], num_targets: float) -> Tensor:
+    def _forward_backward(self, micro_batches: Sequence[Batch], num_targets: float) -> Turns[Tensor]:
         """Gradients of one step's mean loss, clipped; that loss as minimised and as reported, `(2,)` on the device.
 
         What the method adds to the loss is minimised and not reported.
@@ -298,24 +300,39 @@ class Learner:
         for number, batch in enumerate(micro_batches, start=1):
             is_last = number == len(micro_batches)
             with contextlib.nullcontext() if is_last or self._is_sharded else accelerator.no_sync(self._model):
-                with accelerator.autocast():
-                    on_device = batch.to(accelerator.device)
-                    loss, reported = self._objective.summed_loss(self._model, on_device).over(num_targets)
-                if batch.num_targets == 0:  # stands in for examples that this process has no more of
-                    loss, reported = 0.0 * loss, 0.0 * reported
-                if is_last:
-                    loss = self._method.add_to_loss(loss, share=1 / accelerator.num_processes)
-                losses.append((loss.detach(), reported))
-                if accelerator.num_processes > 1:
-                    # Gradients are averaged over the processes, and what is wanted is their sum.
-                    loss = loss * accelerator.num_processes
-                accelerator.backward(loss)
+                on_device = batch.to(accelerator.device)
+                losses.append(
+                    (
+                        yield MicroBatch(
+                            self._model,
+                            on_device,
+                            loss_of=partial(self._loss_of, on_device, num_targets, is_last=is_last),
+                            backward=self._backward,
+                        )
+                    )
+                )
         if self._config.max_gradient_norm is not None:
             accelerator.clip_grad_norm_(self._parameters, self._config.max_gradient_norm)
         return all_reduce_sum_on_device(losses, accelerator)
 
+    def _loss_of(self, batch: Batch, num_targets: float, model: nn.Module, *, is_last: bool) -> tuple[Tensor, Tensor]:
+        """A micro-batch's part of a step's mean loss, by the outputs of `model`: as minimised and as reported."""
+        with self._accelerator.autocast():
+            loss, reported = self._objective.summed_loss(model, batch).over(num_targets)
+        if batch.num_targets == 0:  # stands in for examples that this process has no more of
+            loss, reported = 0.0 * loss, 0.0 * reported
+        if is_last:
+            loss = self._method.add_to_loss(loss, share=1 / self._accelerator.num_processes)
+        return loss, reported
+
+    def _backward(self, loss: Tensor) -> None:
+        # Gradients are averaged over the processes, and what is wanted is their sum.
+        num_processes = self._accelerator.num_processes
+        self._accelerator.backward(loss * num_processes if num_processes > 1 else loss)
+
     def _rehearse_step(self, micro_batches: Sequence[Batch]) -> None:
-        self._forward_backward(micro_batches, all_reduce_sum(_sizes(micro_batches), self._accelerator)[-1])
+        num_targets = all_reduce_sum(_sizes(micro_batches), self._accelerator)[-1]
+        drive_alone(self._forward_backward(micro_batches, num_targets))
 
     def _rehearse_scoring(self) -> None:
         with self._accelerator.autocast():

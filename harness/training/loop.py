@@ -1,4 +1,4 @@
-"""train(): one loop for every method.
+"""train(): one loop for every method, alone and in packs.
 
 It steps whatever has `requires_grad`, and knows neither LoRA nor ranks, datasets, Hydra or W&B: what differs between
 methods is decided before it starts, so a comparison of methods cannot be biased in here. The few methods that do more
@@ -24,6 +24,7 @@ from harness.tasks.objective import Evaluation, Objective
 from harness.training.learner import Learner, TrainingCallbacks
 from harness.training.optimizer import count_steps
 from harness.training.prefetch import prefetched
+from harness.training.turns import Turns, alone
 
 
 class StepBatches(Protocol):
@@ -64,7 +65,7 @@ class TrainingOutcome:
                 copy_into(parameters[name], value)
 
 
-def train(
+def train_in_turns(
     model: nn.Module,
     batches: StepBatches,
     objective: Objective,
@@ -76,8 +77,11 @@ def train(
     rates: LearningRates | None = None,
     method: DuringTraining | None = None,
     untrained: Mapping[str, float] | None = None,
-) -> TrainingOutcome:
+) -> Turns[TrainingOutcome]:
     """Trains the parameters that require a gradient; the model ends at its last step.
+
+    A generator: it yields each micro-batch and is sent its losses (see `harness.training.turns`). `train` is the same
+    as a plain function. What is rehearsed is computed at once, with the run's own model.
 
     Before the first step, the largest batch of scoring is rehearsed, and peak memory is measured on the longest batch
     with a learning rate of 0: if one of them does not fit, the run ends here and not after an hour. These steps warm
@@ -137,7 +141,7 @@ def train(
     while at.step < num_steps:
         with prefetched(batches.epoch(at.epoch, start=at.step_in_epoch), accelerator.device) as steps:
             for micro_batches in steps:
-                learner.step(micro_batches)
+                yield from learner.step(micro_batches)
                 is_last, ends_epoch = at.step == num_steps, at.step_in_epoch == batches.steps_per_epoch
                 at.is_to_score = (
                     is_last
@@ -161,3 +165,6 @@ def train(
     last = learner.score(is_kept=True)
     assert at.best is not None
     return TrainingOutcome(at.measured | {"best_step": at.best_step}, at.best, last, learner.best_state)
+
+
+train = alone(train_in_turns)

@@ -1,0 +1,301 @@
+"""Packs: several runs trained in one process, their micro-batches computed in one pass.
+
+Each run is the generator that it is when it runs alone (`harness.training.turns`), with a model of its own over shared
+base tensors, its own optimizer, random numbers and context variables. Only forward and backward passes are shared:
+of all runs that wait for a micro-batch, `harness.methods.packed` computes the outputs in one model, each run makes its
+loss of its rows, divided by its own targets, and one backward pass through the sum gives every run its gradients. A run
+that ends, diverges or fails leaves, and the next waiting one enters.
+
+The first micro-batch of a run in a pack is computed alone as well: if the gradients differ by more than rounding, the
+run is computed alone from there on, and the log says so. A pack of one is a run alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from harness.data.batches import Batch
+from harness.methods.packed import PackedModel, Shared, draws, share_base, why_alone
+from harness.training.turns import Losses, MicroBatch, Turns
+
+logger = logging.getLogger("harness")
+
+Name = TypeVar("Name")
+Outcome = TypeVar("Outcome")
+
+# How far gradients of a pack may be from those of the run alone, relative to their norm. Rounding gives about 1e-6 in
+# float32 and 1e-2 in bfloat16; what is forgotten or counted twice gives 1.
+TOLERANCE = 1e-3
+HALF_TOLERANCE = 0.1
+
+
+@dataclass(frozen=True)
+class Ended(Generic[Name, Outcome]):
+    """A run that has left its pack: what it returned, or what it raised."""
+
+    name: Name
+    outcome: Outcome | None = None
+    error: BaseException | None = None
+
+
+@dataclass(eq=False)
+class _Member(Generic[Name, Outcome]):
+    """A run in a pack, at the micro-batch that it waits for."""
+
+    name: Name
+    turns: Turns[Outcome]
+    random_state: Tensor
+    context: contextvars.Context = field(default_factory=contextvars.copy_context)
+    micro_batch: MicroBatch | None = None
+    model: nn.Module | None = None
+    is_checked: bool = False
+    why_alone: str | None = None
+    first_own_block: int = 0
+    draws: bool = False
+
+    @property
+    def batch(self) -> Batch:
+        assert self.micro_batch is not None
+        return self.micro_batch.batch
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        assert self.model is not None
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def advance(self, step: Callable[[], MicroBatch]) -> None:
+        """Lets the run come to its next micro-batch. Raises `StopIteration` at its end."""
+        self.micro_batch = self.own(step)
+
+    def own(self, step: Callable[[], Outcome]) -> Outcome:
+        """Does something as the run: in its context, drawing its random numbers."""
+        with _random_numbers(self.random_state) as state:
+            try:
+                return self.context.run(step)
+            finally:
+                self.random_state = state()
+
+    def stay_alone(self, reason: str) -> None:
+        """From here on, the run is computed alone."""
+        self.why_alone = reason
+        self.context.run(logger.warning, "%s: computed alone in its pack: %s", self.name, reason)
+
+
+class Pack(Generic[Name, Outcome]):
+    """Runs that share a process.
+
+    Args:
+        waiting: names and beginnings of runs, in the order in which they enter.
+        size: how many are in training at once.
+        tolerance: how far gradients may be from those alone, relative to their norm.
+    """
+
+    def __init__(
+        self,
+        waiting: Iterator[tuple[Name, Callable[[], Turns[Outcome]]]],
+        *,
+        size: int,
+        tolerance: float = TOLERANCE,
+    ) -> None:
+        if size < 1:
+            raise ValueError(f"size={size}: a pack has at least one run")
+        self._waiting, self._size, self._tolerance = waiting, size, tolerance
+        self._members: list[_Member[Name, Outcome]] = []
+        self._shared: Shared = {}
+        self._packed: dict[tuple[int, ...], PackedModel] = {}
+        self.num_passes = 0
+        self.num_alone = 0
+
+    def run(self) -> Iterator[Ended[Name, Outcome]]:
+        """Runs everything; gives every run once it has ended.
+
+        If the caller stops asking, or an error is none of a run's own, the runs in training are closed: their claims
+        are released.
+        """
+        with _random_numbers(torch.get_rng_state()):
+            try:
+                while True:
+                    yield from self._enter()
+                    if not self._members:
+                        return
+                    yield from self._step()
+            finally:
+                for member in self._members:
+                    member.own(member.turns.close)
+
+    def _enter(self) -> Iterator[Ended[Name, Outcome]]:
+        while len(self._members) < self._size and (found := next(self._waiting, None)) is not None:
+            name, begin = found
+            member = _Member(name, begin(), torch.get_rng_state())
+            self._members.append(member)
+            yield from self._advance(member, lambda member=member: next(member.turns))
+
+    def _step(self) -> Iterator[Ended[Name, Outcome]]:
+        """Answers every run once."""
+        answers: dict[int, Losses | BaseException] = {}
+        groups: dict[tuple[type, int, int], list[_Member[Name, Outcome]]] = {}
+        for member in self._members:
+            # What is drawn depends on the length, so a batch with dropout is not padded further.
+            length = member.batch.inputs["input_ids"].shape[1] if member.draws else 0
+            groups.setdefault((type(member.model), member.first_own_block, length), []).append(member)
+        compositions = set()
+        for group in groups.values():
+            together = [member for member in group if member.why_alone is None]
+            if len(together) > 1:
+                compositions.add(tuple(map(id, together)))
+                answers |= self._together(together)
+        self._packed = {key: model for key, model in self._packed.items() if key in compositions}
+        for member in list(self._members):
+            answer = answers.get(id(member)) or self._alone(member)
+            if isinstance(answer, BaseException):
+                yield from self._advance(member, lambda member=member, error=answer: member.turns.throw(error))
+            else:
+                yield from self._advance(member, lambda member=member, losses=answer: member.turns.send(losses))
+
+    def _advance(
+        self, member: _Member[Name, Outcome], step: Callable[[], MicroBatch]
+    ) -> Iterator[Ended[Name, Outcome]]:
+        try:
+            member.advance(step)
+        except StopIteration as end:
+            self._members.remove(member)
+            yield Ended(member.name, outcome=end.value)
+        except Exception as error:
+            self._members.remove(member)
+            yield Ended(member.name, error=error)
+        else:
+            self._know_model(member)
+
+    def _know_model(self, member: _Member[Name, Outcome]) -> None:
+        assert member.micro_batch is not None
+        if member.model is not None:
+            return
+        member.model = member.micro_batch.model
+        member.draws = draws(member.model)
+        reason = why_alone(member.model)
+        if reason is None:
+            share_base(member.model, self._shared)
+            try:
+                member.first_own_block = PackedModel([member.model]).first_own_block
+            except Exception as error:  # whatever a model does when it is copied
+                reason = f"{type(error).__name__}: {error}"
+        if reason is not None:
+            member.stay_alone(reason)
+
+    # ------------------------------------------------------------ passes
+
+    def _alone(self, member: _Member[Name, Outcome]) -> Losses | BaseException:
+        assert member.micro_batch is not None
+        self.num_alone += 1
+        try:
+            return member.own(member.micro_batch.answer)
+        except Exception as error:
+            return error
+
+    def _together(self, members: Sequence[_Member[Name, Outcome]]) -> dict[int, Losses | BaseException]:
+        """One pass for runs over one base; empty where it fails, and each is computed alone from there on."""
+        before = [member.random_state for member in members]
+        try:
+            packed = self._pack(members)
+            losses, gradients = self._pass(packed, members)
+        except Exception as error:
+            for member, state in zip(members, before, strict=True):
+                member.random_state = state
+                member.stay_alone(f"{type(error).__name__}: {error}")
+            return {}
+        self.num_passes += 1
+        answers: dict[int, Losses | BaseException] = {}
+        for member, own, state, found in zip(members, losses, before, gradients, strict=True):
+            if member.is_checked:
+                _add_gradients(member.parameters, found)
+                answers[id(member)] = own
+                continue
+            member.is_checked, member.random_state = True, state
+            answers[id(member)] = self._alone(member)
+            reason = _why_unequal(member.parameters, found, self._tolerance)
+            if reason is not None:
+                member.stay_alone(reason)
+        return answers
+
+    def _pack(self, members: Sequence[_Member[Name, Outcome]]) -> PackedModel:
+        key = tuple(map(id, members))
+        if key not in self._packed:
+            self._packed[key] = PackedModel([member.model for member in members if member.model is not None])
+        return self._packed[key]
+
+    def _pass(
+        self, packed: PackedModel, members: Sequence[_Member[Name, Outcome]]
+    ) -> tuple[list[Losses], list[list[Tensor | None]]]:
+        """Losses of each run, and the gradients of its parameters; nothing of a run is changed but its random state."""
+        inputs = [member.batch.inputs for member in members]
+        is_same = all(_is_same(inputs[0], other) for other in inputs[1:])
+        outputs = packed.outputs(inputs, [member.random_state for member in members], is_same=is_same)
+        for member, state in zip(members, packed.random_states, strict=True):
+            member.random_state = state
+        made = []
+        for member, output in zip(members, outputs, strict=True):
+            assert member.micro_batch is not None
+            made.append(member.own(lambda at=member.micro_batch, output=output: at.loss_of(output)))
+        parameters = [member.parameters for member in members]
+        total = torch.stack([minimised for minimised, _ in made]).sum()
+        flat = torch.autograd.grad(total, [one for own in parameters for one in own], allow_unused=True)
+        gradients = iter(flat)
+        return (
+            [(minimised.detach(), reported) for minimised, reported in made],
+            [[next(gradients) for _ in own] for own in parameters],
+        )
+
+
+@contextlib.contextmanager
+def _random_numbers(state: Tensor) -> Iterator[Callable[[], Tensor]]:
+    """Draws from `state` inside, and from where it was afterwards."""
+    before = torch.get_rng_state()
+    torch.set_rng_state(state)
+    try:
+        yield torch.get_rng_state
+    finally:
+        torch.set_rng_state(before)
+
+
+def _is_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@torch.no_grad()
+def _add_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is None:
+            continue
+        if parameter.grad is None:
+            parameter.grad = gradient
+        else:
+            parameter.grad += gradient
+
+
+@torch.no_grad()
+def _why_unequal(
+    parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None], tolerance: float
+) -> str | None:
+    """Says that gradients differ from those on the parameters by more than rounding; None where they do not."""
+    alone = [one.grad if one.grad is not None else torch.zeros_like(one) for one in parameters]
+    packed = [
+        torch.zeros_like(one) if found is None else found for one, found in zip(parameters, gradients, strict=True)
+    ]
+    whole = torch.stack([own.norm() for own in alone]).norm()
+    if not torch.isfinite(whole):  # the run has diverged
+        return None
+    for own, found in zip(alone, packed, strict=True):
+        if not (own - found).norm() <= tolerance * own.norm() + tolerance * 0.1 * whole:
+            return (
+                f"its gradients in the pack differ from those alone by {float((own - found).norm() / whole):.1e} of "
+                "their norm"
+            )
+    return None

@@ -1,0 +1,596 @@
+"""Packs: every run of a pack is the run alone, on tiny random models."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
+
+from harness.config.schema import RankConfig, TrainerConfig, VariantConfig
+from harness.data.batches import Batch
+from harness.data.blocks import NO_TARGET
+from harness.methods import packed as packed_module
+from harness.methods.adapting import apply_lora
+from harness.methods.counts import is_bias, is_lora, set_trainable
+from harness.methods.packed import PackedLayer, PackedModel, share_base, why_alone
+from harness.models.loading import checkpoint_activations
+from harness.placement.select import select_targets
+from harness.processes.stopping import PreemptedError
+from harness.tasks.language import summed_loss
+from harness.tasks.objective import Evaluation, SummedLoss, cross_entropy
+from harness.training.learner import Position, TrainingDivergedError
+from harness.training.loop import TrainingOutcome, train, train_in_turns
+from harness.training.packs import Ended, Pack
+from harness.training.turns import MicroBatch, Turns
+
+SIZES: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 60}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A run: what it adapts and how it is trained."""
+
+    rank: int = 4
+    projections: tuple[str, ...] = ("q", "v")
+    blocks: str = "all"
+    rate: float = 3e-3
+    seed: int = 0
+    batch_size: int = 8
+    size: int = 8
+    num_labels: int = 3
+    num_steps: int = 2
+    dropout: float = 0.0
+    variant: VariantConfig | None = None
+    trains: str = "lora"
+    kind: str = "bert"
+    dtype: torch.dtype = torch.float64
+    checkpointing: bool = False
+    data: int = 0
+    model_dropout: float = 0.0
+
+
+SIX = (
+    Spec(rank=1, projections=("q", "v"), rate=1e-4, num_labels=2),
+    Spec(rank=2, projections=("mlp",), rate=1e-3, seed=1, batch_size=4, size=4),
+    Spec(rank=8, projections=("all",), rate=3e-3, batch_size=8, size=4, num_labels=5),
+    Spec(rank=64, projections=("q", "v"), rate=1e-2, seed=1),
+    Spec(rank=8, projections=("all",), blocks="last_half", rate=2e-2),
+    Spec(rank=2, projections=("q",), blocks="last_half", rate=5e-4, seed=1, batch_size=4, size=2),
+)
+
+
+class Rows:
+    """Random texts of unequal length, their order drawn from a seed."""
+
+    def __init__(self, spec: Spec) -> None:
+        draw = np.random.default_rng(7 + spec.data)
+        self.spec = spec
+        self.texts = [torch.from_numpy(draw.integers(1, 60, draw.integers(3, 10))) for _ in range(32)]
+        self.labels = draw.integers(0, 10**6, len(self.texts))
+        self.steps_per_epoch = len(self.texts) // spec.batch_size
+
+    def batch(self, chosen: Sequence[int]) -> Batch:
+        texts = [self.texts[index] for index in chosen]
+        ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if self.spec.kind.endswith("lm"):
+            labels = torch.where(mask > 0, ids, NO_TARGET)
+            return Batch(inputs, labels, int(mask.sum()), int((labels[:, 1:] != NO_TARGET).sum()))
+        labels = torch.from_numpy(self.labels[list(chosen)] % self.spec.num_labels)
+        return Batch(inputs, labels, int(mask.sum()), len(chosen))
+
+    def step(self, chosen: Sequence[int]) -> list[Batch]:
+        return [self.batch(chosen[start : start + self.spec.size]) for start in range(0, len(chosen), self.spec.size)]
+
+    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[list[Batch]]:
+        order = np.random.default_rng([self.spec.seed, epoch]).permutation(len(self.texts)).tolist()
+        for cut in range(start * self.spec.batch_size, len(order), self.spec.batch_size):
+            yield self.step(order[cut : cut + self.spec.batch_size])
+
+    def shortest(self) -> list[Batch]:
+        return [self.batch([min(range(len(self.texts)), key=lambda index: len(self.texts[index]))])]
+
+    def longest(self) -> list[Batch]:
+        return self.step(
+            sorted(range(len(self.texts)), key=lambda index: -len(self.texts[index]))[: self.spec.batch_size]
+        )
+
+
+class Objective:
+    """Cross-entropy in the type of the model; its value on a fixed batch is the score."""
+
+    loss_name = "train_nll"
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec, self.poison_at, self.num_losses = spec, 0, 0
+        self.val = Rows(spec).batch(range(4))
+
+    def summed_loss(self, model: nn.Module, batch: Batch) -> SummedLoss:
+        if self.spec.kind.endswith("lm"):
+            return summed_loss(model, batch, chunk_tokens=0 if self.spec.kind == "whole_lm" else None)
+        return cross_entropy(model(**batch.inputs).logits, batch.labels)
+
+    def rehearse(self, model: nn.Module) -> None:
+        """Nothing."""
+
+    def evaluate(self, model: nn.Module) -> Evaluation:
+        model.eval()
+        with torch.no_grad():
+            nll = float(self.summed_loss(model, self.val).minimised)
+        model.train()
+        return Evaluation({"nll": nll} if math.isfinite(nll) else {}, -nll)
+
+
+class Record:
+    """Callbacks that remember, and stop where they are asked to."""
+
+    def __init__(self, kept: tuple[dict[str, Tensor], Position] | None = None, stop_at: int = 0) -> None:
+        self.losses: list[float] = []
+        self.kept, self.stop_at = kept, stop_at
+
+    def wants_checkpoint(self, step: int) -> bool:
+        return step == self.stop_at
+
+    def keep_checkpoint(self, tensors: dict[str, Tensor], position: Position) -> None:
+        self.kept = ({name: value.detach().clone() for name, value in tensors.items()}, deepcopy(position))
+        if position.step == self.stop_at:
+            raise PreemptedError("stopped")
+
+    def last_checkpoint(self) -> tuple[dict[str, Tensor], Position] | None:
+        return deepcopy(self.kept)
+
+    def started(self, num_steps: int, measured: dict[str, float]) -> None:
+        """Nothing."""
+
+    def stepped(self, step: int, values: dict[str, float]) -> None:
+        self.losses.append(values["train_nll"])
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        """Nothing."""
+
+
+def base(spec: Spec) -> nn.Module:
+    torch.manual_seed(0)
+    if spec.kind == "bert":
+        dropout = NO_DROPOUT if not spec.model_dropout else dict.fromkeys(NO_DROPOUT, spec.model_dropout)
+        config = BertConfig(
+            **SIZES, **dropout, num_hidden_layers=2, num_labels=spec.num_labels, max_position_embeddings=16
+        )
+        return BertForSequenceClassification(config)
+    if spec.kind == "gpt2_lm":
+        none = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout"), 0.0)
+        return GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=60, n_positions=16, **none))
+    config = LlamaConfig(
+        **SIZES, num_key_value_heads=2, num_hidden_layers=2, num_labels=spec.num_labels, pad_token_id=0
+    )
+    return LlamaForSequenceClassification(config) if spec.kind == "llama" else LlamaForCausalLM(config)
+
+
+def build(spec: Spec) -> nn.Module:
+    """A model of its own, whose base is equal for all; B is not zero."""
+    model = base(spec)
+    head = {"bert": ["classifier"], "llama": ["score"]}.get(spec.kind, [])
+    torch.manual_seed(spec.seed)
+    for name in head:
+        nn.init.normal_(model.get_submodule(name).weight, std=0.1)
+    is_adapter = is_lora
+    if spec.trains == "lora":
+        names = [name for name, _ in model.named_modules()]
+        targets = select_targets(
+            names,
+            model_type=model.config.model_type,
+            config=model.config,
+            projections=spec.projections,
+            blocks=spec.blocks,
+            language_model=spec.kind.endswith("lm"),
+        )
+        generator = torch.Generator().manual_seed(spec.seed)
+        rank = RankConfig(spec.rank, alpha=8)
+        apply_lora(model, targets, rank=rank, dropout=spec.dropout, variant=spec.variant, generator=generator)
+        for name, value in model.named_parameters():
+            if name.endswith("lora_B"):
+                nn.init.normal_(value, std=0.02, generator=generator)
+    elif spec.trains == "biases":
+        is_adapter = is_bias
+    set_trainable(model, head, is_adapter=is_adapter, trains_base=spec.trains == "everything")
+    if spec.checkpointing:
+        checkpoint_activations(model)
+    return model.to(spec.dtype)
+
+
+@dataclass
+class Run:
+    """A run and what it left."""
+
+    spec: Spec
+    model: nn.Module
+    record: Record
+    outcome: TrainingOutcome | None = None
+    error: BaseException | None = None
+
+    def settings(self) -> dict[str, Any]:
+        spec = self.spec
+        config = TrainerConfig(
+            learning_rate=spec.rate, max_steps=spec.num_steps, batch_size=spec.batch_size, weight_decay=0.01
+        )
+        torch.manual_seed(spec.seed)  # what dropout draws
+        return {"config": config, "accelerator": Accelerator(cpu=True), "callbacks": self.record}
+
+    def trained(self) -> dict[str, Tensor]:
+        return {name: value.detach() for name, value in self.model.named_parameters() if value.requires_grad}
+
+
+def begin(spec: Spec, record: Record | None = None) -> Run:
+    return Run(spec, build(spec), record or Record())
+
+
+def alone(spec: Spec, record: Record | None = None) -> Run:
+    run = begin(spec, record)
+    run.outcome = train(run.model, Rows(spec), Objective(spec), **run.settings())
+    return run
+
+
+def turns(run: Run) -> Turns[TrainingOutcome]:
+    return (yield from train_in_turns(run.model, Rows(run.spec), Objective(run.spec), **run.settings()))
+
+
+def together(
+    runs: Sequence[Run], *, size: int | None = None, expects_passes: bool = True
+) -> Pack[int, TrainingOutcome]:
+    pack = Pack(((number, lambda run=run: turns(run)) for number, run in enumerate(runs)), size=size or len(runs))
+    for ended in pack.run():
+        runs[ended.name].outcome, runs[ended.name].error = ended.outcome, ended.error
+    assert (pack.num_passes > 0) == expects_passes
+    return pack
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    """Relative, in the Frobenius norm."""
+    return float((one - other).norm() / other.norm().clamp(min=1e-30))
+
+
+def furthest(run: Run, other: Run) -> float:
+    ours, theirs = run.trained(), other.trained()
+    assert ours.keys() == theirs.keys()
+    # The bias of keys adds the same to all scores of a query: its gradient is the rounding of zero, and Adam makes
+    # steps of full length of it.
+    return max(distance(ours[name], theirs[name]) for name in ours if not name.endswith("key.bias"))
+
+
+# ---------------------------------------------------------------- packed equals alone
+
+
+def test_six_different_runs_of_fifty_steps_equal_those_alone() -> None:
+    """Ranks, placements, rates over 100 times, seeds, batch sizes, micro-batches and heads differ."""
+    specs = [replace(spec, num_steps=50) for spec in SIX]
+    runs = [begin(spec) for spec in specs]
+    pack = together(runs)
+    assert pack.num_passes >= 100  # two of them make two passes a step
+    for run, spec in zip(runs, specs, strict=True):
+        expected = alone(spec)
+        assert furthest(run, expected) <= 1e-10
+        assert run.record.losses == pytest.approx(expected.record.losses, rel=1e-9)
+        assert run.outcome is not None and expected.outcome is not None
+        assert run.outcome.last.objective == pytest.approx(expected.outcome.last.objective, rel=1e-9)
+        assert furthest(run, begin(spec)) > 1e-3  # it has learned
+
+
+def test_in_float32_gradients_and_losses_are_equal_to_round_off() -> None:
+    specs = [replace(spec, dtype=torch.float32, num_steps=20) for spec in SIX[:3]]
+    for (ours, theirs), spec in zip(gradients_together(specs), specs, strict=True):
+        for name in theirs:
+            assert distance(ours[name], theirs[name]) <= 1e-5, (spec, name)
+    runs = [begin(spec) for spec in specs]
+    together(runs)
+    for run in runs:
+        assert run.record.losses == pytest.approx(alone(run.spec).record.losses, rel=1e-4)
+
+
+def test_a_pack_of_one_is_the_run_alone_to_the_bit() -> None:
+    spec = replace(SIX[2], dtype=torch.float32)
+    run = begin(spec)
+    together([run], expects_passes=False)
+    expected = alone(spec)
+    assert run.record.losses == expected.record.losses
+    assert all(torch.equal(value, expected.trained()[name]) for name, value in run.trained().items())
+
+
+VARIED = {
+    "adapter dropout": Spec(dropout=0.5),
+    "DoRA": Spec(variant=VariantConfig(dora=True), dtype=torch.float32),
+    "trained biases": Spec(trains="biases"),
+    "head only": Spec(trains="head"),
+    "Llama classifier": Spec(kind="llama", projections=("all",)),
+    "Llama language model": Spec(kind="llama_lm", projections=("all", "lm_head")),
+    "whole logits": Spec(kind="whole_lm", projections=("all",)),
+    "GPT-2, roles in one matrix": Spec(kind="gpt2_lm", projections=("q", "v", "o")),
+    "gradient checkpointing": Spec(checkpointing=True, projections=("all",)),
+}
+
+
+@pytest.mark.parametrize("spec", VARIED.values(), ids=VARIED.keys())
+def test_every_kind_of_run_equals_itself_alone(spec: Spec) -> None:
+    """In one pack with another rank, rate and seed, and so other batches."""
+    specs = [replace(spec, rank=2), replace(spec, rate=1e-2, seed=1)]
+    runs = [begin(each) for each in specs]
+    pack = together(runs)
+    assert pack.num_alone == 2  # each run's first micro-batch, to compare
+    for run in runs:
+        # DoRA computes lengths in float32.
+        assert furthest(run, alone(run.spec)) <= (1e-10 if spec.dtype is torch.float64 else 1e-4)
+
+
+@pytest.mark.parametrize(
+    "spec", [VARIED["head only"], VARIED["Llama language model"], SIX[4]], ids=lambda one: one.kind
+)
+def test_runs_with_the_same_batches_equal_themselves_alone(spec: Spec) -> None:
+    runs = [begin(replace(spec, rank=rank, rate=rate)) for rank, rate in ((1, 1e-3), (2, 1e-2), (2, 1e-4))]
+    together(runs)
+    for run in runs:
+        assert furthest(run, alone(run.spec)) <= 1e-10
+
+
+def gradients_together(
+    specs: Sequence[Spec], changed: dict[int, int] | None = None
+) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Each run's gradients of the first micro-batch: in one pass, and alone. `changed`: other data for some runs."""
+    models = [build(spec) for spec in specs]
+    shared: packed_module.Shared = {}
+    for model in models:
+        share_base(model, shared)
+    rows = [Rows(replace(spec, data=(changed or {}).get(number, 0))) for number, spec in enumerate(specs)]
+    batches = [next(each.epoch(0))[0] for each in rows]
+    state = torch.get_rng_state()
+    outputs = PackedModel(models).outputs([batch.inputs for batch in batches], [state] * len(models))
+    objectives = [Objective(spec) for spec in specs]
+
+    def loss(number: int, model: Any) -> Tensor:
+        return objectives[number].summed_loss(model, batches[number]).minimised / batches[number].num_targets
+
+    torch.stack([loss(number, output) for number, output in enumerate(outputs)]).sum().backward()
+    packed = [taken(model) for model in models]
+    for number, model in enumerate(models):
+        loss(number, model).backward()
+    return list(zip(packed, [taken(model) for model in models], strict=True))
+
+
+def taken(model: nn.Module) -> dict[str, Tensor]:
+    found = {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
+    model.zero_grad(set_to_none=True)
+    assert all(gradient is not None for gradient in found.values())
+    return {name: gradient for name, gradient in found.items() if gradient is not None}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_parameter_of_every_run_has_a_gradient(checkpointing: bool) -> None:
+    """Also with gradient checkpointing on a frozen embedding, where packed adapters are known to go without."""
+    specs = [replace(spec, checkpointing=checkpointing) for spec in SIX]
+    for ours, theirs in gradients_together(specs):
+        for name, gradient in theirs.items():
+            assert ours[name].norm() > 0, name
+            assert distance(ours[name], gradient) <= 1e-12
+
+
+def test_the_data_of_one_run_change_nothing_for_the_others() -> None:
+    specs = [replace(spec, dtype=torch.float32, batch_size=8, size=8) for spec in SIX[:3]]
+    before, after = gradients_together(specs), gradients_together(specs, changed={1: 1})
+    assert not torch.equal(before[1][0]["classifier.weight"], after[1][0]["classifier.weight"])
+    for number in (0, 2):
+        for name, gradient in before[number][0].items():
+            assert torch.equal(gradient, after[number][0][name])
+
+
+def test_a_neighbour_that_diverges_changes_nothing_to_the_bit() -> None:
+    def neighbours(rate: float) -> list[Run]:
+        # Of one length, so that its leaving changes nothing but the rows.
+        specs = [Spec(num_steps=8), Spec(rate=rate, seed=1, num_steps=8), Spec(rank=1, num_steps=8)]
+        runs = [begin(replace(spec, dtype=torch.float32)) for spec in specs]
+        together(runs)
+        return runs
+
+    wild, tame = neighbours(1e30), neighbours(1e-3)
+    assert isinstance(wild[1].error, TrainingDivergedError)
+    assert tame[1].error is None
+    num_steps = len(wild[1].record.losses)
+    assert 0 < num_steps < 8
+    for number in (0, 2):
+        assert wild[number].error is None
+        # While it was there, with numbers that are not finite among its own.
+        assert wild[number].record.losses[: num_steps + 1] == tame[number].record.losses[: num_steps + 1]
+        assert wild[number].record.losses == pytest.approx(tame[number].record.losses, rel=1e-4)
+
+
+# ---------------------------------------------------------------- entering and leaving
+
+
+def test_runs_that_end_leave_and_waiting_ones_enter() -> None:
+    specs = [replace(spec, num_steps=steps) for spec, steps in zip(SIX[:4], (2, 5, 4, 2), strict=True)]
+    runs = [begin(spec) for spec in specs]
+    pack = Pack(((number, lambda run=run: turns(run)) for number, run in enumerate(runs)), size=2)
+    ended = [each.name for each in pack.run()]
+    assert sorted(ended) == [0, 1, 2, 3]
+    assert ended[0] == 0
+    for run in runs:
+        assert furthest(run, alone(run.spec)) <= 1e-10
+
+
+def test_a_run_stopped_in_a_pack_resumes_in_another_or_alone() -> None:
+    stopped = begin(replace(SIX[2], num_steps=5), Record(stop_at=2))
+    other = begin(replace(SIX[3], num_steps=4))
+    together([stopped, other])
+    assert isinstance(stopped.error, PreemptedError)
+    assert furthest(other, alone(other.spec)) <= 1e-10
+    expected = alone(stopped.spec)
+    resumed, beside = begin(stopped.spec, Record(stopped.record.kept)), begin(replace(SIX[0], num_steps=4))
+    together([resumed, beside])
+    assert furthest(resumed, expected) <= 1e-10
+    assert furthest(beside, alone(beside.spec)) <= 1e-10
+    assert furthest(alone(stopped.spec, Record(stopped.record.kept)), expected) <= 1e-10
+
+
+def test_a_run_that_fails_leaves_the_others_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(number: int, run: Run) -> Turns[TrainingOutcome]:
+        micro_batch = next(turns(run))
+        yield micro_batch
+        raise KeyError("surprise")
+
+    run, other = begin(SIX[0]), begin(SIX[2])
+    beginnings = [lambda: fails(0, run), lambda: turns(other)]
+    ended = list(Pack(enumerate(beginnings), size=2).run())
+    assert [each.name for each in ended] == [0, 1]
+    assert isinstance(ended[0].error, KeyError)
+    assert furthest(other, alone(other.spec)) <= 1e-10
+
+
+def test_runs_in_training_are_closed_when_nobody_asks_any_more() -> None:
+    closed = []
+
+    def waits(run: Run) -> Turns[TrainingOutcome]:
+        try:
+            return (yield from turns(run))
+        finally:
+            closed.append(run)
+
+    runs = [begin(replace(SIX[0], num_steps=1)), begin(SIX[3]), begin(SIX[2])]
+    ending: Iterator[Ended[int, TrainingOutcome]] = Pack(
+        ((number, lambda run=run: waits(run)) for number, run in enumerate(runs)), size=3
+    ).run()
+    assert next(ending).name == 0
+    ending.close()  # type: ignore[attr-defined]
+    assert closed == runs
+
+
+# ---------------------------------------------------------------- what is shared, and what is not
+
+
+def test_models_share_the_tensors_that_are_frozen_and_equal() -> None:
+    models = [build(spec) for spec in SIX[:3]]
+    other = build(SIX[3])
+    with torch.no_grad():
+        other.bert.encoder.layer[0].intermediate.dense.weight[0, 0] += 1e-9
+    shared: packed_module.Shared = {}
+    for model in (*models, other):
+        share_base(model, shared)
+    frozen = [{id(value) for value in model.parameters() if not value.requires_grad} for model in (*models, other)]
+    assert frozen[0] == frozen[1] == frozen[2]
+    assert len(frozen[0] - frozen[3]) == 1
+    trained = [{id(value) for value in model.parameters() if value.requires_grad} for model in models]
+    assert not any(one & two for one, two in itertools.combinations(trained, 2))
+
+
+@pytest.mark.parametrize(("is_same", "expected"), [(True, [8, 16]), (False, [16, 16])])
+def test_blocks_below_the_lowest_adapter_are_computed_once(is_same: bool, expected: list[int]) -> None:
+    """For runs with the same batches, and for no others."""
+    specs = [Spec(blocks="last_half"), Spec(blocks="last_half", rank=2)]
+    models = [build(spec) for spec in specs]
+    shared: packed_module.Shared = {}
+    for each in models:
+        share_base(each, shared)
+    packed = PackedModel(models)
+    assert packed.first_own_block == 1
+    rows: list[int] = []
+    for block in packed._tree.bert.encoder.layer:
+        block.intermediate.register_forward_hook(lambda _, inputs, output: rows.append(len(output)))
+    inputs = [next(Rows(spec).epoch(0))[0].inputs for spec in specs]
+    outputs = packed.outputs(inputs, [torch.get_rng_state()] * 2, is_same=is_same)
+    assert rows == expected
+    for model, output in zip(models, outputs, strict=True):
+        torch.testing.assert_close(output(**inputs[0]).logits, model(**inputs[0]).logits, rtol=1e-12, atol=1e-12)
+
+
+ALONE = {
+    "every parameter trains": Spec(trains="everything"),
+    "dropout in the base model": Spec(model_dropout=0.1),
+    "gradient checkpointing draws": Spec(dropout=0.1, checkpointing=True),
+}
+
+
+@pytest.mark.parametrize(("reason", "spec"), ALONE.items(), ids=ALONE.keys())
+def test_what_cannot_share_a_pass_is_computed_alone_and_the_log_says_why(
+    reason: str, spec: Spec, caplog: pytest.LogCaptureFixture
+) -> None:
+    runs = [begin(spec), begin(replace(spec, rate=1e-3))]
+    pack = together(runs, expects_passes=False)
+    assert pack.num_alone == 4
+    assert reason in caplog.text
+    for run in runs:
+        expected = alone(run.spec)
+        assert all(torch.equal(value, expected.trained()[name]) for name, value in run.trained().items())
+
+
+def test_batch_normalisation_and_experts_are_refused() -> None:
+    model = build(Spec())
+    assert why_alone(model) is None
+    model.bert.norm = nn.BatchNorm1d(4).requires_grad_(False)
+    assert "batch normalisation" in (why_alone(model) or "")
+    model = build(Spec())
+    model.config.num_local_experts = 8
+    assert "experts" in (why_alone(model) or "")
+
+
+def test_gradients_that_are_not_those_alone_are_seen(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An adapter's part of the pass that is wrong: the runs are trained alone, and are right."""
+    right = PackedLayer.forward
+    monkeypatch.setattr(PackedLayer, "forward", lambda self, x: right(self, x) * 1.01)
+    runs = [begin(SIX[0]), begin(SIX[2])]
+    together(runs)
+    assert caplog.text.count("its gradients in the pack differ") == 2
+    for run in runs:
+        expected = alone(run.spec)
+        assert all(torch.equal(value, expected.trained()[name]) for name, value in run.trained().items())
+
+
+def test_a_pass_that_fails_is_made_alone(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """As when the memory is enough for one run and not for two."""
+
+    def fail(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(PackedLayer, "forward", fail)
+    runs = [begin(replace(spec, dropout=0.5, seed=0)) for spec in (SIX[0], SIX[3])]
+    together(runs, expects_passes=False)
+    assert "no room" in caplog.text
+    for run in runs:
+        expected = alone(run.spec)
+        assert all(torch.equal(value, expected.trained()[name]) for name, value in run.trained().items())
+
+
+def test_an_error_of_a_run_alone_in_its_pack_is_raised_where_it_waits() -> None:
+    def waits() -> Turns[Any]:
+        try:
+            yield MicroBatch(build(SIX[0]), Rows(SIX[0]).batch([0]), loss_of=fail, backward=lambda _: None)
+        except MemoryError as error:
+            return f"heard {error}"
+
+    def fail(_: nn.Module) -> tuple[Tensor, Tensor]:
+        raise MemoryError("no room")
+
+    (ended,) = Pack(iter([("one", waits)]), size=1).run()
+    assert ended.outcome == "heard no room"
+
+
+def test_a_pack_has_at_least_one_run() -> None:
+    with pytest.raises(ValueError, match="size=0"):
+        Pack(iter([]), size=0)
