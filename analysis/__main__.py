@@ -1,4 +1,4 @@
-"""`python -m analysis report --sweep demo`: from the runs in a folder to tables and pages."""
+"""`python -m analysis report --sweep demo`: from the runs in a folder to tables and pages; and what a run will cost."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from analysis import budget
 from analysis.archive import opened, write_archive
 from analysis.load import LoadError, load_runs
 from analysis.metrics import STYLES
@@ -15,18 +16,18 @@ from harness.extensions import ExtensionError, load_extensions
 
 
 def main(arguments: Sequence[str] | None = None, *, program: str = "python -m analysis") -> int:
-    """Runs one command and returns its exit code: 0, or 2 when there is nothing to report on or nowhere to write."""
+    """Runs one command and returns its exit code: its own, or 2 when there is nothing to report on or to write to."""
     options = _parser(program).parse_args(arguments)
     try:
         load_extensions()
-        options.command(options)
+        code: int | None = options.command(options)
     except (LoadError, ExtensionError) as error:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:
         print(f"{error.filename}: {error.strerror}", file=sys.stderr)
         return 2
-    return 0
+    return code or 0
 
 
 def _parser(program: str = "python -m analysis") -> argparse.ArgumentParser:
@@ -94,6 +95,10 @@ def _parser(program: str = "python -m analysis") -> argparse.ArgumentParser:
     archive.add_argument("--to", required=True, type=Path, metavar="FILE", help="the file, as results/demo.tar.xz")
     archive.add_argument("--predictions", action="store_true", help="with predictions by row, for tests paired by row")
     archive.set_defaults(command=_archive)
+
+    of_a_run = commands.add_parser("budget", help="what a run costs before it starts: parameters, bytes, hours")
+    budget.add_arguments(of_a_run)
+    of_a_run.set_defaults(command=budget.print_budget)
     return parser
 
 

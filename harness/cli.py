@@ -23,9 +23,10 @@ COMMANDS = {
     "export": "merge what a run trained into its base model: lora-harness export RUN_ID to=DIR",
     "status": "how far a sweep is, also while it runs",
     "archive": "results and curves of a sweep in one small file, without weights",
+    "budget": "what a run costs before it starts: parameters, bytes, hours",
     "init": "write a small project with its own dataset and sweep",
 }
-OF_ANALYSIS = ("report", "status", "archive")
+OF_ANALYSIS = ("report", "status", "archive", "budget")
 OF_ENDED_RUNS = ("evaluate", "export")
 _EPILOG = """\
 run is `python -m harness`, sweep is `python -m harness -m`, and both take Hydra's flags (run --help lists every

@@ -38,13 +38,27 @@ def plan(config: RunConfig) -> Plan:
     not allow, `ConfigError` for a tracker that is not installed.
     """
     require_trackers(config.tracking)
-    is_language = config.dataset.task.is_language
-    skeleton = build_skeleton(base_model(config), num_labels=None if is_language else 2)
+    adapted = adapted_skeleton(config)
+    counts = count_parameters(adapted.model, adapted.head, is_adapter=is_adapter(adapted.model, config))
+    return Plan(adapted.targets, counts.num_adapter_params)
+
+
+@dataclass(frozen=True)
+class AdaptedSkeleton:
+    """A model on the meta device with the method applied, its task head's modules, and what got an adapter."""
+
+    model: PreTrainedModel
+    head: tuple[str, ...]
+    targets: list[Target]
+
+
+def adapted_skeleton(config: RunConfig, *, num_labels: int = 2) -> AdaptedSkeleton:
+    """The model of a run without a weight; its task head, if any, has `num_labels` outputs. Raises as `plan`."""
+    labels = None if config.dataset.task.is_language else num_labels
+    skeleton = build_skeleton(base_model(config), num_labels=labels)
     require_packing(skeleton.config.model_type, config)
-    head = task_head(skeleton.config, None if is_language else 2)
-    targets = adapt(skeleton, config, head)
-    counts = count_parameters(skeleton, head, is_adapter=is_adapter(skeleton, config))
-    return Plan(targets, counts.num_adapter_params)
+    head = task_head(skeleton.config, labels)
+    return AdaptedSkeleton(skeleton, head, adapt(skeleton, config, head))
 
 
 def require_packing(model_type: str, config: RunConfig) -> None:

@@ -41,6 +41,7 @@ ROOMS = (
     "harness.score",
     "harness.save",
     "harness.run",
+    "harness.forecast",
     "harness.saved",
     "harness.evaluate",
     "harness.export",
@@ -83,6 +84,8 @@ SEES_ANALYSIS = ("harness.cli",)
 HARNESS_SEEN_BY_ANALYSIS = ("harness.results",)
 HARNESS_SEEN_BY = {
     "analysis.adapters": ("harness.results", "harness.methods", "harness.placement"),
+    # The command; what it prints is worked out in the harness, which alone knows models.
+    "analysis.budget": ("harness.results", "harness.forecast"),
     # Imported late, when a report is to go to W&B.
     "analysis.__main__": ("harness.results", "harness.tracking", "harness.config", "harness.extensions"),
 }

@@ -74,22 +74,9 @@ def save_adapter(
     layers = dict(lora_layers(model))
     if not layers:
         raise LoRAError("the model has no LoRA layers to save.")
-    tensors: dict[str, Tensor] = {}
-    scalings: dict[str, tuple[int, float]] = {}
-    for name, layer in layers.items():
-        named, scalings[name] = _tensors_of(layer)
-        tensors |= {f"{_PEFT_PREFIX}{name}.{leaf}": value for leaf, value in named.items()}
-    # Beside the head, what an adapter loaded before brought along.
-    saved_modules = [
-        *head_modules,
-        *(name for name in replaced_modules(model) if not is_head(f"{name}.", head_modules)),
-    ]
-    for name, tensor in head_state(model, saved_modules).items():
-        tensors[_PEFT_PREFIX + name] = tensor
-    biases = {name: value for name, value in _own_biases(model).items() if not is_head(name, saved_modules)}
-    for name, tensor in biases.items():
-        module, _, leaf = name.rpartition(".")
-        tensors[f"{_PEFT_PREFIX}{module}.{'base_layer.' if module in layers else ''}{leaf}"] = tensor
+    saved_modules = _modules_saved_whole(model, head_modules)
+    tensors, scalings = _tensors_to_save(model, saved_modules)
+    biases = _biases_to_save(model, saved_modules)
     use_rslora = rank.alpha_policy is AlphaPolicy.rslora
     shapes = {name: (r, _alpha(r, scaling, use_rslora=use_rslora)) for name, (r, scaling) in scalings.items()}
     (most_have_rank, most_have_alpha), _ = Counter(shapes.values()).most_common(1)[0]
@@ -116,6 +103,40 @@ def save_adapter(
     if parts:
         write_json_atomically(directory / PARTS_FILE, parts)
     return save_tensors(tensors, directory / ADAPTER_FILE)
+
+
+def adapter_bytes(model: nn.Module, head_modules: Sequence[str]) -> int:
+    """Bytes of the tensors that `save_adapter` writes, from shapes; the header of the file is not in it."""
+    tensors, _ = _tensors_to_save(model, _modules_saved_whole(model, head_modules))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _modules_saved_whole(model: nn.Module, head_modules: Sequence[str]) -> list[str]:
+    """The head, and what an adapter loaded before brought along."""
+    others = (name for name in replaced_modules(model) if not is_head(f"{name}.", head_modules))
+    return [*head_modules, *others]
+
+
+def _biases_to_save(model: nn.Module, saved_modules: Sequence[str]) -> dict[str, nn.Parameter]:
+    return {name: value for name, value in _own_biases(model).items() if not is_head(name, saved_modules)}
+
+
+def _tensors_to_save(
+    model: nn.Module, saved_modules: Sequence[str]
+) -> tuple[dict[str, Tensor], dict[str, tuple[int, float]]]:
+    """What the file holds, by its names there; and rank and scaling of each adapted module."""
+    layers = dict(lora_layers(model))
+    tensors: dict[str, Tensor] = {}
+    scalings: dict[str, tuple[int, float]] = {}
+    for name, layer in layers.items():
+        named, scalings[name] = _tensors_of(layer)
+        tensors |= {f"{_PEFT_PREFIX}{name}.{leaf}": value for leaf, value in named.items()}
+    for name, tensor in head_state(model, saved_modules).items():
+        tensors[_PEFT_PREFIX + name] = tensor
+    for name, tensor in _biases_to_save(model, saved_modules).items():
+        module, _, leaf = name.rpartition(".")
+        tensors[f"{_PEFT_PREFIX}{module}.{'base_layer.' if module in layers else ''}{leaf}"] = tensor
+    return tensors, scalings
 
 
 def _tensors_of(layer: AdaptedLayer) -> tuple[dict[str, Tensor], tuple[int, float]]:

@@ -52,6 +52,18 @@ class Metric:
 MIB = 1024.0**2
 
 
+def bytes_text(num_bytes: float) -> str:
+    """Bytes in the unit that reads best, with the constant in its name.
+
+    >>> bytes_text(1000), bytes_text(24 * 2**20), bytes_text(1.5 * 2**40)
+    ('1,000 B', '24.00 MiB', '1,536.00 GiB')
+    """
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= (size if size > 2**10 else 100 * size):
+            return f"{num_bytes / size:,.2f} {unit}"
+    return f"{num_bytes:,.0f} B"
+
+
 def duration_text(seconds: float) -> str:
     """Seconds as h:mm:ss."""
     return str(timedelta(seconds=round(seconds)))

@@ -1,0 +1,193 @@
+"""`python -m analysis budget rank=r8 target_layers=qv`: what a run costs before it starts.
+
+The overrides are those of `python -m harness`. What is printed is worked out by `harness.forecast`, from the model's
+configuration alone: no weights are read. Exit codes: 0 it fits, 1 it does not, 2 nothing can be said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from harness.results.metrics import bytes_text
+
+if TYPE_CHECKING:
+    from harness.forecast.parameters import RunSize, Solution
+
+FITS, DOES_NOT_FIT, CANNOT_SAY = 0, 1, 2
+
+# The rank of a run whose rank is to be solved: its policy of alpha.
+_RANK_TO_SOLVE = "rank=r8"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command line may say."""
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="of one run, as for python -m harness")
+    parser.add_argument("--config-dir", metavar="DIR", help="own configs, as for python -m harness")
+    parser.add_argument(
+        "--parameters",
+        type=parameters,
+        metavar="N",
+        help="solve the rank: the largest whose adapter has at most N parameters, as 300000, 300K or 4.7M",
+    )
+    parser.add_argument(
+        "--per-role",
+        action="store_true",
+        help="with --parameters: some roles one rank higher, so that less is left over (rank.pattern)",
+    )
+    parser.add_argument(
+        "--placements",
+        type=lambda text: tuple(text.split(",")),
+        metavar="NAMES",
+        help="a table over placements, as q,qv,all; ALL for every preset of target_layers",
+    )
+    parser.add_argument(
+        "--labels", type=int, default=2, metavar="N", help="outputs of a task head; default: %(default)s"
+    )
+
+
+def parameters(text: str) -> int:
+    """A number of parameters.
+
+    >>> parameters("300000"), parameters("4.7M"), parameters("18_874_368")
+    (300000, 4700000, 18874368)
+    """
+    found = re.fullmatch(r"([\d_,]*\.?\d+)\s*([KMB]?)", text.strip(), flags=re.IGNORECASE)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number of parameters, as 300000, 300K or 4.7M")
+    factor = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}[found[2].upper()]
+    return round(float(re.sub("[_,]", "", found[1])) * factor)
+
+
+def print_budget(options: argparse.Namespace, *, console: Console | None = None) -> int:
+    """Prints what was asked for and returns the exit code."""
+    # Imported late: the other commands come without waiting for torch.
+    from harness.forecast.request import ForecastError, UnmetError, own_configs
+
+    console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    try:
+        with own_configs(options.config_dir):
+            return _print(options, console)
+    except ForecastError as error:
+        print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
+        return DOES_NOT_FIT if isinstance(error, UnmetError) else CANNOT_SAY
+
+
+def _print(options: argparse.Namespace, console: Console) -> int:
+    from harness.forecast.parameters import size_of, solve_rank
+    from harness.forecast.request import names, read_config, without
+
+    overrides = list(options.overrides)
+    solved: Solution | None = None
+    if options.parameters is not None:
+        overrides = without(overrides, "rank.rank", "rank.pattern")
+        if not names(overrides, "rank"):
+            overrides.append(_RANK_TO_SOLVE)
+    if options.placements is not None:
+        return _print_placements(options, overrides, console)
+    config = read_config(overrides)
+    if options.parameters is not None:
+        solved = solve_rank(config, options.parameters, per_role=options.per_role, num_labels=options.labels)
+        overrides += solved.overrides
+        config = read_config(overrides)
+    _print_size(size_of(config, num_labels=options.labels), console)
+    if solved is not None:
+        _print_solution(solved, overrides, console)
+    return FITS
+
+
+def _print_size(size: RunSize, console: Console) -> None:
+    counts = size.counts
+    table = _rows()
+    table.add_row("adapter parameters", f"{counts.num_adapter_params:,}")
+    table.add_row("head parameters", f"{counts.num_head_params:,}")
+    table.add_row("trainable parameters", f"{counts.num_trainable_params:,}")
+    table.add_row("all parameters", f"{counts.num_total_params:,}")
+    table.add_row("saved tensors", bytes_text(size.saved_bytes))
+    if size.placement:
+        table.add_row("adapters", _placement(size))
+    console.print(table)
+
+
+def _placement(size: RunSize) -> str:
+    return ", ".join(
+        f"{each['num_targets']} {role}" + (f" (rank {', '.join(map(str, each['ranks']))})" if "ranks" in each else "")
+        for role, each in size.placement.items()
+    )
+
+
+def _print_solution(solved: Solution, overrides: Sequence[str], console: Console) -> None:
+    table = _rows()
+    table.add_row("budget", f"{solved.budget:,}")
+    table.add_row("left over", f"{solved.residual:,} ({solved.residual / solved.budget:.2%})")
+    if solved.next_above is not None:
+        table.add_row("one rank more", f"{solved.next_above:,} parameters")
+    table.add_row("ranks", " ".join(solved.overrides))
+    console.print(table)
+    console.print(Text(f"python -m harness {shlex.join(overrides)}"))
+
+
+def _print_placements(options: argparse.Namespace, overrides: list[str], console: Console) -> int:
+    """A row for each placement; one that the model has not, or whose budget is not met, says why."""
+    from harness.forecast.parameters import size_of, solve_rank
+    from harness.forecast.request import ForecastError, placements, read_config, without
+
+    wanted = placements() if options.placements == ("ALL",) else options.placements
+    overrides = without(overrides, "target_layers")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("target_layers")
+    for column in ("rank", "adapter", "head", "all parameters", "saved"):
+        table.add_column(column, justify="right")
+    if options.parameters is not None:
+        table.add_column("left over", justify="right")
+    notes: list[str] = []
+    num_rows = 0
+    for name in wanted:
+        # The placement first, so that target_layers.blocks=... of the overrides stays.
+        own = [f"target_layers={name}", *overrides]
+        try:
+            config = read_config(own)
+            solved: Solution | None = None
+            if options.parameters is not None:
+                solved = solve_rank(config, options.parameters, per_role=options.per_role, num_labels=options.labels)
+                config = read_config([*own, *solved.overrides])
+            size = size_of(config, num_labels=options.labels)
+        except ForecastError as error:
+            notes.append(f"{name}: {str(error).splitlines()[0]}")
+            continue
+        num_rows += 1
+        counts = size.counts
+        rank = "" if config.rank is None else " ".join([str(config.rank.rank), *_pattern(config.rank.pattern)])
+        table.add_row(
+            name,
+            rank,
+            f"{counts.num_adapter_params:,}",
+            f"{counts.num_head_params:,}",
+            f"{counts.num_total_params:,}",
+            bytes_text(size.saved_bytes),
+            *([f"{solved.residual:,}"] if solved is not None else []),
+        )
+    if num_rows:
+        console.print(table)
+    for note in notes:
+        console.print(Text(f"not {note}"))
+    return FITS if num_rows else CANNOT_SAY
+
+
+def _pattern(pattern: dict[str, int] | None) -> list[str]:
+    return [f"{role}:{rank}" for role, rank in (pattern or {}).items()]
+
+
+def _rows() -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column()
+    table.add_column()
+    return table

@@ -1,0 +1,188 @@
+"""The planner: counts and solved ranks against built models, predicted bytes against measured ones, its messages."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_placement import CLASSIFIERS, CONFIGS, WITH_ALL
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from analysis.__main__ import main
+from analysis.budget import CANNOT_SAY, DOES_NOT_FIT, FITS, parameters
+from harness.config.schema import ModelConfig, RunConfig, TargetLayersConfig
+from harness.forecast.parameters import size_of, solve_rank
+from harness.forecast.request import ForecastError, UnmetError, own_configs, read_config
+from harness.methods.counts import is_lora
+from harness.models.configs import head_of
+from harness.placement.architectures import ARCHITECTURES
+from harness.plan import adapt
+
+LORA = ("rank=r8", "target_layers=qv")
+LANGUAGE = ("model=tiny_llama", "dataset=friends", "dataset.blocks=cut")
+CLASSIFIER = ("model=tiny_bert", "dataset=reuters_r8")
+
+
+@functools.cache
+def composed(*overrides: str) -> RunConfig:
+    with own_configs(None):
+        return read_config(overrides)
+
+
+# ---------------------------------------------------------------- parameters
+
+
+def _of_architecture(model_type: str, folder: Path) -> RunConfig:
+    """LoRA on a model of which there is nothing but a config.json."""
+    CONFIGS[model_type]().save_pretrained(folder)
+    config = composed(*(CLASSIFIER if model_type in CLASSIFIERS else LANGUAGE), *LORA)
+    placed = TargetLayersConfig("placed", ["all" if model_type in WITH_ALL else "attention"])
+    return replace(
+        config, model=ModelConfig(name=model_type, path=str(folder), attention="eager"), target_layers=placed
+    )
+
+
+def _built(model_type: str, config: RunConfig) -> int:
+    """Adapter parameters of a model that is really allocated and adapted as in a run."""
+    is_classifier = model_type in CLASSIFIERS
+    auto = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+    model = auto.from_config(CONFIGS[model_type]())
+    adapt(model, config, head_of(model, language_model=not is_classifier))
+    return sum(value.numel() for name, value in model.named_parameters() if is_lora(name))
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_a_solved_rank_gives_the_count_of_the_built_model(model_type: str, tmp_path: Path) -> None:
+    config = _of_architecture(model_type, tmp_path)
+    assert config.rank is not None
+    at_three = _built(model_type, replace(config, rank=config.rank.at(3)))
+    budget = at_three + at_three // 6  # half a rank is left over
+    solved = solve_rank(config, budget)
+    assert (solved.rank, solved.pattern, solved.num_adapter_params) == (3, {}, at_three)
+    assert solved.next_above == at_three // 3 * 4
+    by_role = solve_rank(config, budget, per_role=True)
+    ranks = replace(config.rank, rank=by_role.rank, pattern=dict(by_role.pattern) or None)
+    assert by_role.num_adapter_params == _built(model_type, replace(config, rank=ranks))
+    assert 0 <= by_role.residual <= solved.residual
+
+
+def test_ranks_by_role_leave_the_least_that_one_more_rank_can() -> None:
+    config = composed(*CLASSIFIER, "rank=r8", "target_layers=all")
+    # Per rank and over two blocks: q, k, v, o take 2 * 128 each, up and down 2 * 192 each.
+    per_rank = {"q": 256, "k": 256, "v": 256, "o": 256, "up": 384, "down": 384}
+    for budget in (1792 * 2 + 700, 1792 * 5 + 1000, 1792 * 7):
+        solved = solve_rank(config, budget, per_role=True)
+        left = budget % 1792
+        reachable = {
+            sum(per_rank[role] for role in roles) for n in range(7) for roles in itertools.combinations(per_rank, n)
+        }
+        assert solved.residual == min(left - total for total in reachable if total <= left)
+
+
+def test_roles_with_small_matrices_keep_their_largest_rank_and_the_others_take_the_rest() -> None:
+    config = composed(*LANGUAGE, "rank=r8", "target_layers=qv")
+    # Queries are 64 -> 64, values 64 -> 32: one rank for both ends at 32.
+    with pytest.raises(UnmetError, match=r"the nearest below is rank 32, .*, with 14,336"):
+        solve_rank(config, 17_000)
+    solved = solve_rank(config, 17_000, per_role=True)
+    assert {"q": solved.rank, "v": solved.rank} | dict(solved.pattern) == {"q": 42, "v": 32}
+    assert solved.num_adapter_params == 2 * (42 * 128 + 32 * 96)
+
+
+@pytest.mark.parametrize(
+    ("extra", "per_rank", "fixed"),
+    [(("variant=dora",), 512, 4 * 64), (("method=loha",), 1024, 0), ((), 512, 0)],
+)
+def test_what_is_in_no_rank_is_part_of_the_count(extra: tuple[str, ...], per_rank: int, fixed: int) -> None:
+    config = composed(*CLASSIFIER, *LORA, *extra)
+    solved = solve_rank(config, fixed + 9 * per_rank + per_rank - 1)
+    assert (solved.rank, solved.num_adapter_params) == (9, fixed + 9 * per_rank)
+
+
+def test_a_budget_that_nothing_meets_names_the_nearest() -> None:
+    config = composed(*CLASSIFIER, *LORA)
+    with pytest.raises(UnmetError, match=r"a budget of 511 .* the nearest above is rank 1 with 512\."):
+        solve_rank(config, 511)
+    assert solve_rank(config, 512 * 64).rank == 64
+    with pytest.raises(UnmetError, match=r"the nearest below is rank 64, .*, with 32,768\."):
+        solve_rank(config, 512 * 64 + 1)
+    with pytest.raises(UnmetError, match=r"the nearest below is rank 64, .*, with 32,768\."):
+        solve_rank(config, 512 * 64 + 1, per_role=True)
+    with pytest.raises(ForecastError, match="a budget of 0 adapter parameters: give a whole number"):
+        solve_rank(config, 0)
+    with pytest.raises(ForecastError, match=r"method=full: has no rank to solve; .* lora"):
+        solve_rank(composed(*CLASSIFIER, "method=full"), 1000)
+
+
+def test_ranks_by_role_need_roles() -> None:
+    named = replace(composed(*CLASSIFIER, *LORA), target_layers=TargetLayersConfig("own", modules=[".*query"]))
+    assert solve_rank(named, 1000).rank == 3
+    with pytest.raises(ForecastError, match=r"target_layers\.modules: names modules and no roles"):
+        solve_rank(named, 1000, per_role=True)
+    with pytest.raises(ForecastError, match="method=loha: has one rank for all"):
+        solve_rank(composed(*CLASSIFIER, *LORA, "method=loha"), 1000, per_role=True)
+
+
+def test_the_size_of_a_run_by_hand() -> None:
+    size = size_of(composed(*CLASSIFIER, *LORA), num_labels=8)
+    assert (size.counts.num_adapter_params, size.counts.num_head_params) == (2 * 2 * 8 * 128, 64 * 8 + 8)
+    assert size.saved_bytes == 4 * (4096 + 520)
+    assert size.placement == {"q": {"num_targets": 2, "ranks": [8]}, "v": {"num_targets": 2, "ranks": [8]}}
+    full = size_of(composed(*CLASSIFIER, "method=full"), num_labels=8)
+    assert full.counts.num_trainable_params == full.counts.num_total_params
+    assert full.saved_bytes == 4 * full.counts.num_total_params
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_the_command_prints_a_ready_override(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["budget", *CLASSIFIER, "target_layers=all", "--parameters", "4.2K", "--per-role"]) == FITS
+    out = capsys.readouterr().out
+    *_, command = out.splitlines()
+    assert command == (
+        "python -m harness model=tiny_bert dataset=reuters_r8 target_layers=all rank=r8 rank.rank=2 "
+        "'rank.pattern={q:3,k:3}'"
+    )
+    assert "4,096" in out and "104 (2.48%)" in out
+
+
+def test_a_table_over_placements_says_which_do_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["budget", *CLASSIFIER, "rank=r4", "--placements", "q,gate,all", "--parameters", "5000"]) == FITS
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[:3] for line in lines[1:3]] == [["q", "19", "4,864"], ["all", "2", "3,584"]]
+    assert lines[3][:2] == ["not", "gate:"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["target_layers=qv", "--parameters", "10"], DOES_NOT_FIT, "error: a budget of 10 adapter parameters: nothing"),
+        (["rank=r3", "target_layers=qv"], CANNOT_SAY, "error: rank=r3: no such option. There are: r1,"),
+        (["rank"], CANNOT_SAY, "error: rank: is no override; write setting=value"),
+        (["sweeps=demo"], CANNOT_SAY, "error: sweeps=demo: a forecast is of one run; of a sweep,"),
+        (["method=lora"], CANNOT_SAY, "error: method=lora needs a rank"),
+        ([*LORA, "model.path=/nowhere"], CANNOT_SAY, "error: model.path=/nowhere: no config.json there."),
+        ([*LORA, "--config-dir", "/nowhere"], CANNOT_SAY, "error: --config-dir=/nowhere: no such folder."),
+        (["method=full", "--parameters", "5M"], CANNOT_SAY, "error: method=full"),
+    ],
+)
+def test_bad_input_is_one_message(
+    words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["budget", "model=tiny_bert", *words]) == code
+    said = capsys.readouterr()
+    assert said.err.startswith(message) and said.out == ""
+
+
+def test_numbers_of_parameters_as_people_write_them() -> None:
+    assert [parameters(text) for text in ("300000", "0.3M", "18,874,368", "1b", "4_718_592")] == [
+        300_000,
+        300_000,
+        18_874_368,
+        10**9,
+        4_718_592,
+    ]
