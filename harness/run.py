@@ -211,9 +211,9 @@ def _train_and_evaluate(
     try:
         objective = prepared.family.build_objective(config, prepared.data, prepared.also, stop)
         place_on_device(prepared.model, prepared.accelerator, shard_model=config.shard_model)
-        before = score_before_training(prepared, objective, callbacks)
+        before = score_before_training(prepared, objective, callbacks, spending)
         metrics |= before
-        untrained = untrained_scores(prepared, objective, callbacks)
+        untrained = untrained_scores(prepared, objective, callbacks, spending)
         outcome = yield from _train(prepared, objective, callbacks, untrained=untrained)
         spending.end_training()
         metrics |= outcome.measured

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from harness.base_scores import base_losses
 from harness.chain import EarlierTask, with_head
 from harness.data.blocks import Prompt
 from harness.prepare import PreparedRun, wanted_generation_metrics
@@ -20,42 +21,52 @@ from harness.tasks.generation_scores import score_texts, write_texts
 from harness.tasks.objective import Evaluation, Objective
 from harness.tasks.predictions import write_predictions
 from harness.training.callbacks import VAL_PREDICTIONS, FollowerCallbacks, RunCallbacks
+from harness.training.ledger import Spending
 from harness.training.loop import TrainingOutcome
 
 
 def score_before_training(
-    prepared: PreparedRun, objective: Objective, callbacks: RunCallbacks | FollowerCallbacks
+    prepared: PreparedRun, objective: Objective, callbacks: RunCallbacks | FollowerCallbacks, spending: Spending
 ) -> dict[str, float]:
     """The nll that a language model begins with: on val, on test, and on the domain that it comes from."""
     if not prepared.family.scores_untrained:
         return {}
-    model = prepared.model
     splits = {"val_nll_before": prepared.data.val}
     if prepared.data.test is not None:
         splits["test_nll_before"] = prepared.data.test
     if prepared.also:
         splits["base_domain_nll_before"] = _base_domain(prepared)
-    with prepared.accelerator.autocast():
-        scores = {
-            name: callbacks.once(f"score {name}", lambda split=split: objective.evaluate_split(model, split).scores)
-            for name, split in splits.items()
-        }
-    return {name: values["nll"] for name, values in scores.items() if values}
+    losses = {
+        name: _losses_before(prepared, objective, callbacks, spending, name=name, split=split)
+        for name, split in splits.items()
+    }
+    return {name: values["nll"] for name, values in losses.items() if values}
 
 
 def untrained_scores(
-    prepared: PreparedRun, objective: Objective, callbacks: RunCallbacks | FollowerCallbacks
+    prepared: PreparedRun, objective: Objective, callbacks: RunCallbacks | FollowerCallbacks, spending: Spending
 ) -> dict[str, float] | None:
-    """The scores on val that a trial's model begins with, where val is scored during training; else None."""
+    """The loss on val that a trial's model begins with, where val is scored during training; else None."""
     config = prepared.config
     if not config.trial or not (config.trainer.eval_every or config.trainer.eval_each_epoch):
         return None
+    return _losses_before(prepared, objective, callbacks, spending, name="val_nll_before", split=prepared.data.val)
 
+
+def _losses_before(
+    prepared: PreparedRun,
+    objective: Objective,
+    callbacks: RunCallbacks | FollowerCallbacks,
+    spending: Spending,
+    *,
+    name: str,
+    split: Any,
+) -> dict[str, float]:
     def evaluate() -> dict[str, float]:
         with prepared.accelerator.autocast():
-            return objective.evaluate_split(prepared.model, prepared.data.val).scores
+            return objective.evaluate_split(prepared.model, split).scores
 
-    return callbacks.once("score val_nll_before", evaluate)
+    return callbacks.once(f"score {name}", lambda: base_losses(prepared, objective, split, evaluate, spending=spending))
 
 
 def _base_domain(prepared: PreparedRun) -> Any:

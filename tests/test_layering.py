@@ -38,6 +38,7 @@ ROOMS = (
     "harness.plan",
     "harness.chain",
     "harness.prepare",
+    "harness.base_scores",
     "harness.score",
     "harness.save",
     "harness.run",

@@ -11,7 +11,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,15 @@ class Spending:
         if self._is_training:
             self._earlier |= {name: value for name, value in self.total().items() if name.startswith("cuda_")}
             self._is_training = False
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """What is done inside is timed as preparation: later runs find it done."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._preparation.seconds += time.perf_counter() - began
 
     def total(self) -> dict[str, float]:
         """Metrics by name."""
