@@ -18,7 +18,7 @@ import torch
 from test_run import exact, rows  # noqa: F401
 from test_run_language import data  # noqa: F401
 
-from harness import prepare, save
+from harness import base_scores, prepare, save
 from harness import run as run_module
 from harness import score as score_module
 from harness.config.schema import RunConfig
@@ -103,10 +103,12 @@ def test_a_run_stopped_and_failing_everywhere_ends_as_an_undisturbed_one(
     done: Counter[str],
 ) -> None:
     source = request.getfixturevalue("rows" if make is classification else "data")
+    monkeypatch.setattr(base_scores, "cache_dir", lambda: tmp_path / "calm")  # each computes the losses before training
     undisturbed = left(tmp_path / "calm", run(make(source, tmp_path / "calm")))
     done_at_once = dict(done)
     done.clear()
 
+    monkeypatch.setattr(base_scores, "cache_dir", lambda: tmp_path / "wild")
     heard: list[str] = []
     check = StopRequest.check
     allowed = 0
