@@ -66,6 +66,11 @@ logger = logging.getLogger("harness")
 MADE_BY = ("git_commit", "git_dirty", "versions", "device_name")
 
 
+# What a clock or the system says of a whole process, and of no run where several share it. The time of a step and the
+# peak of live tensors are rehearsed by each run alone.
+_OF_THE_PROCESS = ("wall_seconds", "peak_rss_bytes", "cuda_peak_allocated_bytes", "cuda_peak_reserved_bytes")
+
+
 # What a user can fix: each ends a run before training, with its message and no traceback.
 USER_ERRORS = (
     ConfigError,
@@ -90,10 +95,13 @@ def run(config: RunConfig, identity: Identity | None = None) -> RunResult:
         return drive_alone(run_in_turns(config, identity, stop=stop))
 
 
-def run_in_turns(config: RunConfig, identity: Identity | None = None, *, stop: StopRequest) -> Turns[RunResult]:
+def run_in_turns(
+    config: RunConfig, identity: Identity | None = None, *, stop: StopRequest, num_packed: int = 1
+) -> Turns[RunResult]:
     """Runs one config and returns its result, which lies in `<runs_dir>/<run_id>/result.json`.
 
     A generator: it stops at each micro-batch of training (see `harness.training.turns`). `stop` is the request to stop.
+    With `num_packed` above 1 the process is shared with other runs: what is measured of the whole process is left out.
 
     `identity` is what the run was planned as; without it, it is determined here. A run that has a result already (see
     `kept_result`) is not repeated; one that left a checkpoint resumes from it.
@@ -116,6 +124,8 @@ def run_in_turns(config: RunConfig, identity: Identity | None = None, *, stop: S
     require_writable(config.runs_dir)
     with stop.interrupting("loading"), preparation_of_a_run() as preparation:
         prepared = prepare(config, planned.identity)
+    if num_packed > 1:
+        prepared.environment["packed"] = num_packed
     stop.share(prepared.accelerator)
     spending = Spending(started, prepared.accelerator.device, preparation)
     with prepared.companions.together(shared=(PreemptedError,)):
@@ -238,6 +248,8 @@ def _train_and_evaluate(
         logger.error("%s", traceback.format_exc())
     metrics = callbacks.measured | metrics
     metrics |= spending.total()
+    if "packed" in prepared.environment:
+        metrics = {name: value for name, value in metrics.items() if name not in _OF_THE_PROCESS}
     times = {"started_at": started_at, "first_step_at": callbacks.first_step_at, "ended_at": time.time()}
     recorded: dict[str, Any] = {name: value for name, value in times.items() if value is not None}
     if len(callbacks.made_by) > 1:
@@ -286,6 +298,7 @@ def _train(
             rates=learning_rates(config, prepared.head),
             method=prepared.during_training,
             untrained=untrained,
+            times_rehearsal="packed" in prepared.environment,
         )
     )
 

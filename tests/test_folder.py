@@ -57,9 +57,10 @@ def killed(*_: Any, **__: Any) -> None:
 
 def dead_job(config: RunConfig, stamp_before: object, number: int = signal.SIGKILL) -> Any:
     """What the launcher holds of a process that died by a signal without a reply."""
-    nothing = SimpleNamespace(poll=lambda: False)
     process = SimpleNamespace(exitcode=-number)
-    return SimpleNamespace(run=planned(config), reply=nothing, process=process, stamp_before=stamp_before)
+    run = planned(config)
+    job = SimpleNamespace(process=process, stamps_before={run.run_id: stamp_before}, is_pack=False)
+    return job, run
 
 
 @pytest.mark.parametrize("rerun", [Rerun.failed, Rerun.all])
@@ -67,7 +68,7 @@ def test_a_child_killed_between_its_result_and_its_reply_has_ended(wanted: RunCo
     wanted = replace(wanted, rerun=rerun)
     path = write_result(folder_of(wanted), ended(wanted, Status.FINISHED))
     before = path.read_bytes()
-    assert launcher._outcome(dead_job(wanted, None)).status == "finished"
+    assert launcher._outcome_of_dead(*dead_job(wanted, None)).status == "finished"
     assert path.read_bytes() == before
 
 
@@ -75,7 +76,7 @@ def test_a_child_killed_in_a_rerun_has_failed_and_the_earlier_result_stands(want
     wanted = replace(wanted, rerun=Rerun.all)
     path = write_result(folder_of(wanted), ended(wanted, Status.FINISHED))
     before = path.read_bytes()
-    outcome = launcher._outcome(dead_job(wanted, launcher.result_stamp(planned(wanted))))
+    outcome = launcher._outcome_of_dead(*dead_job(wanted, launcher.result_stamp(planned(wanted))))
     assert (outcome.status, "SIGKILL" in outcome.error) == ("failed", True)
     assert path.read_bytes() == before
 
@@ -90,13 +91,13 @@ def test_a_rerun_that_could_not_be_put_in_place_has_ended(wanted: RunConfig) -> 
 
 
 def test_a_child_killed_before_its_result_has_failed(wanted: RunConfig) -> None:
-    assert launcher._outcome(dead_job(wanted, None)).status == "failed"
+    assert launcher._outcome_of_dead(*dead_job(wanted, None)).status == "failed"
     assert read_result(folder_of(wanted) / "result.json").status is Status.FAILED
     assert not (folder_of(wanted) / "claims").exists()
 
 
 def test_a_child_told_to_stop_before_it_could_hear_is_not_finished(wanted: RunConfig) -> None:
-    assert launcher._outcome(dead_job(wanted, None, signal.SIGTERM)).status == worker.NOT_FINISHED
+    assert launcher._outcome_of_dead(*dead_job(wanted, None, signal.SIGTERM)).status == worker.NOT_FINISHED
     assert not folder_of(wanted).exists()
 
 

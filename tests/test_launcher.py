@@ -533,8 +533,8 @@ def test_runs_that_share_a_device_are_no_strangers_to_each_other(
         asked.append(slot.name)
         return stranger
 
-    def spawn(run: PlannedRun, slot: launcher_module.Slot) -> Any:
-        started.append(run.config.allow_busy_device)
+    def spawn(runs: list[PlannedRun], slot: launcher_module.Slot) -> Any:
+        started.extend(run.config.allow_busy_device for run in runs)
         return SimpleNamespace(slot=slot)
 
     monkeypatch.setattr(queue, "_find_busy", find_busy)
@@ -571,3 +571,38 @@ def test_a_claimed_run_is_waited_for(
     assert code == 0, output
     assert looks[:3] == [True] * 3
     assert json.loads((tmp_path / run_id / "result.json").read_text())["status"] == "finished"
+
+
+def test_a_sweep_in_packs(base: list[str], sweep_here: SweepHere, tmp_path: Path) -> None:
+    """Two runs share a process; one that trains the base is alone, and the log says so."""
+    grids = "hydra.sweeper.grids=[{method: lora, rank: [r1, r2], target_layers: qv}, {method: full}]"
+    code, output = sweep_here(tmp_path, *base, grids, "hydra.launcher.pack=8")
+    assert code == 0, output
+    assert "pack=8: 1 of 3 runs are trained alone: method=full trains the base that a pack shares" in output
+    assert "3/3 runs: 3 finished" in output
+    packed = {
+        result.config["method"]["name"]: result.environment.get("packed") for result in results(tmp_path).values()
+    }
+    assert packed == {"lora": 2, "full": None}
+    assert not list(tmp_path.glob("*/claims"))
+
+
+def test_a_pack_whose_process_dies_is_computed_run_by_run(base: list[str], tmp_path: Path) -> None:
+    """As when two runs do not fit into the memory: each resumes from its checkpoint, alone."""
+    arguments = [*base, "rank=r1,r2", "target_layers=qv", "trainer.max_steps=60", "trainer.checkpoint_every=10"]
+    process = launch(tmp_path, *arguments, "hydra.launcher.pack=2")
+    _, owner = _wait_for_worker(tmp_path)
+    os.kill(owner.pid, signal.SIGKILL)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    found = results(tmp_path)
+    assert [result.status for result in found.values()] == ["finished"] * 2
+    assert output.count("the process of its pack was killed by SIGKILL (Linux does that when memory runs out)") == 2
+    assert not any("packed" in result.environment for result in found.values())
+
+
+def test_a_pack_has_at_least_one_run(base: list[str], sweep_here: SweepHere, tmp_path: Path) -> None:
+    code, output = sweep_here(tmp_path, *base, "rank=r1,r2", "target_layers=qv", "hydra.launcher.pack=0")
+    assert code == 2
+    assert "hydra.launcher.pack=0: give the number of runs that train together; 1 is each alone." in output
+    assert not results(tmp_path)

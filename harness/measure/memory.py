@@ -20,6 +20,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from harness.measure.clock import DeviceQueue
+
 
 @dataclass(frozen=True)
 class MemoryPeak:
@@ -238,6 +240,22 @@ def rehearse_beside_optimizer(
     with without_side_effects(model, optimizer):
         _rehearse_step(first, model, optimizer)
         rehearsal()
+
+
+def time_rehearsed_steps(
+    steps: Iterable[Callable[[], object]], model: nn.Module, optimizer: torch.optim.Optimizer, queue: DeviceQueue
+) -> list[float]:
+    """The seconds of rehearsed steps, each a `forward_backward` and the optimizer's step; leaves no trace.
+
+    Otherwise see `without_side_effects`. Zeroing the gradients in between is in them: a pass over what trains.
+    """
+    seconds = []
+    with without_side_effects(model, optimizer):
+        for forward_backward in steps:
+            began = queue.mark()
+            _rehearse_step(forward_backward, model, optimizer)
+            seconds.append(queue.seconds(began, queue.mark()))
+    return seconds
 
 
 def _rehearse_step(forward_backward: Callable[[], object], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -62,6 +62,11 @@ def share_base(model: nn.Module, shared: Shared) -> None:
                     own[leaf] = same  # type: ignore[assignment]
 
 
+def tensors_of(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers."""
+    yield from itertools.chain(model.parameters(), model.buffers())
+
+
 def why_alone(model: nn.Module) -> str | None:
     """Why a model cannot share a pass with others; None where it can."""
     parameters = list(model.parameters())
@@ -212,8 +217,7 @@ class PackedModel:
         self.models = list(models)
         self._layout = Layout()
         first = self.models[0]
-        tensors = itertools.chain(first.parameters(), first.buffers())
-        memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
+        memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors_of(first)}
         config = getattr(first, "config", None)
         if config is not None:
             memo[id(config)] = config

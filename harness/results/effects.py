@@ -42,6 +42,7 @@ SETTINGS_WITHOUT_EFFECT = {
 }
 # The same for what a run records of its environment.
 FACTS_WITHOUT_EFFECT = {
+    "packed",  # how many runs shared the process: their numbers are equal to rounding, as with other threads
     "hostname",  # a name; what the machine is made of is compared
     "data_notes",  # follow from the data and the tokenizer, which are compared
     "model_notes",  # follow from the base model, likewise

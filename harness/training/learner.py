@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median
@@ -20,7 +20,7 @@ from harness.config.schema import TrainerConfig
 from harness.data.batches import Batch
 from harness.measure.clock import StepMeter, device_queue
 from harness.measure.device import reset_device_peaks
-from harness.measure.memory import measure_peak_memory, rehearse_beside_optimizer
+from harness.measure.memory import measure_peak_memory, rehearse_beside_optimizer, time_rehearsed_steps
 from harness.methods.during_training import DuringTraining
 from harness.methods.flops import StepFlops
 from harness.methods.rates import LearningRates
@@ -194,6 +194,15 @@ class Learner:
         if scaler is not None:
             scaler.load_state_dict(scaler_state)
         return measured
+
+    def time_rehearsal(self, steps: Iterable[Sequence[Batch]]) -> dict[str, float]:
+        """Rehearses steps with this run's model alone, and changes nothing; what their times give, by metric name."""
+        chosen = list(steps)
+        rehearsals = [partial(self._rehearse_step, micro_batches) for micro_batches in chosen]
+        queue = device_queue(self._accelerator.device)
+        seconds = time_rehearsed_steps(rehearsals, self._model, self._optimizer, queue)
+        num_tokens = sum(_sizes(micro_batches)[0] for micro_batches in chosen)
+        return {"step_seconds_median": median(seconds), "train_tokens_per_second": num_tokens / sum(seconds)}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Takes over the state of a checkpoint, whose position `at` is."""

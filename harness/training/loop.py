@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 from accelerate import Accelerator
@@ -25,6 +26,9 @@ from harness.training.learner import Learner, TrainingCallbacks
 from harness.training.optimizer import count_steps
 from harness.training.prefetch import prefetched
 from harness.training.turns import Turns, alone
+
+# Of a run in a pack: as many give the median of a step's time within some percent.
+REHEARSED_STEPS = 3
 
 
 class StepBatches(Protocol):
@@ -77,6 +81,7 @@ def train_in_turns(
     rates: LearningRates | None = None,
     method: DuringTraining | None = None,
     untrained: Mapping[str, float] | None = None,
+    times_rehearsal: bool = False,
 ) -> Turns[TrainingOutcome]:
     """Trains the parameters that require a gradient; the model ends at its last step.
 
@@ -99,6 +104,9 @@ def train_in_turns(
     learning rates of the kinds of parameters; without them all have that of `config`. `method` is what the method does
     at a step; without it nothing. `untrained` are the scores on val that the model begins with, where a run that is
     worse than them after warm-up is to end.
+
+    With `times_rehearsal` the times of steps are those of a few that are rehearsed alone before the first one: in a
+    pack the clock would say how long all runs took. `train_seconds` is missing then.
 
     Several processes (see `harness.processes.distributed`) make the steps that one would make; each scores all of val.
     The model lies on the accelerator's device already, whole or sharded.
@@ -130,6 +138,8 @@ def train_in_turns(
     at, measured = learner.at, dict[str, float]()
     if not at.measured:
         measured = learner.rehearse(shortest=batches.shortest, longest=batches.longest) | {"num_steps": num_steps}
+        if times_rehearsal:
+            measured |= learner.time_rehearsal(islice(batches.epoch(0), REHEARSED_STEPS))
     if checkpoint is not None:
         learner.load(checkpoint[0])
         del checkpoint
@@ -160,7 +170,10 @@ def train_in_turns(
                     learner.keep()
 
     if not at.measured:
-        at.measured = measured | learner.summary(flops)
+        summary = learner.summary(flops)
+        if times_rehearsal:
+            summary = {name: value for name, value in summary.items() if name not in (*measured, "train_seconds")}
+        at.measured = measured | summary
         learner.keep(with_optimizer=False)
     last = learner.score(is_kept=True)
     assert at.best is not None

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.data.batches import Batch
-from harness.methods.packed import PackedModel, Shared, draws, share_base, why_alone
+from harness.methods.packed import PackedModel, Shared, draws, share_base, tensors_of, why_alone
 from harness.training.turns import Losses, MicroBatch, Turns
 
 logger = logging.getLogger("harness")
@@ -58,6 +58,7 @@ class _Member(Generic[Name, Outcome]):
     model: nn.Module | None = None
     is_checked: bool = False
     why_alone: str | None = None
+    base: frozenset[int] = frozenset()
     first_own_block: int = 0
     draws: bool = False
 
@@ -141,11 +142,11 @@ class Pack(Generic[Name, Outcome]):
     def _step(self) -> Iterator[Ended[Name, Outcome]]:
         """Answers every run once."""
         answers: dict[int, Losses | BaseException] = {}
-        groups: dict[tuple[type, int, int], list[_Member[Name, Outcome]]] = {}
+        groups: dict[tuple[object, ...], list[_Member[Name, Outcome]]] = {}
         for member in self._members:
             # What is drawn depends on the length, so a batch with dropout is not padded further.
             length = member.batch.inputs["input_ids"].shape[1] if member.draws else 0
-            groups.setdefault((type(member.model), member.first_own_block, length), []).append(member)
+            groups.setdefault((member.base, member.first_own_block, length), []).append(member)
         compositions = set()
         for group in groups.values():
             together = [member for member in group if member.why_alone is None]
@@ -166,13 +167,20 @@ class Pack(Generic[Name, Outcome]):
         try:
             member.advance(step)
         except StopIteration as end:
-            self._members.remove(member)
+            self._leave(member)
             yield Ended(member.name, outcome=end.value)
         except Exception as error:
-            self._members.remove(member)
+            self._leave(member)
             yield Ended(member.name, error=error)
         else:
             self._know_model(member)
+
+    def _leave(self, member: _Member[Name, Outcome]) -> None:
+        self._members.remove(member)
+        self._packed.clear()
+        used = {id(one) for other in self._members if other.model is not None for one in tensors_of(other.model)}
+        for known in self._shared.values():
+            known[:] = [one for one in known if id(one) in used]
 
     def _know_model(self, member: _Member[Name, Outcome]) -> None:
         assert member.micro_batch is not None
@@ -183,6 +191,7 @@ class Pack(Generic[Name, Outcome]):
         reason = why_alone(member.model)
         if reason is None:
             share_base(member.model, self._shared)
+            member.base = frozenset(id(one) for one in member.model.parameters() if not one.requires_grad)
             try:
                 member.first_own_block = PackedModel([member.model]).first_own_block
             except Exception as error:  # whatever a model does when it is copied

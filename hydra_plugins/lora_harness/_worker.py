@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,29 +54,77 @@ def compute(values: dict[str, Any], identity: Identity) -> Outcome:
     A run that cannot even begin (data that cannot be used, a model that cannot be had) leaves a failed result with the
     message: in a sweep it is a row like any other.
     """
-    from harness.config.composing import from_dict
-    from harness.content.identity import PlannedRun
     from harness.extensions import load_extensions
-    from harness.processes.stopping import PreemptedError
-    from harness.results.claims import ClaimLostError, RunClaimedError
-    from harness.run import USER_ERRORS, run
+    from harness.run import run
 
     load_extensions()
-    config = from_dict(values)
-    planned = PlannedRun(config, identity)
+    planned = _planned(values, identity)
     try:
-        result = run(replace(config, tracking=replace(config.tracking, progress=False)), identity)
-    except (RunClaimedError, ClaimLostError) as error:
-        return Outcome(CLAIMED, str(error))
-    except PreemptedError as error:
-        return Outcome(NOT_FINISHED, str(error))
-    except USER_ERRORS as error:
-        return write_failure(planned, str(error))
-    except Exception as error:  # the disk is full, the folder went away: the sweep's other runs must hear why
-        with contextlib.suppress(OSError):
-            traceback.print_exc()
-        return write_failure(planned, f"{type(error).__name__}: {error}")
+        result = run(planned.config, identity)
+    except Exception as error:
+        return _outcome_of_error(planned, error)
     return outcome_of(result)
+
+
+def compute_pack(
+    runs: Sequence[tuple[dict[str, Any], Identity]], *, size: int, report: Callable[[str, Outcome], None]
+) -> None:
+    """Computes runs in packs of `size` in this process, and reports each by its run id once it has ended.
+
+    Otherwise as `compute`.
+    """
+    from harness.config.schema import Precision
+    from harness.extensions import load_extensions
+    from harness.processes.stopping import StopRequest
+    from harness.run import run_in_turns
+    from harness.training.packs import HALF_TOLERANCE, TOLERANCE, Pack
+
+    load_extensions()
+    stop = StopRequest()
+    planned = {identity.run_id: _planned(values, identity) for values, identity in runs}
+    for one in list(planned.values())[1:]:  # whose device this process uses by then
+        planned[one.run_id] = replace(one, config=replace(one.config, allow_busy_device=True))
+    size = min(size, len(planned))
+    waiting = (
+        (run_id, partial(run_in_turns, one.config, one.identity, stop=stop, num_packed=size))
+        for run_id, one in planned.items()
+    )
+    rounds = any(one.config.trainer.precision is not Precision.fp32 for one in planned.values())
+    # Each run raises the level for its log and puts back what it found; here runs end in another order than they began.
+    logging.getLogger("harness").setLevel(logging.INFO)
+    with stop.signals():
+        for ended in Pack(waiting, size=size, tolerance=HALF_TOLERANCE if rounds else TOLERANCE).run():
+            if ended.outcome is not None:
+                report(ended.name, outcome_of(ended.outcome))
+            else:
+                assert ended.error is not None
+                report(ended.name, _outcome_of_error(planned[ended.name], ended.error))
+
+
+def _planned(values: dict[str, Any], identity: Identity) -> PlannedRun:
+    from harness.config.composing import from_dict
+    from harness.content.identity import PlannedRun
+
+    config = from_dict(values)
+    return PlannedRun(replace(config, tracking=replace(config.tracking, progress=False)), identity)
+
+
+def _outcome_of_error(planned: PlannedRun, error: Exception) -> Outcome:
+    """What became of a run that left no result of its own, but raised."""
+    from harness.processes.stopping import PreemptedError
+    from harness.results.claims import ClaimLostError, RunClaimedError
+    from harness.run import USER_ERRORS
+
+    if isinstance(error, RunClaimedError | ClaimLostError):
+        return Outcome(CLAIMED, str(error))
+    if isinstance(error, PreemptedError):
+        return Outcome(NOT_FINISHED, str(error))
+    if isinstance(error, USER_ERRORS):
+        return write_failure(planned, str(error))
+    # The disk is full, the folder went away: the sweep's other runs must hear why.
+    with contextlib.suppress(OSError):
+        traceback.print_exception(error)
+    return write_failure(planned, f"{type(error).__name__}: {error}")
 
 
 def write_failure(planned: PlannedRun, error: str) -> Outcome:
@@ -123,30 +174,34 @@ def outcome_of_dead(planned: PlannedRun, error: str | None, *, stamp_before: obj
 
 
 def run_in_process(
-    values: dict[str, Any],
+    runs: Sequence[tuple[dict[str, Any], Identity]],
     *,
-    identity: Identity,
+    pack: int,
     log_path: str,
     variables: dict[str, str],
     launcher_pid: int,
     reply: Connection,
 ) -> None:
-    """Computes one run in a process of the queue launcher and sends the outcome.
+    """Computes runs in a process of the queue launcher and sends run id and outcome of each once it has ended.
 
     Args:
-        values: the run's config, as `to_dict` gives it.
-        identity: what the run was planned as.
+        runs: of each the config, as `to_dict` gives it, and what it was planned as.
+        pack: how many are trained together; a single run is computed alone.
         log_path: file that takes everything the process prints.
         variables: environment variables that give the process its device.
-        launcher_pid: when this process is gone, the run writes a checkpoint and ends.
-        reply: takes the outcome.
+        launcher_pid: when this process is gone, the runs write a checkpoint and end.
+        reply: takes the outcomes.
     """
     # Ctrl-C reaches the whole terminal; what becomes of the runs is the launcher's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(variables)
     _redirect_output(Path(log_path))
     threading.Thread(target=_end_with, args=(launcher_pid,), daemon=True).start()
-    reply.send(compute(values, identity))
+    if len(runs) == 1:
+        ((values, identity),) = runs
+        reply.send((identity.run_id, compute(values, identity)))
+    else:
+        compute_pack(runs, size=pack, report=lambda run_id, outcome: reply.send((run_id, outcome)))
 
 
 def find_busy(variables: dict[str, str], reply: Connection) -> None:

@@ -8,12 +8,13 @@ run that fails does not stop the others. Runs that another launcher is computing
 from __future__ import annotations
 
 import logging
+import math
 import multiprocessing
 import os
 import signal
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from statistics import median
@@ -36,6 +37,7 @@ from harness.results.files import LOG_FILE, RESULT_FILE
 from harness.results.schema import ResultError, Status, read_result
 from hydra_plugins.lora_harness import _worker as worker
 from hydra_plugins.lora_harness._composing import compose_run
+from hydra_plugins.lora_harness._packs import check_size, in_order, pack_key, why_alone
 from hydra_plugins.lora_harness._screen import RunningRun, Screen, open_screen
 from hydra_plugins.lora_harness._worker import Outcome, outcome_of
 
@@ -56,6 +58,7 @@ class QueueLauncherConf:
     _target_: str = "hydra_plugins.lora_harness.launcher.QueueLauncher"
     runs_per_device: int = 1
     workers: int | None = None
+    pack: int = 1
 
 
 ConfigStore.instance().store(
@@ -78,19 +81,15 @@ class Slot:
 
 @dataclass
 class Job:
-    """A run that a process is computing."""
+    """Runs that a process is computing and that have no outcome yet; `stamps_before`, of their results, by run id."""
 
-    run: PlannedRun
+    runs: dict[str, PlannedRun]
     slot: Slot
     process: Any
     reply: Connection
     started: float
-    stamp_before: object
-
-    @property
-    def run_id(self) -> str:
-        """Identity of the run."""
-        return self.run.run_id
+    stamps_before: dict[str, object]
+    is_pack: bool = False
 
 
 class QueueLauncher(Launcher):
@@ -99,11 +98,13 @@ class QueueLauncher(Launcher):
     Args:
         runs_per_device: runs at a time on one GPU.
         workers: runs at a time where there is no GPU; each gets an equal share of the cores. Null: one.
+        pack: runs that are trained together wherever one runs at a time, if they can be.
     """
 
-    def __init__(self, runs_per_device: int, workers: int | None) -> None:
+    def __init__(self, runs_per_device: int, workers: int | None, pack: int) -> None:
         self._runs_per_device = runs_per_device
         self._workers = workers
+        self._pack = pack
         self.config: DictConfig | None = None
         self.hydra_context: HydraContext | None = None
 
@@ -121,10 +122,16 @@ class QueueLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Runs every config; returns one JobReturn each, whose value is the status or why there is none."""
         assert self.config is not None and self.hydra_context is not None
+        check_size(self._pack)
         runs = [compose_run(self.hydra_context, self.config, overrides) for overrides in job_overrides]
         configs = [run.config for run in runs]
         slots = find_slots(configs, runs_per_device=self._runs_per_device, workers=self._workers)
-        queue = Queue(runs, slots, self._processes)
+        if self._pack > 1:
+            reasons = Counter(why_alone(config) for config in configs)
+            for reason, count in reasons.items():
+                if reason is not None:
+                    logger.info("pack=%d: %d of %d runs are trained alone: %s", self._pack, count, len(runs), reason)
+        queue = Queue(runs, slots, self._processes, pack=self._pack)
         with open_screen(len(runs)) as screen:
             outcomes = queue.run(screen)
         return [job_return(overrides, outcomes[run.run_id]) for overrides, run in zip(job_overrides, runs, strict=True)]
@@ -162,8 +169,12 @@ def find_slots(configs: Sequence[RunConfig], *, runs_per_device: int, workers: i
 class Queue:
     """The runs of one sweep on their way through the slots."""
 
-    def __init__(self, runs: Sequence[PlannedRun], slots: Sequence[Slot], processes: Any) -> None:
+    def __init__(self, runs: Sequence[PlannedRun], slots: Sequence[Slot], processes: Any, *, pack: int = 1) -> None:
         self._todo = deque(runs)
+        self._pack = pack
+        self._num_slots = len(slots)
+        # Runs that are computed in no pack, because they cannot be or because the process of their pack died.
+        self._alone = {run.run_id for run in runs if pack == 1 or why_alone(run.config) is not None}
         self._elsewhere: list[PlannedRun] = []
         self._free = list(slots)
         self._jobs: list[Job] = []
@@ -182,7 +193,9 @@ class Queue:
                 self._start(screen)
                 self._reap(screen)
                 self._look_elsewhere(screen)
-                screen.show([_as_running(job) for job in self._jobs], len(self._todo) + len(self._elsewhere))
+                screen.show(
+                    [one for job in self._jobs for one in _running(job)], len(self._todo) + len(self._elsewhere)
+                )
                 self._wait()
         except KeyboardInterrupt:
             self._interrupt(screen)
@@ -199,13 +212,7 @@ class Queue:
     def _start(self, screen: Screen) -> None:
         while self._free and self._todo:
             run = self._todo.popleft()
-            kept = kept_result(run)
-            if kept is not None:
-                self._outcomes[run.run_id] = outcome_of(kept, was_kept=True)
-                screen.ended(run.run_id, self._outcomes[run.run_id])
-                continue
-            if current_owner(run_dir(run)) is not None:
-                self._elsewhere.append(run)
+            if not self._is_to_run(run, screen):
                 continue
             slot = self._free.pop(0)
             if slot.is_shared:
@@ -215,9 +222,39 @@ class Queue:
                     self._free.append(slot)
                     self._end(run, worker.write_failure(run, busy), screen)
                     continue
-                run = replace(run, config=replace(run.config, allow_busy_device=True))
-            self._jobs.append(self._spawn(run, slot))
-            screen.started(run.run_id, slot.name)
+            runs = in_order([run, *self._take_companions(run, screen)])
+            if slot.is_shared:
+                runs = [replace(one, config=replace(one.config, allow_busy_device=True)) for one in runs]
+            self._jobs.append(self._spawn(runs, slot))
+            for one in runs:
+                screen.started(one.run_id, slot.name)
+
+    def _is_to_run(self, run: PlannedRun, screen: Screen) -> bool:
+        """Whether a run has neither a result that stands nor another owner; what it has is noted."""
+        kept = kept_result(run)
+        if kept is not None:
+            self._outcomes[run.run_id] = outcome_of(kept, was_kept=True)
+            screen.ended(run.run_id, self._outcomes[run.run_id])
+        elif current_owner(run_dir(run)) is not None:
+            self._elsewhere.append(run)
+        else:
+            return True
+        return False
+
+    def _take_companions(self, run: PlannedRun, screen: Screen) -> list[PlannedRun]:
+        """The waiting runs that one process computes together with `run`: its share of all that can be with it."""
+        if run.run_id in self._alone:
+            return []
+        key = pack_key(run.config)
+        others = [one for one in self._todo if one.run_id not in self._alone and pack_key(one.config) == key]
+        # More than are trained at once enter as others leave, but no slot takes what another one could begin.
+        share = max(self._pack, math.ceil((len(others) + 1) / self._num_slots)) - 1
+        taken = []
+        for one in others[:share]:
+            self._todo.remove(one)
+            if self._is_to_run(one, screen):
+                taken.append(one)
+        return taken
 
     def _is_used(self, slot: Slot) -> bool:
         return any(job.slot.name == slot.name for job in self._jobs)
@@ -238,22 +275,19 @@ class Queue:
     def _wait(self) -> None:
         """Until a run ends, or it is time to look at the screen and at the other launchers again."""
         if self._jobs:
-            wait([job.process.sentinel for job in self._jobs], timeout=_POLL_SECONDS)
+            wait([waited for job in self._jobs for waited in (job.process.sentinel, job.reply)], timeout=_POLL_SECONDS)
         else:
             time.sleep(_POLL_SECONDS)
 
-    def _spawn(self, run: PlannedRun, slot: Slot) -> Job:
-        config = run.config
-        if config.num_threads is None and slot.num_threads is not None:
-            config = replace(config, num_threads=slot.num_threads)
-        stamp_before = result_stamp(run)
+    def _spawn(self, runs: Sequence[PlannedRun], slot: Slot) -> Job:
+        stamps_before: dict[str, object] = {run.run_id: result_stamp(run) for run in runs}
         receiver, sender = self._processes.Pipe(duplex=False)
         process = self._processes.Process(
             target=worker.run_in_process,
             kwargs={
-                "values": to_dict(config),
-                "identity": run.identity,
-                "log_path": str(run_dir(run) / LOG_FILE),
+                "runs": [(to_dict(_with_threads(run.config, slot)), run.identity) for run in runs],
+                "pack": self._pack,
+                "log_path": str(run_dir(runs[0]) / LOG_FILE),
                 "variables": slot.variables,
                 "launcher_pid": os.getpid(),
                 "reply": sender,
@@ -262,15 +296,29 @@ class Queue:
         )
         process.start()
         sender.close()
-        return Job(run, slot, process, receiver, time.time(), stamp_before)
+        by_id = {run.run_id: run for run in runs}
+        return Job(by_id, slot, process, receiver, time.time(), stamps_before, is_pack=len(runs) > 1)
 
     def _reap(self, screen: Screen) -> None:
-        for job in [job for job in self._jobs if not job.process.is_alive()]:
+        for job in list(self._jobs):
+            is_alive = job.process.is_alive()  # asked first: what it sent before it ended is read below
+            for run_id, outcome in _replies(job):
+                run = job.runs.pop(run_id)
+                if self._end(run, outcome, screen):
+                    self._note_gap(run, job)
+            if is_alive:
+                continue
             job.process.join()
             self._jobs.remove(job)
             self._free.append(job.slot)
-            if self._end(job.run, _outcome(job), screen):
-                self._note_gap(job)
+            for run in job.runs.values():
+                is_over = result_stamp(run) not in (None, job.stamps_before[run.run_id])
+                if job.is_pack and not is_over and _may_be_a_neighbours_fault(job):
+                    screen.say(f"{run.run_id}: the process of its pack {_how_it_ended(job)}; it is computed alone")
+                    self._alone.add(run.run_id)
+                    self._todo.appendleft(run)
+                elif self._end(run, _outcome_of_dead(job, run), screen):
+                    self._note_gap(run, job)
 
     def _end(self, run: PlannedRun, outcome: Outcome, screen: Screen) -> bool:
         """Keeps what became of a run, unless that is for another launcher to say."""
@@ -293,10 +341,10 @@ class Queue:
             else:
                 self._todo.append(run)
 
-    def _note_gap(self, job: Job) -> None:
+    def _note_gap(self, run: PlannedRun, job: Job) -> None:
         """Measures from the end of the previous run to the first step of this one; meaningful with one slot."""
         try:
-            times = read_result(run_dir(job.run) / RESULT_FILE).environment
+            times = read_result(run_dir(run) / RESULT_FILE).environment
         except ResultError:
             return
         first_step = times.get("first_step_at")
@@ -313,30 +361,53 @@ class Queue:
             job.process.join(max(0.0, deadline - time.monotonic()))
 
 
-def _as_running(job: Job) -> RunningRun:
-    owner = current_owner(run_dir(job.run))
-    return RunningRun(job.run_id, job.slot.name, time.time() - job.started, owner.progress if owner else {})
+def _with_threads(config: RunConfig, slot: Slot) -> RunConfig:
+    if config.num_threads is None and slot.num_threads is not None:
+        return replace(config, num_threads=slot.num_threads)
+    return config
 
 
-def _outcome(job: Job) -> Outcome:
-    """What became of a run whose process has ended; one that was killed before its result gets one that says so."""
-    # A process that has sent its outcome has nothing more to say, however it ended.
-    if job.reply.poll():
+def _running(job: Job) -> list[RunningRun]:
+    """The runs that a process is computing: of a pack, those that have entered it."""
+    owners = {run_id: current_owner(run_dir(run)) for run_id, run in job.runs.items()}
+    seconds = time.time() - job.started
+    return [
+        RunningRun(run_id, job.slot.name, seconds, owner.progress if owner else {})
+        for run_id, owner in owners.items()
+        if owner is not None or not job.is_pack
+    ]
+
+
+def _replies(job: Job) -> Iterator[tuple[str, Outcome]]:
+    """What a process has sent: a run that has an outcome has nothing more to say, however its process ended."""
+    while job.reply.poll():
         try:
-            return job.reply.recv()
+            yield job.reply.recv()
         except EOFError:
-            pass
+            return
+
+
+def _may_be_a_neighbours_fault(job: Job) -> bool:
+    """Whether a process that has ended was not asked to."""
     code = job.process.exitcode
-    if code is not None and -code in _STOPPING:
-        # Before the run could hear it, or after its end.
-        return worker.outcome_of_dead(job.run, None, stamp_before=job.stamp_before)
-    if code is not None and code < 0:
-        error = f"the process was killed by {signal.Signals(-code).name}"
-        if -code == signal.SIGKILL:
-            error += " (Linux does that when memory runs out)"
-    else:
-        error = f"the process ended with exit code {code}; see log.txt"
-    return worker.outcome_of_dead(job.run, error, stamp_before=job.stamp_before)
+    return code is None or -code not in _STOPPING
+
+
+def _how_it_ended(job: Job) -> str:
+    code = job.process.exitcode
+    if code is None or code >= 0:
+        return f"ended with exit code {code}"
+    memory = " (Linux does that when memory runs out)" if -code == signal.SIGKILL else ""
+    return f"was killed by {signal.Signals(-code).name}{memory}"
+
+
+def _outcome_of_dead(job: Job, run: PlannedRun) -> Outcome:
+    """What became of a run whose process has ended without a word of it; without a result it gets one that says so."""
+    error: str | None = None  # before the run could hear it, or after its end
+    if _may_be_a_neighbours_fault(job):
+        exited = job.process.exitcode is None or job.process.exitcode >= 0
+        error = f"the process {_how_it_ended(job)}" + ("; see log.txt" if exited else "")
+    return worker.outcome_of_dead(run, error, stamp_before=job.stamps_before[run.run_id])
 
 
 def job_return(overrides: Sequence[str], outcome: Outcome) -> JobReturn:

@@ -1,0 +1,83 @@
+"""Which runs of a sweep can be trained in one pack, from their configs alone.
+
+What a config cannot say, the pack finds out from the models (`harness.methods.packed.why_alone`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from harness.config.composing import to_dict
+from harness.config.schema import Precision, Quantization, RunConfig
+from harness.config.validation import ConfigError
+from harness.content.identity import PlannedRun
+from harness.placement.architectures import EMBEDDING
+from harness.results.methods import METHODS
+
+
+def check_size(pack: int) -> None:
+    """Raises `ConfigError` for a size that is none."""
+    if pack < 1:
+        raise ConfigError(
+            [f"hydra.launcher.pack={pack}: give the number of runs that train together; 1 is each alone."]
+        )
+
+
+def why_alone(config: RunConfig) -> str | None:
+    """Why a run can be in no pack, as a sentence's end; None where it can."""
+    method = METHODS[config.method.name]
+    if method.trains_base:
+        return f"method={config.method.name} trains the base that a pack shares"
+    if method.peft is not None:
+        return f"method={config.method.name} is computed by the peft package"
+    if config.model.dropout > 0:
+        return f"model.dropout={config.model.dropout} draws one mask for all rows"
+    if config.model.quantization is not Quantization.none:
+        return f"model.quantization={config.model.quantization}"
+    if config.trainer.precision is Precision.fp16:
+        return "trainer.precision=fp16 scales the loss of each run by a factor of its own"
+    if config.shard_model:
+        return "shard_model=true"
+    return None
+
+
+def pack_key(config: RunConfig) -> str:
+    """Equal for runs that may share a pack: one base, data, precision, and lowest block with an adapter.
+
+    Ranks, scalings, projections, learning rates and schedules, batch sizes, seeds and periods may differ.
+    """
+    values = to_dict(config)
+    trainer, model = config.trainer, config.model
+    is_drawn = (model.tiny is not None or model.scratch is not None) and model.path is None  # the base, from the seed
+    return json.dumps(
+        [
+            [values[name] for name in ("model", "dataset", "device", "num_threads", "allow_busy_device")],
+            [trainer.precision, trainer.gradient_checkpointing],
+            _depth(config),
+            config.seed if is_drawn else None,
+        ],
+        sort_keys=True,
+        default=str,
+    )
+
+
+def _depth(config: RunConfig) -> Any:
+    """What says how far down a backward pass goes."""
+    placed = config.target_layers
+    if placed is None or not METHODS[config.method.name].uses_placement:
+        return METHODS[config.method.name].trains
+    if config.variant.bias != "none":
+        return ["biases", config.variant.bias]
+    return [placed.blocks, placed.stacks, placed.modules, EMBEDDING in placed.projections]
+
+
+def in_order(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """The runs of a pack, those with the same batches beside each other: their frozen blocks are computed once."""
+
+    def batches(run: PlannedRun) -> tuple[int, int, int]:
+        trainer = run.config.trainer
+        return run.config.seed, trainer.batch_size, trainer.micro_batch_size or trainer.batch_size
+
+    return sorted(runs, key=batches)

@@ -1,0 +1,260 @@
+"""Packs of whole runs: each leaves what it leaves alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from test_run import _own_cache, rows  # noqa: F401 (fixtures)
+from test_run import config as tiny_config
+
+from harness.config.composing import to_dict
+from harness.config.schema import ModelConfig, RunConfig, TinyModel
+from harness.config.validation import ConfigError
+from harness.content.identity import PlannedRun, identify
+from harness.models.loading import load_model
+from harness.models.saving import save_model
+from harness.models.tokenizers import load_tokenizer
+from harness.results.files import CURVE_FILE
+from harness.results.schema import RunResult, Status, read_result
+from harness.run import run
+from harness.training import packs
+from harness.training.callbacks import RunCallbacks
+from hydra_plugins.lora_harness import _worker as worker
+from hydra_plugins.lora_harness._packs import check_size, in_order, pack_key, why_alone
+
+# What is a figure of the whole process, and so of no run in a pack.
+OF_THE_PROCESS = {"wall_seconds", "peak_rss_bytes", "train_seconds"}
+OF_THE_CLOCK = {*OF_THE_PROCESS, "preparation_seconds", "step_seconds_median", "train_tokens_per_second"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A base that is the same at every seed, as one that was downloaded."""
+    tiny = ModelConfig("tiny", tiny=TinyModel.bert)
+    folder = tmp_path_factory.mktemp("base")
+    model = load_model(tiny, num_labels=3, pad_token_id=0, seed=0).model
+    save_model(model, load_tokenizer(tiny), folder)
+    BASE["path"] = str(folder)
+    yield
+    BASE.clear()
+
+
+BASE: dict[str, Any] = {}
+
+
+def config(rows: Path, runs_dir: Path, method: str = "lora", /, **overrides: Any) -> RunConfig:  # noqa: F811
+    model = {"name": "saved_bert", "tiny": None, **BASE, **overrides.pop("model", {})}
+    return tiny_config(rows, runs_dir, method, model=model, **overrides)
+
+
+def compute(configs: list[RunConfig], size: int) -> dict[str, worker.Outcome]:
+    outcomes: dict[str, worker.Outcome] = {}
+    runs = [(to_dict(each), identify(each)) for each in configs]
+    worker.compute_pack(runs, size=size, report=outcomes.__setitem__)
+    assert outcomes.keys() == {identity.run_id for _, identity in runs}
+    return outcomes
+
+
+def result_of(wanted: RunConfig) -> RunResult:
+    return read_result(Path(wanted.runs_dir) / identify(wanted).run_id / "result.json")
+
+
+def require_equal(ours: Path, theirs: Path) -> None:
+    """Two folders of one run, in a pack and alone: scores and curves to round-off, sizes and counts exactly."""
+    packed, alone = read_result(ours / "result.json"), read_result(theirs / "result.json")
+    assert (packed.run_id, packed.cell_id, packed.status) == (alone.run_id, alone.cell_id, alone.status)
+    assert alone.metrics.keys() - packed.metrics.keys() == OF_THE_PROCESS
+    for name, value in packed.metrics.items():
+        if name not in OF_THE_CLOCK:
+            assert value == pytest.approx(alone.metrics[name], rel=0 if name.endswith("bytes") else 1e-4), name
+    curves = [
+        [json.loads(line) for line in (folder / CURVE_FILE).read_text().splitlines()] for folder in (ours, theirs)
+    ]
+    assert len(curves[0]) == len(curves[1]) >= 3
+    for row, expected in zip(*curves, strict=True):
+        assert row.keys() == expected.keys()
+        for name in row.keys() - OF_THE_CLOCK:
+            assert row[name] == pytest.approx(expected[name], rel=1e-4)
+    for folder in ("adapter", "head"):
+        for path in (theirs / folder).glob("*.safetensors"):
+            found = load_file(ours / folder / path.name)
+            for name, value in load_file(path).items():
+                assert float((found[name] - value).norm()) <= 1e-4 * float(value.norm()) + 1e-7, name
+    assert {path.name for path in ours.iterdir()} - {"log.txt"} == {path.name for path in theirs.iterdir()} - {
+        "log.txt"
+    }
+
+
+def varied(rows: Path, runs_dir: Path) -> list[RunConfig]:  # noqa: F811
+    return [
+        config(rows, runs_dir, seed=1),
+        config(rows, runs_dir, rank={"rank": 1}, trainer={"learning_rate": 1e-2, "max_steps": 3}),
+        config(rows, runs_dir, trainer={"micro_batch_size": 4, "batch_size": 12}, method={"adapter_dropout": 0.2}),
+        config(rows, runs_dir, target_layers={"name": "all", "projections": ["all"]}),
+    ]
+
+
+def test_runs_of_a_pack_leave_what_they_leave_alone(rows: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Three at a time of four: claims, folders, curves, logs, weights and results of their own."""
+    outcomes = compute(varied(rows, tmp_path / "packed"), size=3)
+    assert {outcome.status for outcome in outcomes.values()} == {"finished"}
+    for wanted in varied(rows, tmp_path / "alone"):
+        run_id = run(wanted).run_id
+        require_equal(tmp_path / "packed" / run_id, tmp_path / "alone" / run_id)
+        packed, alone = (read_result(tmp_path / name / run_id / "result.json") for name in ("packed", "alone"))
+        assert packed.environment["packed"] == 3
+        assert "packed" not in alone.environment
+        assert packed.metrics["step_seconds_median"] > 0
+        assert packed.metrics["train_tokens_per_second"] > 0
+        log = (tmp_path / "packed" / run_id / "log.txt").read_text()
+        assert log.count(run_id) == 2  # its beginning and its end; nothing of the others
+        assert not any(other in log for other in outcomes if other != run_id)
+        assert outcomes[run_id].headline == alone.headline or outcomes[run_id].headline
+
+
+def test_one_that_diverges_and_one_that_cannot_begin_leave_the_others(rows: Path, tmp_path: Path) -> None:  # noqa: F811
+    wild = config(rows, tmp_path, trainer={"learning_rate": 1e30, "max_gradient_norm": None})
+    too_long = config(rows, tmp_path, dataset={"max_length": 4000}, seed=5)
+    good = [config(rows, tmp_path, seed=seed) for seed in (0, 1)]
+    outcomes = compute([wild, too_long, *good], size=2)
+    assert [outcomes[identify(each).run_id].status for each in (wild, too_long, *good)] == [
+        "diverged",
+        "failed",
+        "finished",
+        "finished",
+    ]
+    assert "reads at most" in outcomes[identify(too_long).run_id].error
+    assert outcomes[identify(wild).run_id].error == result_of(wild).error
+    alone = run(config(rows, tmp_path / "alone", seed=0))
+    require_equal(tmp_path / alone.run_id, tmp_path / "alone" / alone.run_id)
+
+
+def test_a_pack_that_is_stopped_resumes_where_its_runs_were(
+    rows: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """SIGTERM at step 3 of one: all keep a checkpoint, waiting ones do not begin; then packed otherwise, or alone."""
+    wanted = [replace(each, runs_dir=str(tmp_path / "stopped")) for each in varied(rows, tmp_path)]
+    asked = RunCallbacks.wants_checkpoint
+
+    def stop(self: RunCallbacks, step: int) -> bool:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return asked(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunCallbacks, "wants_checkpoint", stop)
+        outcomes = compute(wanted, size=3)
+    assert {outcome.status for outcome in outcomes.values()} == {worker.NOT_FINISHED}
+    folders = [tmp_path / "stopped" / identify(each).run_id for each in wanted]
+    assert [(folder / "checkpoint.safetensors").is_file() for folder in folders] == [True, True, True, False]
+    again = compute([wanted[3], wanted[0], wanted[1]], size=2)
+    assert {outcome.status for outcome in again.values()} == {"finished"}
+    assert run(wanted[2]).status is Status.FINISHED
+    for each in varied(rows, tmp_path / "alone")[:2]:
+        run_id = run(each).run_id
+        require_equal(tmp_path / "stopped" / run_id, tmp_path / "alone" / run_id)
+        assert "resumes from its checkpoint at step 2" in (tmp_path / "stopped" / run_id / "log.txt").read_text()
+
+
+def test_a_run_that_somebody_else_computes_is_left_to_them(rows: Path, tmp_path: Path) -> None:  # noqa: F811
+    from harness.results.claims import Claim
+
+    wanted = [config(rows, tmp_path, seed=seed) for seed in (0, 1)]
+    with Claim.acquire(tmp_path / identify(wanted[0]).run_id):
+        outcomes = compute(wanted, size=2)
+    assert [outcomes[identify(each).run_id].status for each in wanted] == [worker.CLAIMED, "finished"]
+
+
+# ---------------------------------------------------------------- which runs share a pack
+
+
+def test_runs_share_a_pack_where_base_data_precision_and_depth_are_equal(rows: Path, tmp_path: Path) -> None:  # noqa: F811
+    one = config(rows, tmp_path)
+    may_differ: list[Any] = [
+        config(rows, tmp_path, seed=1),
+        config(rows, tmp_path, rank={"rank": 1}),
+        config(rows, tmp_path, target_layers={"name": "mlp", "projections": ["mlp"]}),
+        config(
+            rows, tmp_path, trainer={"learning_rate": 1e-5, "batch_size": 4, "max_steps": 9, "schedule": "constant"}
+        ),
+    ]
+    may_not: list[Any] = [
+        config(rows, tmp_path, target_layers={"name": "last", "projections": ["q"], "blocks": "last_1"}),
+        config(rows, tmp_path, dataset={"max_length": 40}),
+        config(rows, tmp_path, model={"tiny": "gpt2", "name": "tiny_gpt2", "path": None}),
+        config(rows, tmp_path, trainer={"precision": "bf16"}),
+        config(rows, tmp_path, "head_only"),
+        config(rows, tmp_path, trainer={"gradient_checkpointing": True}),
+    ]
+    assert {pack_key(each) for each in may_differ} == {pack_key(one)}
+    assert pack_key(one) not in {pack_key(each) for each in may_not}
+    assert len({pack_key(each) for each in may_not}) == len(may_not)
+    drawn = [tiny_config(rows, tmp_path, seed=seed) for seed in (0, 1)]  # whose base is drawn from the seed
+    assert pack_key(drawn[0]) != pack_key(drawn[1])
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides", "reason"),
+    [
+        ("full", {}, "method=full"),
+        ("lora", {"model": {"dropout": 0.1}}, "model.dropout=0.1"),
+        ("lora", {"trainer": {"precision": "fp16"}}, "trainer.precision=fp16"),
+        ("ia3", {"target_layers": {"name": "qv", "projections": ["q", "v"]}}, "peft package"),
+        ("head_only", {}, None),
+        ("lora", {"method": {"adapter_dropout": 0.1}}, None),
+    ],
+)
+def test_what_is_in_no_pack(
+    rows: Path,  # noqa: F811
+    tmp_path: Path,
+    method: str,
+    overrides: dict[str, Any],
+    reason: str | None,
+) -> None:
+    found = why_alone(config(rows, tmp_path, method, **overrides))
+    assert (found is None) == (reason is None)
+    assert reason is None or reason in (found or "")
+
+
+def test_runs_with_the_same_batches_enter_one_after_the_other(rows: Path, tmp_path: Path) -> None:  # noqa: F811
+    configs = [config(rows, tmp_path, seed=seed, rank={"rank": rank}) for rank in (1, 2) for seed in (0, 1)]
+    runs = [PlannedRun(each, identify(each)) for each in configs]
+    assert [run.config.seed for run in in_order(runs)] == [0, 0, 1, 1]
+
+
+def test_a_size_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"hydra\.launcher\.pack=0"):
+        check_size(0)
+
+
+def test_head_only_runs_compute_their_features_once(
+    rows: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = []
+    step = packs.Pack._pass
+
+    def watched(self: Any, packed: Any, members: Any) -> Any:
+        made.append((len(members), packed.first_own_block, packed.shares_trunk))
+        return step(self, packed, members)
+
+    monkeypatch.setattr(packs.Pack, "_pass", watched)
+    rates = (1e-3, 1e-2, 1e-1)
+    wanted = [config(rows, tmp_path, "head_only", trainer={"learning_rate": rate}) for rate in rates]
+    outcomes = compute(wanted, size=3)
+    assert {outcome.status for outcome in outcomes.values()} == {"finished"}
+    assert made == [(3, 2, True)] * 6
+    alone = run(replace(wanted[1], runs_dir=str(tmp_path / "alone")))
+    require_equal(tmp_path / alone.run_id, tmp_path / "alone" / alone.run_id)
+    assert json.loads((tmp_path / alone.run_id / "result.json").read_text())["environment"]["packed"] == 3
