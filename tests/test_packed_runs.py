@@ -237,24 +237,41 @@ def test_a_size_that_is_none_is_refused() -> None:
         check_size(0)
 
 
-def test_head_only_runs_compute_their_features_once(
+@pytest.mark.parametrize(
+    ("method", "placed", "depth"),
+    [
+        ("head_only", {}, 2),
+        ("lora", {"target_layers": {"name": "last", "projections": ["q", "v"], "blocks": "last_1"}}, 1),
+    ],
+)
+def test_frozen_blocks_are_computed_once_in_training_and_scoring(
     rows: Path,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    placed: dict[str, Any],
+    depth: int,
 ) -> None:
-    made = []
-    step = packs.Pack._pass
+    """Of three learning rates of one seed; each score is that of the run alone."""
+    made, found = [], []
+    step, look = packs.Pack._pass, packs.TrunkMemory.clear
 
     def watched(self: Any, packed: Any, members: Any) -> Any:
         made.append((len(members), packed.first_own_block, packed.shares_trunk))
         return step(self, packed, members)
 
+    def counted(self: Any) -> None:
+        found.append(self.num_found)
+        look(self)
+
     monkeypatch.setattr(packs.Pack, "_pass", watched)
-    rates = (1e-3, 1e-2, 1e-1)
-    wanted = [config(rows, tmp_path, "head_only", trainer={"learning_rate": rate}) for rate in rates]
+    monkeypatch.setattr(packs.TrunkMemory, "clear", counted)
+    wanted = [config(rows, tmp_path, method, trainer={"learning_rate": rate}, **placed) for rate in (1e-3, 1e-2, 1e-1)]
     outcomes = compute(wanted, size=3)
     assert {outcome.status for outcome in outcomes.values()} == {"finished"}
-    assert made == [(3, 2, True)] * 6
+    assert made == [(3, depth, True)] * 6
+    # val at steps 4 and 6 and test, of three runs, a batch each: but val and test, once each, all were found.
+    assert found[-1] >= 3 * 3 - 2
     alone = run(replace(wanted[1], runs_dir=str(tmp_path / "alone")))
     require_equal(tmp_path / alone.run_id, tmp_path / "alone" / alone.run_id)
     assert json.loads((tmp_path / alone.run_id / "result.json").read_text())["environment"]["packed"] == 3

@@ -31,6 +31,7 @@ from harness.methods import packed as packed_module
 from harness.methods.adapting import apply_lora
 from harness.methods.counts import is_bias, is_lora, set_trainable
 from harness.methods.packed import PackedLayer, PackedModel, share_base, why_alone
+from harness.methods.trunk import TrunkMemory
 from harness.models.loading import checkpoint_activations
 from harness.placement.select import select_targets
 from harness.processes.stopping import PreemptedError
@@ -516,6 +517,37 @@ def test_blocks_below_the_lowest_adapter_are_computed_once(is_same: bool, expect
     assert rows == expected
     for model, output in zip(models, outputs, strict=True):
         torch.testing.assert_close(output(**inputs[0]).logits, model(**inputs[0]).logits, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama_lm"])
+def test_what_frozen_blocks_make_of_a_batch_is_kept_for_scoring_alone(kind: str) -> None:
+    """Bitwise, for equal batches, within a budget; not in training, and not beside a cache of keys and values."""
+    specs = [Spec(kind=kind, blocks="last_half", dtype=torch.float32), Spec(kind=kind, blocks="last_half", rank=2)]
+    models = [build(replace(spec, dtype=torch.float32)).eval() for spec in specs]
+    shared: packed_module.Shared = {}
+    for model in models:
+        share_base(model, shared)
+    plain = [deepcopy(model) for model in models]
+    memory = TrunkMemory(budget_bytes=8 * 9 * 64 * 4)
+    for model in models:
+        memory.attach(model, PackedModel([model]).frozen_blocks(model), name="one base")
+    inputs = {name: value[:, :9] for name, value in Rows(specs[0]).batch(range(8)).inputs.items()}
+    with torch.no_grad():
+        expected = [model(**inputs).logits for model in plain]
+        for number, (model, logits) in enumerate(zip(models, expected, strict=True)):
+            assert torch.equal(model(**inputs).logits, logits)
+            assert memory.num_found == number
+        other = {name: value[:4] for name, value in inputs.items()}  # for which there is no room
+        for _ in range(2):
+            assert torch.equal(models[0](**other).logits, plain[0](**other).logits)
+        assert memory.num_found == 1
+        if kind == "llama_lm":
+            ours, theirs = (one.generate(**inputs, max_new_tokens=3, do_sample=False) for one in (models[0], plain[0]))
+            assert torch.equal(ours, theirs)
+    models[0](**inputs).logits.sum().backward()
+    assert memory.num_found == 1
+    PackedModel(models).outputs([inputs] * 2, [torch.get_rng_state()] * 2, is_same=True)
+    assert memory.num_found == 1
 
 
 ALONE = {

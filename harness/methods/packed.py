@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from harness.methods.lora import AdaptedLayer, MatrixLayer
+from harness.methods.trunk import without_memory
 from harness.placement.architectures import ARCHITECTURES, DROPOUT_FIELDS
 
 
@@ -226,7 +227,10 @@ class PackedModel:
         self._combine("", self.models)
         self._splits_unembedding = self._split_unembedding()
         self._is_same = False
+        self._block_names: list[str] = []
         self._first_own_block, blocks = self._find_blocks()
+        for block in blocks:
+            without_memory(block)
         self.shares_trunk = self._first_own_block > 0
         if self.shares_trunk:
             for block in blocks[: self._first_own_block]:
@@ -237,6 +241,10 @@ class PackedModel:
     def first_own_block(self) -> int:
         """The index of the lowest block in which a run trains something; their number where none does."""
         return self._first_own_block
+
+    def frozen_blocks(self, model: nn.Module) -> list[nn.Module]:
+        """The blocks of a run's own model that lie below that."""
+        return [model.get_submodule(name) for name in self._block_names[: self._first_own_block]]
 
     def outputs(
         self, inputs: Sequence[Mapping[str, Tensor]], random_states: Sequence[Tensor], *, is_same: bool = False
@@ -309,15 +317,16 @@ class PackedModel:
             return 0, []
         pattern = re.compile(known.block_pattern)
         matches = [(name, pattern.fullmatch(name)) for name, _ in self._tree.named_modules()]
-        blocks = {int(match[1]): self._tree.get_submodule(name) for name, match in matches if match}
-        lowest = len(blocks)
+        named = {int(match[1]): name for name, match in matches if match}
+        self._block_names = [named[index] for index in sorted(named)]
+        lowest = len(named)
         for name in self._replaced:
             inside = re.match(rf"{known.block_pattern}(\.|$)", name)
             if inside:
                 lowest = min(lowest, int(inside[1]))
             elif not (known.is_in_head(name) or name in (*known.optional, *known.after_blocks, known.unembedding)):
                 return 0, []
-        return lowest, [blocks[index] for index in sorted(blocks)]
+        return lowest, [self._tree.get_submodule(name) for name in self._block_names]
 
     def _narrow(self, block: nn.Module, args: Any, kwargs: Any) -> Any:
         """Lets one run's rows enter a block that is computed once."""

@@ -3,8 +3,9 @@
 Each run is the generator that it is when it runs alone (`harness.training.turns`), with a model of its own over shared
 base tensors, its own optimizer, random numbers and context variables. Only forward and backward passes are shared:
 of all runs that wait for a micro-batch, `harness.methods.packed` computes the outputs in one model, each run makes its
-loss of its rows, divided by its own targets, and one backward pass through the sum gives every run its gradients. A run
-that ends, diverges or fails leaves, and the next waiting one enters.
+loss of its rows, divided by its own targets, and one backward pass through the sum gives every run its gradients. What
+frozen blocks make of a split that is scored is kept for all runs (`harness.methods.trunk`). A run that ends, diverges
+or fails leaves, and the next waiting one enters.
 
 The first micro-batch of a run in a pack is computed alone as well: if the gradients differ by more than rounding, the
 run is computed alone from there on, and the log says so. A pack of one is a run alone.
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from harness.data.batches import Batch
 from harness.methods.packed import PackedModel, Shared, draws, share_base, tensors_of, why_alone
+from harness.methods.trunk import TrunkMemory
 from harness.training.turns import Losses, MicroBatch, Turns
 
 logger = logging.getLogger("harness")
@@ -112,6 +114,7 @@ class Pack(Generic[Name, Outcome]):
         self._members: list[_Member[Name, Outcome]] = []
         self._shared: Shared = {}
         self._packed: dict[tuple[int, ...], PackedModel] = {}
+        self.memory = TrunkMemory()
         self.num_passes = 0
         self.num_alone = 0
 
@@ -181,6 +184,8 @@ class Pack(Generic[Name, Outcome]):
         used = {id(one) for other in self._members if other.model is not None for one in tensors_of(other.model)}
         for known in self._shared.values():
             known[:] = [one for one in known if id(one) in used]
+        if all(other.base != member.base for other in self._members):  # whose identity may come again
+            self.memory.clear()
 
     def _know_model(self, member: _Member[Name, Outcome]) -> None:
         assert member.micro_batch is not None
@@ -193,7 +198,10 @@ class Pack(Generic[Name, Outcome]):
             share_base(member.model, self._shared)
             member.base = frozenset(id(one) for one in member.model.parameters() if not one.requires_grad)
             try:
-                member.first_own_block = PackedModel([member.model]).first_own_block
+                packed = PackedModel([member.model])
+                member.first_own_block = packed.first_own_block
+                blocks, name = packed.frozen_blocks(member.model), (member.base, member.first_own_block)
+                self.memory.attach(member.model, blocks, name=name)
             except Exception as error:  # whatever a model does when it is copied
                 reason = f"{type(error).__name__}: {error}"
         if reason is not None:
