@@ -20,6 +20,7 @@ from rich.text import Text
 from harness.results.metrics import bytes_text
 
 if TYPE_CHECKING:
+    from harness.config.schema import RunConfig
     from harness.forecast.parameters import RunSize, Solution
 
 FITS, DOES_NOT_FIT, CANNOT_SAY = 0, 1, 2
@@ -49,6 +50,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help="a table over placements, as q,qv,all; ALL for every preset of target_layers",
     )
+    parser.add_argument(
+        "--memory", action="store_true", help="predict the peak bytes of a training step and of scoring"
+    )
+    parser.add_argument(
+        "--data", action="store_true", help="with --memory: of the longest step of the data, and not of a full one"
+    )
+    parser.add_argument("--gpu", type=float, metavar="GB", help="whether it fits; exit code 0 it does, 1 it does not")
+    parser.add_argument(
+        "--headroom",
+        type=float,
+        default=0.1,
+        metavar="FRACTION",
+        help="the part of a GPU that is left to its context and allocator; default: %(default)s",
+    )
+    parser.add_argument("--largest-batch", action="store_true", help="with --gpu: the largest micro-batch that fits")
     parser.add_argument(
         "--labels", type=int, default=2, metavar="N", help="outputs of a task head; default: %(default)s"
     )
@@ -101,7 +117,51 @@ def _print(options: argparse.Namespace, console: Console) -> int:
     _print_size(size_of(config, num_labels=options.labels), console)
     if solved is not None:
         _print_solution(solved, overrides, console)
-    return FITS
+    return _print_memory(options, config, console) if options.memory or options.gpu is not None else FITS
+
+
+def _print_memory(options: argparse.Namespace, config: RunConfig, console: Console) -> int:
+    from harness.forecast.fitting import GPU, largest_micro_batch
+    from harness.forecast.memory import load_run_data, predict_memory
+    from harness.forecast.request import ForecastError
+
+    if options.gpu is not None and not (options.gpu > 0 and 0 <= options.headroom < 1):
+        raise ForecastError(
+            f"--gpu {options.gpu:g} --headroom {options.headroom:g}: a GPU has more than 0 GB, and a headroom is a "
+            "part of it from 0 to below 1, as 0.1."
+        )
+    if options.largest_batch and (options.gpu is None or options.data):
+        raise ForecastError("--largest-batch: of what fits into a GPU, without --data; give its size, as --gpu 24.")
+    data = load_run_data(config) if options.data else None
+    forecast = predict_memory(config, num_labels=options.labels, data=data)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("bytes at the peak")
+    for name in ("of a training step", "of scoring"):
+        table.add_column(name, justify="right")
+    of_step, of_scoring = forecast.step.as_metrics(), forecast.scoring.as_metrics()
+    for name, value in of_step.items():
+        words = name.removesuffix("_bytes").replace("_", " ")
+        table.add_row(words, *(f"{each:,} ({bytes_text(each)})" for each in (value, of_scoring[name])))
+    console.print(table)
+    if options.gpu is None:
+        return FITS
+    gpu = GPU(options.gpu, options.headroom)
+    fits = gpu.fits(forecast)
+    console.print(
+        Text(
+            f"{'fits' if fits else 'does not fit'} into a GPU of {options.gpu:g} GB: {forecast.peak_bytes:,} bytes, "
+            f"and {gpu.usable_bytes:,} of it are for tensors"
+        )
+    )
+    if options.largest_batch:
+        found = largest_micro_batch(
+            config, gpu, at_most=4096, predict=lambda own: predict_memory(own, num_labels=options.labels)
+        )
+        if found.micro_batch_size is None:
+            console.print(Text("largest micro-batch: none; not one example fits"))
+        else:
+            console.print(Text(f"largest micro-batch: trainer.micro_batch_size={found.micro_batch_size}"))
+    return FITS if fits else DOES_NOT_FIT
 
 
 def _print_size(size: RunSize, console: Console) -> None:

@@ -8,18 +8,27 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from test_placement import CLASSIFIERS, CONFIGS, WITH_ALL
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from analysis.__main__ import main
 from analysis.budget import CANNOT_SAY, DOES_NOT_FIT, FITS, parameters
-from harness.config.schema import ModelConfig, RunConfig, TargetLayersConfig
+from harness.config.schema import ModelConfig, Quantization, RunConfig, TargetLayersConfig
+from harness.forecast import memory
+from harness.forecast.fitting import GPU, largest_micro_batch
+from harness.forecast.memory import MemoryForecast, load_run_data, predict_memory
 from harness.forecast.parameters import size_of, solve_rank
 from harness.forecast.request import ForecastError, UnmetError, own_configs, read_config
+from harness.measure.memory import MemoryPeak
+from harness.measure.without_data import floats_without_data
 from harness.methods.counts import is_lora
 from harness.models.configs import head_of
 from harness.placement.architectures import ARCHITECTURES
 from harness.plan import adapt
+from harness.results.schema import Status
+from harness.run import run
 
 LORA = ("rank=r8", "target_layers=qv")
 LANGUAGE = ("model=tiny_llama", "dataset=friends", "dataset.blocks=cut")
@@ -186,3 +195,141 @@ def test_numbers_of_parameters_as_people_write_them() -> None:
         10**9,
         4_718_592,
     ]
+
+
+# ---------------------------------------------------------------- memory
+
+CELLS = [
+    # Classifier or language model, and what differs from its defaults.
+    (CLASSIFIER, (*LORA, "trainer.batch_size=4")),
+    (CLASSIFIER, ("rank=r1", "target_layers=all", "trainer.batch_size=4")),
+    (CLASSIFIER, (*LORA, "trainer.batch_size=8", "trainer.micro_batch_size=4")),
+    (CLASSIFIER, (*LORA, "trainer.batch_size=16", "trainer.micro_batch_size=2", "dataset.max_length=64")),
+    (CLASSIFIER, (*LORA, "target_layers.blocks=last_half", "dataset.max_length=16")),
+    (CLASSIFIER, (*LORA, "model.attention=eager", "model.dropout=0.1", "method.adapter_dropout=0.1")),
+    (CLASSIFIER, (*LORA, "variant=dora", "trainer.batch_size=3")),
+    (CLASSIFIER, (*LORA, "variant=bias_all", "trainer.max_gradient_norm=null")),
+    (CLASSIFIER, ("method=full", "trainer.gradient_checkpointing=true", "dataset.max_length=64")),
+    (CLASSIFIER, ("method=full", "trainer.precision=bf16", "trainer.optimizer=lion")),
+    (CLASSIFIER, ("method=head_only", "trainer.batch_size=5")),
+    (CLASSIFIER, ("method=bitfit", "trainer.label_smoothing=0.1")),
+    (CLASSIFIER, ("target_layers=qv", "method=ia3")),
+    (CLASSIFIER, ("method=norms", "trainer.batch_size=4")),
+    (LANGUAGE, ("method=full", "trainer.batch_size=4")),
+    (LANGUAGE, ("method=full", "trainer.batch_size=4", "trainer.loss_chunk_tokens=100", "trainer.optimizer=muon")),
+    (LANGUAGE, (*LORA, "trainer.batch_size=2", "trainer.gradient_checkpointing=true")),
+    (LANGUAGE, ("rank=r8", "target_layers=all_lm_head", "trainer.batch_size=4", "trainer.loss_chunk_tokens=0")),
+    (LANGUAGE, ("rank=r16", "target_layers=all", "model.dtype=bfloat16", "trainer.precision=bf16")),
+    (LANGUAGE, (*LORA, "dataset.blocks=packed", "trainer.batch_size=4", "trainer.micro_batch_size=2")),
+    (LANGUAGE, (*LORA, "rank.pattern={v:2}", "trainer.optimizer=sgd", "dataset.max_length=48")),
+    (LANGUAGE, (*LORA, "model=tiny_gpt2", "trainer.batch_size=4", "trainer.optimizer=sgd")),
+    (LANGUAGE, (*LORA, "model=tiny_gpt2", "target_layers=all_embedding", "trainer.batch_size=4")),
+]
+
+
+@pytest.mark.parametrize(("task", "overrides"), CELLS)
+def test_predicted_bytes_are_measured_bytes(task: tuple[str, ...], overrides: tuple[str, ...]) -> None:
+    words = [word for word in task if word.partition("=")[0] not in {own.partition("=")[0] for own in overrides}]
+    config = composed(*words, "dataset.max_length=32", "trainer.eval_batch_size=4", *overrides)
+    # The same steps with data, on a model of random weights.
+    measured = memory.step_and_scoring(config, memory.full_batches(config, 3))
+    assert predict_memory(config, num_labels=3) == measured
+    assert measured.step.weights_bytes > 0 and measured.step.activations_bytes > 0
+
+
+RUNS = {
+    "classifier": ("model=tiny_bert", "dataset=local", *LORA, "trainer.batch_size=4", "trainer.micro_batch_size=2"),
+    "packed": ("model=tiny_llama", "dataset=local_text", "dataset.blocks=packed", "method=full"),
+    "completion": ("model=tiny_gpt2", "dataset=local_completion", "dataset.prompt_template='{text}: '", *LORA),
+}
+
+
+@pytest.mark.parametrize("task", RUNS)
+def test_predicted_from_its_data_a_run_measures_the_same(task: str, tmp_path: Path) -> None:
+    rows = [f"{'some text ' * (number % 5 + 1)}{number},{('good', 'bad')[number % 2]}" for number in range(40)]
+    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *rows, ""]), encoding="utf-8")
+    extra = ["dataset.target_column=label"] if task == "completion" else []
+    config = composed(
+        *RUNS[task],
+        *extra,
+        f"dataset.train_file={tmp_path}/rows.csv",
+        f"runs_dir={tmp_path}/runs",
+        "trainer=debug",
+        "tracking=off",
+        "dataset.max_length=64",
+    )
+    result = run(config)
+    assert result.status is Status.FINISHED
+    forecast = predict_memory(config, data=load_run_data(config))
+    assert forecast.step.as_metrics() == {name: result.metrics[name] for name in forecast.step.as_metrics()}
+    # Full batches of the longest examples need no less.
+    assert predict_memory(config, num_labels=2).step.total_bytes >= forecast.step.total_bytes
+
+
+def test_nothing_changes_outside_of_a_prediction() -> None:
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    predict_memory(composed(*CLASSIFIER, *LORA))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.ones(2).sum() == 2
+
+
+def test_what_cannot_be_predicted_says_so() -> None:
+    with pytest.raises(ForecastError, match=r"model\.quantization=nf4: bitsandbytes does not run without data"):
+        predict_memory(replace(composed(*LANGUAGE, *LORA), model=ModelConfig("x", quantization=Quantization.nf4)))
+    with pytest.raises(ForecastError, match=r"trainer\.optimizer=adafactor: a step of tiny_llama looks at the values"):
+        predict_memory(composed(*LANGUAGE, *LORA, "trainer.optimizer=adafactor"))
+    with pytest.raises(ForecastError, match=r"method=loha, .* looks at the values"):
+        predict_memory(composed(*CLASSIFIER, *LORA, "method=loha"))
+    with pytest.raises(ForecastError, match="could not be loaded with attention=flash_attention_2"):
+        predict_memory(composed(*LANGUAGE, *LORA, "model.attention=flash_attention_2"))
+
+
+# ---------------------------------------------------------------- tensors without data
+
+
+def test_floats_have_no_data_and_integers_have() -> None:
+    with floats_without_data():
+        weight = torch.empty(2**20, 2**20)  # 4 TiB
+        mask = torch.arange(6).view(2, 3) > 2
+        assert mask.sum().item() == 3 and bool(mask[1].all())
+        chosen = torch.ones(2, 3, 5)[mask]
+        assert chosen.shape == (3, 5)
+        assert (weight @ weight[:, :2]).shape == (2**20, 2)
+        with pytest.raises(DataDependentOutputException):
+            weight.sum().item()
+
+
+# ---------------------------------------------------------------- what fits
+
+
+def test_whether_a_run_fits_is_the_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    run_of = [*CLASSIFIER, *LORA, "trainer.batch_size=4", "dataset.max_length=32"]
+    words = ["budget", *run_of, "--headroom", "0"]
+    peak = predict_memory(composed(*run_of)).peak_bytes
+    assert main([*words, "--gpu", str(peak / 1e9)]) == FITS
+    assert f"{peak:,}" in capsys.readouterr().out
+    assert main([*words, "--gpu", str((peak - 1) / 1e9)]) == DOES_NOT_FIT
+    assert "does not fit" in capsys.readouterr().out
+    assert main(["budget", *run_of, "trainer.optimizer=adafactor", "--gpu", "80"]) == CANNOT_SAY
+
+
+@pytest.mark.parametrize("bend", [0, 7])
+@pytest.mark.parametrize("limit", [9, 10, 11, 15, 57, 1000, 10**6])
+def test_the_largest_batch_is_the_last_that_fits(limit: int, bend: int) -> None:
+    tried: list[int] = []
+
+    def bytes_of(size: int) -> int:
+        return 7 + 3 * size + bend * (size > 4)
+
+    def predict(config: RunConfig) -> MemoryForecast:
+        size = config.trainer.micro_batch_size
+        assert size is not None and size <= config.trainer.batch_size
+        tried.append(size)
+        return MemoryForecast(MemoryPeak(bytes_of(size), 0, 0, 0), MemoryPeak(0, 0, 0, 0))
+
+    device = GPU(limit / 1e9, headroom=0)
+    found = largest_micro_batch(composed(*CLASSIFIER, *LORA), device, at_most=512, predict=predict)
+    fitting = [size for size in range(1, 513) if bytes_of(size) <= limit]
+    assert found.micro_batch_size == max(fitting, default=None)
+    assert len(tried) == len(set(tried)) <= 7

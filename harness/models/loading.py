@@ -61,13 +61,19 @@ class BaseModel:
 
 
 def load_model(
-    config: ModelConfig, *, num_labels: int | None, pad_token_id: int, seed: int, keeps_head: bool = False
+    config: ModelConfig,
+    *,
+    num_labels: int | None,
+    pad_token_id: int,
+    seed: int,
+    keeps_head: bool = False,
+    with_weights: bool = True,
 ) -> BaseModel:
     """The base model in `config.dtype` with a fresh head of `num_labels` outputs, drawn from `seed`.
 
     The head is the same for every method at a seed, also where the checkpoint holds one: runs start equal. With
     `num_labels` None, the language model as it is. With `keeps_head` the head is that of the checkpoint, which must
-    have it.
+    have it. Without `with_weights` the whole model is drawn, and nothing of its source is read but the configuration.
 
     Raises:
         ModelError: a source that cannot be read, or a checkpoint that lacks a tensor of the base model.
@@ -78,7 +84,7 @@ def load_model(
     dtype = getattr(torch, config.dtype)
     torch.manual_seed(seed)
     with explain_loading_errors(config), quiet_transformers():
-        if is_tiny(config) or is_scratch(config):
+        if is_tiny(config) or is_scratch(config) or not with_weights:
             model = auto_class(num_labels).from_config(model_config, dtype=dtype, attn_implementation=config.attention)
             head, notes = task_head(model_config, num_labels), list[str]()
         else:

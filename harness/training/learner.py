@@ -20,7 +20,13 @@ from harness.config.schema import TrainerConfig
 from harness.data.batches import Batch
 from harness.measure.clock import StepMeter, device_queue
 from harness.measure.device import reset_device_peaks
-from harness.measure.memory import measure_peak_memory, rehearse_beside_optimizer, time_rehearsed_steps
+from harness.measure.memory import (
+    LiveTensors,
+    MemoryPeak,
+    measure_peak_memory,
+    rehearse_beside_optimizer,
+    time_rehearsed_steps,
+)
 from harness.methods.during_training import DuringTraining
 from harness.methods.flops import StepFlops
 from harness.methods.rates import LearningRates
@@ -181,15 +187,11 @@ class Learner:
         if self._is_sharded:  # a part of a matrix has no storage that could be followed
             self._rehearse_scoring()
         else:
-
-            def warm_up() -> None:
-                self._rehearse_step(shortest())
-
-            rehearse_beside_optimizer(self._rehearse_scoring, self._model, self._optimizer, first=warm_up)
-            reset_device_peaks(self._accelerator.device)
-            memory = measure_peak_memory(
-                lambda: self._rehearse_step(longest()), self._model, self._optimizer, first=warm_up
+            rehearse_beside_optimizer(
+                self._rehearse_scoring, self._model, self._optimizer, first=lambda: self._rehearse_step(shortest())
             )
+            reset_device_peaks(self._accelerator.device)
+            memory = self.step_peak(shortest=shortest, longest=longest)
             measured |= memory.as_metrics()
         if scaler is not None:
             scaler.load_state_dict(scaler_state)
@@ -203,6 +205,29 @@ class Learner:
         seconds = time_rehearsed_steps(rehearsals, self._model, self._optimizer, queue)
         num_tokens = sum(_sizes(micro_batches)[0] for micro_batches in chosen)
         return {"step_seconds_median": median(seconds), "train_tokens_per_second": num_tokens / sum(seconds)}
+
+    def step_peak(
+        self, *, shortest: Callable[[], Sequence[Batch]], longest: Callable[[], Sequence[Batch]]
+    ) -> MemoryPeak:
+        """Peak memory of the longest step; the shortest one comes before it, for the optimizer to create its state."""
+        return measure_peak_memory(
+            lambda: self._rehearse_step(longest()),
+            self._model,
+            self._optimizer,
+            first=lambda: self._rehearse_step(shortest()),
+        )
+
+    def scoring_peak(self, *, shortest: Callable[[], Sequence[Batch]]) -> MemoryPeak:
+        """Peak memory of the largest forward pass that scoring makes, beside the optimizer's state."""
+        peaks: list[MemoryPeak] = []
+
+        def score() -> None:
+            with LiveTensors(self._model, self._optimizer) as live:
+                self._rehearse_scoring()
+            peaks.append(live.peak)
+
+        rehearse_beside_optimizer(score, self._model, self._optimizer, first=lambda: self._rehearse_step(shortest()))
+        return peaks[0]
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Takes over the state of a checkpoint, whose position `at` is."""

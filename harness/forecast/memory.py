@@ -1,0 +1,246 @@
+"""The peak memory of a run before it starts: the real training step on tensors without data.
+
+Nothing is modelled. `Learner` makes the step that a run rehearses before training, through the same instrument
+(`harness.measure.memory`), on a model built from its configuration, so that on the CPU the prediction is the measured
+figure to the byte. It is what the CPU's kernels hold; those of a GPU hold much the same, and what its allocator adds is
+in no prediction (see `harness.forecast.fitting`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
+
+from harness.config.schema import Blocks, Device, Dtype, Precision, Quantization, RunConfig, Task
+from harness.content.errors import ModelError
+from harness.content.files import base_model
+from harness.data.batches import Batch, TrainingBatches
+from harness.data.blocks import NO_TARGET
+from harness.forecast.request import ForecastError, explained
+from harness.measure.memory import MemoryPeak
+from harness.measure.without_data import floats_without_data
+from harness.methods.rates import learning_rates
+from harness.methods.registry import during_training
+from harness.models.configs import read_config
+from harness.models.loading import checkpoint_activations, load_model
+from harness.models.tokenizers import load_tokenizer
+from harness.plan import adapt, require_packing
+from harness.prepare import build_accelerator
+from harness.processes.stopping import StopRequest
+from harness.tasks.families import TaskData, find_family
+from harness.training.learner import Learner, TrainingCallbacks
+
+_NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
+_SHORTEST = 4
+# Of a step of more micro-batches so many are run: the second one finds gradients, and so does every later one.
+_MICRO_BATCHES = 2
+
+
+@dataclass(frozen=True)
+class MemoryForecast:
+    """Live tensor bytes at the peak of a training step, and of scoring beside the optimizer's state."""
+
+    step: MemoryPeak
+    scoring: MemoryPeak
+
+    @property
+    def peak_bytes(self) -> int:
+        """What a run needs: the larger of the two."""
+        return max(self.step.total_bytes, self.scoring.total_bytes)
+
+
+def predict_memory(config: RunConfig, *, num_labels: int = 2, data: TaskData | None = None) -> MemoryForecast:
+    """The peaks of a run, from its configuration and the shapes of its batches.
+
+    Args:
+        config: of the run; its device does not matter. float16 is predicted as bfloat16, which is of the same size.
+        num_labels: outputs of a task head, where there are no data to say so.
+        data: whose longest step is taken (`load_run_data`). Without them it is a full batch of examples of
+            `dataset.max_length` tokens, every one of which is a target of a language model: no step needs more.
+
+    Raises:
+        ForecastError: quantised weights, what looks at values (`trainer.optimizer=adafactor`), and whatever keeps the
+            run from being built.
+    """
+    if config.model.quantization is not Quantization.none:
+        raise ForecastError(
+            f"model.quantization={config.model.quantization}: bitsandbytes does not run without data, so the bytes of "
+            "a step are not known; measure them with a run of a few steps (trainer.max_steps=2)."
+        )
+    with explained():
+        config = _on_the_cpu(config)
+        data = data or full_batches(config, num_labels)
+        with floats_without_data(), warnings.catch_warnings():
+            # Who compares where tensors lie, to see which are new, finds all of these at 0.
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+            try:
+                return step_and_scoring(config, data)
+            except _NEEDS_VALUES as error:
+                raise ForecastError(
+                    f"method={config.method.name}, trainer.optimizer={config.trainer.optimizer}: a step of "
+                    f"{config.model.name} looks at the values of its tensors ({error}), and a prediction has none; "
+                    "measure it with a run of a few steps (trainer.max_steps=2)."
+                ) from error
+
+
+def load_run_data(config: RunConfig) -> TaskData:
+    """The data of a run, tokenised as for it. Raises `ForecastError`."""
+    with explained():
+        tokenizer = load_tokenizer(base_model(config))
+        return find_family(config.dataset.task).load(config.dataset, tokenizer, with_test=not config.trial)
+
+
+def _on_the_cpu(config: RunConfig) -> RunConfig:
+    """The same run where it can be predicted, from its base model alone."""
+    model, trainer = base_model(config), config.trainer
+    if model.dtype is Dtype.float16:
+        model = replace(model, dtype=Dtype.bfloat16)
+    if trainer.precision is Precision.fp16:
+        trainer = replace(trainer, precision=Precision.bf16)
+    # What it continues has its shapes.
+    model = replace(model, adapter=None, from_sweep=None, run=None)
+    return replace(config, model=model, trainer=trainer, device=Device.cpu)
+
+
+def step_and_scoring(config: RunConfig, data: TaskData) -> MemoryForecast:
+    """Both peaks of a run on the CPU; measured, where floating-point tensors have data."""
+    accelerator = build_accelerator(config)
+    accelerator.device_placement = False  # a tensor without data is where it is
+    base = load_model(config.model, num_labels=data.num_labels, pad_token_id=0, seed=config.seed, with_weights=False)
+    require_packing(base.model.config.model_type, config)
+    adapt(base.model, config, base.head)
+    method = during_training(base.model, config, 1)
+    if config.trainer.gradient_checkpointing:
+        checkpoint_activations(base.model)
+    objective = find_family(config.dataset.task).build_objective(config, data, {}, StopRequest())
+    learner = Learner(
+        base.model,
+        objective,
+        config=config.trainer,
+        accelerator=accelerator,
+        callbacks=cast(TrainingCallbacks, None),  # of steps that are made; none is
+        num_steps=1,
+        rates=learning_rates(config, base.head),
+        method=method,
+    )
+    micro_batch_size = config.trainer.micro_batch_size or config.trainer.batch_size
+    batches = TrainingBatches(
+        data.train,
+        batch_size=min(config.trainer.batch_size, _MICRO_BATCHES * micro_batch_size),
+        micro_batch_size=micro_batch_size,
+        seed=config.seed,
+    )
+    step = learner.step_peak(shortest=batches.shortest, longest=batches.longest)
+    return MemoryForecast(step, learner.scoring_peak(shortest=batches.shortest))
+
+
+# ---------------------------------------------------------------- batches of which only the shape is known
+
+
+@dataclass(frozen=True)
+class _Examples:
+    """A split of examples that are all of one length but the last, a short one.
+
+    `names` are the inputs beside `input_ids`; `ids` are those of a token and of the one that ends a text.
+    """
+
+    num_long: int
+    length: int
+    task: Task
+    names: tuple[str, ...]
+    ids: tuple[int, int]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """In tokens."""
+        return np.array([self.length] * self.num_long + [min(_SHORTEST, self.length)])
+
+    def __len__(self) -> int:
+        return self.num_long + 1
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
+        """The examples at `indices`, padded to the longest of them."""
+        lengths = torch.from_numpy(self.lengths[np.asarray(indices)])
+        shape = (len(lengths), int(lengths.max()))
+        inputs = {"input_ids": torch.full(shape, self.ids[0], dtype=torch.long)}
+        inputs["input_ids"][:, -1] = self.ids[1]
+        for name in self.names:
+            inputs[name] = torch.zeros(shape, dtype=torch.long)
+        if "attention_mask" in inputs:
+            inputs["attention_mask"] += torch.arange(shape[1]) < lengths[:, None]
+        if "position_ids" in inputs:  # a block of two documents
+            inputs["position_ids"] += torch.arange(shape[1]) % max(1, shape[1] - shape[1] // 2)
+        num_targets = len(lengths)
+        if self.task.is_language:
+            labels = inputs["input_ids"].clone()
+            labels[:, 0] = NO_TARGET
+            num_targets = int((labels != NO_TARGET).sum())
+        else:
+            labels = torch.zeros(shape[0], dtype=torch.float32 if self.task is Task.regression else torch.long)
+        return Batch(inputs, labels, num_tokens=int(lengths.sum()), num_targets=num_targets)
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """The largest one alone."""
+        yield self.batch(range(min(batch_size, self.num_long)))
+
+
+@dataclass(frozen=True)
+class _FullBatches:
+    """Data of which only the shapes are known."""
+
+    train: Any
+    val: Any
+    num_labels: int | None
+    test: None = None
+    fingerprint: str = ""
+    positive_class: int | None = None
+
+    @property
+    def notes(self) -> list[str]:
+        """None."""
+        return []
+
+    @property
+    def label_names(self) -> list[str]:
+        """None."""
+        return []
+
+
+def full_batches(config: RunConfig, num_labels: int) -> TaskData:
+    """Stands in for data: every example has `dataset.max_length` tokens."""
+    dataset, trainer = config.dataset, config.trainer
+    names = _input_names(config)
+    model = read_config(config.model)
+    special = [getattr(model, f"{name}_token_id", None) for name in ("pad", "bos", "eos")]
+    token = next(number for number in range(1, 9) if number not in special)
+    end = special[2] if isinstance(special[2], int) else token
+
+    def split(num_examples: int) -> _Examples:
+        return _Examples(num_examples, dataset.max_length, dataset.task, names, (token, end))
+
+    labels = None if dataset.task.is_language else 1 if dataset.task is Task.regression else num_labels
+    return _FullBatches(split(trainer.batch_size), split(trainer.eval_batch_size), labels)
+
+
+def _input_names(config: RunConfig) -> tuple[str, ...]:
+    """What a batch holds beside token ids."""
+    dataset = config.dataset
+    if dataset.task.is_language:
+        isolated = dataset.blocks is Blocks.packed and not dataset.attend_across_documents
+        return ("position_ids",) if dataset.task is Task.causal_lm and isolated else ("attention_mask",)
+    try:
+        names = load_tokenizer(config.model).model_input_names
+    except ModelError:  # a model of which there is nothing but its configuration
+        has_types = getattr(read_config(config.model), "type_vocab_size", 0) > 1
+        names = ["token_type_ids", "attention_mask"] if has_types else ["attention_mask"]
+    return tuple(name for name in names if name != "input_ids")
