@@ -32,6 +32,7 @@ from harness.run import run
 from harness.tasks.objective import why_hopeless
 from hydra_plugins.lora_harness import _composing, clusters
 from hydra_plugins.lora_harness import sweeper as sweeper_module
+from hydra_plugins.lora_harness._cells import score_of_trials
 from hydra_plugins.lora_harness._search import WORST, Axis, Budget, Point, Score, Search, search_cell
 from hydra_plugins.lora_harness._worker import Outcome
 
@@ -88,6 +89,39 @@ def test_a_rate_that_diverges_bounds_the_search() -> None:
     found, _ = play(lambda point: WORST if point[0] > 3e-3 else bowl(4e-3)(point), [RATE], Budget())
     assert found.tried[3:] == ((3.46e-3,), (2.63e-3,))
     assert (found.chosen, found.edges) == ((2.63e-3,), {})
+
+
+def test_a_cliff_bounds_the_parabola_and_does_not_shape_it() -> None:
+    """Best just below a rate at which nothing is learned: a parabola through the cliff would lead away from it."""
+
+    def score(point: Point) -> Score:
+        return Score(0.5, has_learned=False) if point[0] > 5e-3 else Score(0.9 - abs(math.log(point[0] / 4e-3)) / 10)
+
+    found, _ = play(score, [RATE], Budget())
+    assert [point[0] for point in found.tried] == [6.67e-4, 2e-3, 6e-3, 3.46e-3, 4.56e-3]
+    assert (found.chosen, found.edges) == ((4.56e-3,), {})
+
+
+def test_a_rate_that_learns_nothing_yet_leads_upward() -> None:
+    heights = {6.67e-4: Score(0.5, has_learned=False), 2e-3: Score(0.8), 6e-3: Score(0.7)}
+    found = search_cell([RATE], Budget(), lambda point: heights.get(point[0]))
+    assert found.wanted == ((3.46e-3,),)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "has_learned"),
+    [
+        ({"val_accuracy": 0.5, "val_majority_share": 0.996, "val_nll": 1.4}, False),
+        ({"val_accuracy": 0.6, "val_majority_share": 0.8, "val_nll": 1.4}, True),
+        ({"val_accuracy": 0.6, "val_nll": 5.9, "val_nll_before": 5.8}, False),
+        ({"val_accuracy": 0.6, "val_nll": 5.7, "val_nll_before": 5.8}, True),
+    ],
+)
+def test_what_has_learned_nothing(metrics: dict[str, float], has_learned: bool, rows: Path, tmp_path: Path) -> None:  # noqa: F811
+    wanted = config(rows, tmp_path)
+    result = RunResult("a", "a", None, Status.FINISHED, to_dict(wanted), metrics=metrics)
+    score = score_of_trials([result], wanted)
+    assert score is not None and score.has_learned is has_learned
 
 
 def test_where_every_rate_diverges_the_search_goes_down_and_chooses_nothing() -> None:

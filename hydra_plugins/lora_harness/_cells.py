@@ -279,4 +279,17 @@ def score_of_trials(results: Sequence[RunResult | None], config: RunConfig) -> S
         return math.fsum(result.metrics[name] for result in known) / len(known)
 
     has_loss = all("val_nll" in result.metrics for result in known)
-    return Score(sign * mean(f"val_{best}"), -mean("val_nll") if has_loss else -math.inf)
+    return Score(
+        sign * mean(f"val_{best}"),
+        -mean("val_nll") if has_loss else -math.inf,
+        has_learned=all(_has_learned(result.metrics) for result in known),
+    )
+
+
+# Of a classifier that has learned nothing, or has forgotten it: so much of its predictions on val is one class.
+_ONE_CLASS = 0.99
+
+
+def _has_learned(metrics: Mapping[str, float]) -> bool:
+    is_above = metrics.get("val_nll", 0.0) > metrics.get("val_nll_before", math.inf)
+    return not is_above and metrics.get("val_majority_share", 0.0) <= _ONE_CLASS

@@ -5,14 +5,15 @@ process they were computed. Cells know nothing of each other. No run is truncate
 
 On a log scale (or a linear one) three values are tried, a factor apart. While the best is the first or last of all, the
 next one outside is tried. Then the vertex of the parabola through the best and its neighbours, until the cell has had
-its number of trials. A run that diverged or ran out of memory counts as the worst of all values.
+its number of trials. A run that diverged or ran out of memory counts as the worst of all values. One that has learned
+nothing is a cliff: where it lies says nothing of the shape of the top, so that no parabola goes through it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 LEARNING_RATE = "trainer.learning_rate"
 # Positions nearer than this to one that was tried teach nothing that noise does not hide: a factor of 1.25 at 3.
@@ -24,10 +25,19 @@ Point = tuple[float, ...]
 
 @dataclass(frozen=True, order=True)
 class Score:
-    """How good a point is on val, more is better: the dataset's metric, and minus the nll where that is equal."""
+    """How good a point is on val, more is better: the dataset's metric, and minus the nll where that is equal.
+
+    `has_learned` is False where nearly all predictions are one class, or the loss is above that before training.
+    """
 
     objective: float
     minus_loss: float = -math.inf
+    has_learned: bool = field(default=True, compare=False)
+
+    @property
+    def height(self) -> float:
+        """What a parabola goes through; not finite where none may."""
+        return self.objective if self.has_learned else -math.inf
 
 
 WORST = Score(-math.inf)
@@ -159,9 +169,13 @@ def _refined(scored: Mapping[float, Score]) -> tuple[float, ...]:
         return ()
     low, high = ordered[at - 1], ordered[at + 1]
     halves = [(low + best) / 2, (best + high) / 2]
-    vertex = _vertex({position: scored[position].objective for position in (low, best, high)})
-    if vertex is None:  # toward the neighbour that did not finish: below it lies what still learns
-        candidates = halves[-1:] if scored[high] == WORST else halves[:1]
+    vertex = _vertex({position: scored[position].height for position in (low, best, high)})
+    if vertex is None and math.isfinite(scored[high].height) and scored[low] == WORST:
+        candidates = halves
+    elif (
+        vertex is None
+    ):  # the best of a rate is often just below what no longer learns, and never below what learns not yet
+        candidates = halves[::-1]
     elif vertex > best or (vertex == best and scored[high] > scored[low]):
         candidates = [vertex, *reversed(halves)]
     else:
