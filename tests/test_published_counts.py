@@ -6,11 +6,12 @@ The models are at their real size, on the meta device. `printed` is the paper's,
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import pytest
 import torch
 from test_lora import CONFIGS
-from transformers import AutoModelForSequenceClassification, GPT2Config, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2Model, PreTrainedModel
 
 from harness.config.schema import RankConfig
 from harness.methods.adapting import apply_lora, remove_lora
@@ -101,3 +102,20 @@ def test_a_printed_count_is_the_models(model: str, roles: str, rank: int, count:
 def test_what_no_rank_gives(model: str, roles: str, counts: dict[int, int], printed: int, reason: str) -> None:
     assert {rank: _count(model, roles, rank) for rank in counts} == counts
     assert all(abs(count - printed) > 0.02 * printed for count in counts.values()), reason
+
+
+def test_what_the_documentation_says_of_gpt3() -> None:
+    with torch.device("meta"):
+        model = GPT2Model(GPT2Config(n_embd=12_288, n_layer=96, n_head=96, n_positions=2_048))
+    base = sum(parameter.numel() for parameter in model.parameters())
+    adapter = _count("gpt3", "q v", 4)
+    page = (Path(__file__).resolve().parents[1] / "docs" / "how-to" / "will-it-fit.md").read_text(encoding="utf-8")
+    for shown in (
+        f"| {base:,} | {2 * base / 1e9:.1f} GB | 350 GB |",
+        f"| {adapter:,} | {2 * adapter / 1e6:.1f} MB, or {2 * adapter / 2**20:.1f} MiB | 35 MB |",
+        f"in 32 bits are {12 * adapter / 1e9:.1f} GB more | | {(2 * base + 12 * adapter) / 1e9:.1f} GB | 350 GB |",
+        f"| | {6 * base / 1e12:.2f} TB | 1.2 TB |",
+        f"| | {8 * base / 1e12:.2f} TB | 1.2 TB |",
+        f"16 bytes a parameter, {16 * base / 1e12:.2f} TB",
+    ):
+        assert shown in page
