@@ -66,9 +66,15 @@ class SavedRun:
 
 
 def find_saved(
-    run_ids: Sequence[str], runs_dir: Path, changed: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    run_ids: Sequence[str],
+    runs_dir: Path,
+    changed: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    *,
+    needs_base: bool = False,
 ) -> list[SavedRun]:
     """The runs of these ids, with configs that `changed` makes of theirs.
+
+    With `needs_base` a run that kept a whole model needs the one that it was trained from, too.
 
     Raises `ConfigError` with one sentence for each that cannot be used: unknown, not finished, without weights, or with
     a base model that is gone or is another one now.
@@ -77,7 +83,7 @@ def find_saved(
     problems: list[str] = []
     for run_id in dict.fromkeys(run_ids):
         try:
-            found.append(_find(run_id, runs_dir, changed))
+            found.append(_find(run_id, runs_dir, changed, needs_base=needs_base))
         except (ConfigError, ModelError) as error:
             problems += [line if line.startswith(run_id) else f"{run_id}: {line}" for line in str(error).splitlines()]
     if problems:
@@ -85,7 +91,9 @@ def find_saved(
     return found
 
 
-def _find(run_id: str, runs_dir: Path, changed: Callable[[dict[str, Any]], dict[str, Any]]) -> SavedRun:
+def _find(
+    run_id: str, runs_dir: Path, changed: Callable[[dict[str, Any]], dict[str, Any]], *, needs_base: bool
+) -> SavedRun:
     folder = runs_dir / run_id
     if Path(run_id).name != run_id:
         raise ConfigError(["the id of a run is the name of its folder; say where that lies with runs_dir=DIR."])
@@ -115,13 +123,14 @@ def _find(run_id: str, runs_dir: Path, changed: Callable[[dict[str, Any]], dict[
     gone = {"model": model, "evaluate_also": {}, "score_earlier_tasks": True}
     config = from_dict(changed({**result.config, "runs_dir": str(runs_dir), **gone}))
     saved = SavedRun(config, result, folder / method.weights_dir)
-    _require_base(saved)
+    if needs_base or not saved.is_model:
+        _require_base(saved)
     return saved
 
 
 def _require_base(saved: SavedRun) -> None:
     """Raises `ModelError` where the base model is gone or has other content than the run had."""
-    if saved.is_model or saved.content is None:
+    if saved.content is None:
         return
     found = model_content(saved.config)
     for name in ("model", "model.scratch"):
@@ -137,9 +146,12 @@ def _where(model: ModelConfig) -> str:
     return next((f"model.{name}={value}" for name, value in named.items() if value is not None), model.name)
 
 
-def base_key(saved: SavedRun) -> str:
-    """What is equal for runs with one base model: its content, and the form in which it is loaded."""
-    if saved.is_model:
+def base_key(saved: SavedRun, *, untrained: bool = False) -> str:
+    """What is equal for runs with one base model: its content, and the form in which it is loaded.
+
+    A run that kept a whole model is its own base; with `untrained` what counts is the one that it was trained from.
+    """
+    if saved.is_model and not untrained:
         return saved.run_id
     model = base_model(saved.config)
     content = model_content(saved.config)
@@ -160,9 +172,12 @@ class Base:
     tokenizer: PreTrainedTokenizerBase
     base: BaseModel
 
-    def __init__(self, first: SavedRun) -> None:
-        """Loads the base of a run; it has that run's head until `holding` gives it another one."""
-        self.model_config = own_model(first)
+    def __init__(self, first: SavedRun, *, untrained: bool = False) -> None:
+        """Loads the base of a run; it has that run's head until `holding` gives it another one.
+
+        With `untrained` also of a run that kept a whole model the one that it was trained from.
+        """
+        self.model_config = base_model(first.config) if untrained else own_model(first)
         self.tokenizer = load_tokenizer(self.model_config)
         self._num_labels = first.num_labels
         self.base = load_model(
@@ -170,7 +185,7 @@ class Base:
             num_labels=first.num_labels,
             pad_token_id=self.tokenizer.pad_token_id,
             seed=first.config.seed,
-            keeps_head=first.is_model,
+            keeps_head=first.is_model and not untrained,
         )
 
     @contextmanager
@@ -184,13 +199,17 @@ class Base:
         model.eval()
         with restored(model):
             if not saved.is_model:
-                if saved.num_labels is not None and saved.num_labels != self._num_labels:
-                    skeleton = build_skeleton(self.model_config, num_labels=saved.num_labels)
-                    change_head(model, skeleton, self.base.head, num_labels=saved.num_labels)
+                self.fit_head(saved)
                 put_in(model, saved.weights_dir, saved.config, head=self.base.head)
                 place_on_device(model, accelerator, shard_model=False)
                 model.eval()
             yield model
+
+    def fit_head(self, saved: SavedRun) -> None:
+        """Gives the model an empty head of a run's number of outputs where its own has another; inside `restored`."""
+        if saved.num_labels is not None and saved.num_labels != self._num_labels:
+            skeleton = build_skeleton(self.model_config, num_labels=saved.num_labels)
+            change_head(self.base.model, skeleton, self.base.head, num_labels=saved.num_labels)
 
 
 def own_model(saved: SavedRun) -> ModelConfig:

@@ -25,9 +25,11 @@ from harness import saved as saved_module
 from harness.__main__ import main
 from harness.commands import find_request
 from harness.config.schema import ModelConfig, RunConfig, TinyModel
+from harness.deltas import DeltaWeight, all_targets, by_untrained_base, find_each, read_deltas, set_weight, weight_of
 from harness.methods import lora_method
 from harness.methods.adapting import remove_lora
 from harness.methods.peft_method import PeftMethodError
+from harness.methods.swapping import merge_in, put_in, restored
 from harness.models.loading import load_model
 from harness.models.saving import save_model
 from harness.models.tiny import byte_tokenizer
@@ -551,3 +553,119 @@ def test_adapters_are_switched_on_one_base_that_stays_as_it_is(tmp_path: Path) -
     model.bert.pooler.dense.bias.data = check.head["bert.pooler.dense.bias"]
     with pytest.raises(benchmark.CheckError, match=r"after that bert.pooler.dense.bias lies elsewhere"):
         check("that")
+
+
+# ---------------------------------------------------------------- delta weights
+
+MATRICES = ("lora", "slices", "dora", "pissa", "full", "ia3", "adalora", "vera")
+
+
+def deltas_of(ended: Saved, *names: str) -> dict[str, tuple[SavedRun, list[DeltaWeight]]]:
+    runs, problems = find_each(ended.ids(*names), ended.runs_dir)
+    by_id = {ended.results[name].run_id: name for name in names}
+    found = {
+        by_id[saved.run_id]: (saved, deltas)
+        for group in by_untrained_base(runs)
+        for saved, deltas in read_deltas(group, problems)
+    }
+    unmergeable = ended.ids("lily") if "lily" in names else []
+    assert [problem.partition(":")[0] for problem in problems] == unmergeable
+    return found
+
+
+def matrices(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters() if value.ndim == 2}
+
+
+def merged_less_base(saved: SavedRun) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    base = Base(saved, untrained=True)
+    before = matrices(base.base.model)
+    if saved.is_model:
+        return before, matrices(Base(saved).base.model)
+    with restored(base.base.model):
+        put_in(base.base.model, saved.weights_dir, saved.config, head=base.base.head)
+        merge_in(base.base.model, saved.config)
+        return before, matrices(base.base.model)
+
+
+def test_a_delta_weight_is_what_merging_adds(ended: Saved) -> None:
+    found = deltas_of(ended, *MATRICES, "lily")  # which cannot be merged
+    assert found.keys() == set(MATRICES)
+    for name, (saved, deltas) in found.items():
+        before, after = merged_less_base(saved)
+        assert deltas, name
+        for delta in deltas:
+            weight, target = f"{delta.target.module}.weight", delta.target
+            turned = name == "slices"  # GPT-2 keeps its matrices the other way round
+            old, new = (each[weight].T if turned else each[weight] for each in (before, after))
+            if target.rows is not None:
+                of_rows = slice(target.rows.start, target.rows.stop)
+                old, new = old[of_rows], new[of_rows]
+            torch.testing.assert_close(delta.base, old, rtol=0, atol=0)
+            torch.testing.assert_close(delta.matrix(), new - old, rtol=1e-4, atol=1e-6)
+    roles = {name: sorted({(d.role, d.target.block) for d in deltas}) for name, (_, deltas) in found.items()}
+    assert roles["lora"] == roles["slices"] == roles["dora"] == [("q", 0), ("q", 1), ("v", 0), ("v", 1)]
+    assert {role for role, _ in roles["full"]} == {"q", "k", "v", "o", "up", "down"}
+    slices, base = found["slices"][0], Base(found["slices"][0], untrained=True).base
+    assert [str(target.rows) for target in all_targets(base.model, base.head, is_language=False)][:4] == [
+        *("0:64 of each 192", "64:128 of each 192", "128:192 of each 192", "None")
+    ]
+    assert slices.config.model.tiny == "gpt2"
+    # What is a product is kept as one, of the rank; twice the rank where an update has a start.
+    assert [d.low.shape[0] for d in found["lora"][1]] == [6] * 4 and [d.low.shape[0] for d in found["pissa"][1]] == (
+        [8] * 4
+    )
+    assert all(d.low is None for name in ("dora", "full", "vera") for d in found[name][1])
+
+
+def test_methods_that_change_no_matrix_have_no_delta_weight(ended: Saved) -> None:
+    found = deltas_of(ended, "head_only", "bitfit", "norms", "lora")
+    assert {name: len(deltas) for name, (_, deltas) in found.items()} == {
+        **dict.fromkeys(("head_only", "bitfit", "norms"), 0),
+        "lora": 4,
+    }
+
+
+def test_full_fine_tuning_and_adapters_share_the_base_that_they_began_from(ended: Saved) -> None:
+    runs, _ = find_each(ended.ids("lora", "full", "slices", "dora"), ended.runs_dir)
+    groups = [[saved.run_id for saved in group] for group in by_untrained_base(runs)]
+    assert groups == [ended.ids("lora", "full", "dora"), ended.ids("slices")]
+
+
+def test_a_weight_that_is_set_is_that_of_its_rows_and_gone_afterwards(ended: Saved) -> None:
+    (saved,), _ = find_each(ended.ids("slices"), ended.runs_dir)
+    base = Base(saved, untrained=True)
+    model = base.base.model
+    target = next(t for t in all_targets(model, base.base.head, is_language=False) if (t.role, t.block) == ("k", 1))
+    others = [t for t in all_targets(model, base.base.head, is_language=False) if t != target]
+    before = {t: weight_of(model, t).clone() for t in (target, *others)}
+    with restored(model):
+        set_weight(model, target, before[target] + 1)
+        torch.testing.assert_close(weight_of(model, target), before[target] + 1)
+        assert all(torch.equal(weight_of(model, t), before[t]) for t in others)
+    assert all(torch.equal(weight_of(model, t), value) for t, value in before.items())
+
+
+def test_each_run_that_cannot_be_used_is_one_sentence(
+    ended: Saved,
+    rows: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    (lora,) = ended.ids("lora")
+    shutil.copytree(ended.runs_dir / lora, tmp_path / lora)
+    base = tmp_path / "base"
+    first: dict[str, Any] = {"model": {"name": "own", "tiny": None, "path": str(base)}, "trainer": {"max_steps": 1}}
+    saved = Base(find_each([lora], tmp_path)[0][0])
+    saved.base.model.save_pretrained(base)
+    saved.tokenizer.save_pretrained(base)
+    without = run(config(rows, tmp_path, save_weights=False))
+    full = run(config(rows, tmp_path, "full", **first))
+    with (base / "model.safetensors").open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"\0\0\x80\x3f")
+    runs, problems = find_each([lora, without.run_id, full.run_id, "nothing"], tmp_path)
+    assert [run.run_id for run in runs] == [lora]
+    assert len(problems) == 3
+    assert problems[0].startswith(f"{without.run_id}: its weights were not kept") and "save_weights=true" in problems[0]
+    assert problems[1].startswith(f"{full.run_id}: the base model has other content than the run had")
+    assert problems[2].startswith("nothing: no such run has ended")
