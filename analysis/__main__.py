@@ -82,7 +82,46 @@ def _parser(program: str = "python -m analysis") -> argparse.ArgumentParser:
     report.add_argument(
         "--wandb", choices=("offline", "online"), help="also make a W&B run of job type report that carries all of it"
     )
+    report.add_argument(
+        "--adapters",
+        action="store_true",
+        help="with what the weights of its runs hold: spectra, subspaces, intruders, drift; needs torch",
+    )
     report.set_defaults(command=_report)
+
+    adapters = commands.add_parser("adapters", help="what runs have learned, from the weights that they saved")
+    adapters.add_argument("--sweep", metavar="NAME", help="name of the sweep; without it, all runs in the folder")
+    _add_runs_dir(adapters)
+    adapters.add_argument(
+        "--reports-dir", type=Path, default=Path("reports"), metavar="DIR", help="default: %(default)s"
+    )
+    adapters.add_argument(
+        "--truncation",
+        action="store_true",
+        help="also score the base plus full fine-tuning's difference cut to ranks; an evaluation for each run and rank",
+    )
+    adapters.add_argument(
+        "--intruders",
+        action="store_true",
+        help="also score runs with less of their intruder dimensions; seven evaluations for each run that has any",
+    )
+    adapters.add_argument(
+        "--epsilon",
+        type=_cosine,
+        default=0.5,
+        metavar="COSINE",
+        help="below which a dimension is an intruder, for --intruders; default: %(default)s",
+    )
+    adapters.set_defaults(command=_adapters)
+
+    suggest = commands.add_parser(
+        "suggest", help="a sweep file that tests the ranks and placements which a sweep's weights suggest"
+    )
+    suggest.add_argument("--sweep", metavar="NAME", required=True, help="name of the sweep whose weights are read")
+    _add_runs_dir(suggest)
+    suggest.add_argument("--to", type=Path, metavar="FILE", help="default: sweeps/NAME_suggested.yaml")
+    suggest.add_argument("--seeds", type=int, default=3, metavar="N", help="of each cell; default: %(default)s")
+    suggest.set_defaults(command=_suggest)
 
     status = commands.add_parser("status", help="how far a sweep is, also while it runs")
     status.add_argument("--sweep", metavar="NAME", help="name of the sweep; without it, all runs in the folder")
@@ -129,6 +168,16 @@ def _margin(text: str) -> float:
     return margin
 
 
+def _cosine(text: str) -> float:
+    try:
+        cosine = float(text)
+    except ValueError:
+        cosine = 0.0
+    if not 0 < cosine <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a cosine above 0 and at most 1, as 0.5")
+    return cosine
+
+
 def _report(options: argparse.Namespace) -> None:
     # Imported late: the status comes without waiting for what draws figures.
     from analysis.report import write_report
@@ -144,6 +193,7 @@ def _report(options: argparse.Namespace) -> None:
             margin=options.margin,
             asked=Asked(options.rows, options.columns, options.value),
             style=options.style,
+            adapters=options.adapters,
         )
         if options.wandb is not None:
             # Imported late: a report needs neither W&B nor the rest of the harness.
@@ -164,6 +214,32 @@ def _report(options: argparse.Namespace) -> None:
             except TrackingError as error:
                 raise SystemExit(str(error)) from error
             print(f"W&B files: {report_dir}/wandb/")
+
+
+def _adapters(options: argparse.Namespace) -> None:
+    from analysis.report import write_adapter_report
+
+    write_adapter_report(
+        options.runs_dir,
+        options.reports_dir,
+        options.sweep,
+        truncation=options.truncation,
+        intruders=options.intruders,
+        epsilon=options.epsilon,
+    )
+
+
+def _suggest(options: argparse.Namespace) -> None:
+    from analysis.adapters.suggesting import suggest
+
+    path, suggestion = suggest(options.runs_dir, options.sweep, to=options.to, num_seeds=options.seeds)
+    for one in suggestion.hypotheses:
+        ranks = ", ".join(f"{role} {rank}" for role, rank in one.proposal.pattern.items())
+        print(
+            f"{one.name}: rank {one.proposal.rank}{f' ({ranks})' if ranks else ''} on {one.proposal.target_layers}, "
+            f"{one.num_params:,} adapter parameters (parent {one.parent_num_params:,}): {one.claim}"
+        )
+    print(f"written to {path}; run it: python -m harness -m sweeps={path.stem}")
 
 
 def _status(options: argparse.Namespace) -> None:

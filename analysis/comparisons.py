@@ -81,6 +81,19 @@ def equivalence_p_value(first: Cell, second: Cell, name: str, margin: float) -> 
     return float(stats.t.sf(room / found.error, found.degrees)) if found.error else float(room <= 0)
 
 
+def non_inferiority_p_value(first: Cell, second: Cell, name: str, margin: float) -> float | None:
+    """A one-sided t-test that the mean of the first cell is worse than that of the second by `margin` or more.
+
+    Below 5 % the first is as good or better. None with fewer than two runs in either cell.
+    """
+    found = _difference(first, second, name)
+    if found is None:
+        return None
+    gain = -found.mean if metric(name).direction is Direction.LOWER else found.mean
+    room = margin + gain
+    return float(stats.t.sf(room / found.error, found.degrees)) if found.error else float(room <= 0)
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """The p-values after Holm's correction (1979, Scand. J. Statist. 6, 65-70), in their order.
 

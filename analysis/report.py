@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 from rich.console import Console
@@ -37,6 +38,9 @@ from harness.results.launches import Launch
 from harness.results.metrics import METRICS
 from harness.results.schema import Status
 
+if TYPE_CHECKING:
+    from analysis.adapters.findings import Findings
+
 # The name of the report about every run in a folder.
 ALL_RUNS = "all"
 
@@ -51,6 +55,7 @@ def write_report(
     margin: float = MARGIN,
     asked: Asked | None = None,
     style: str = "report",
+    adapters: bool = False,
     console: Console | None = None,
 ) -> Path:
     """Writes the report of a sweep, or of all runs in the folder, prints a table of it, and returns its folder.
@@ -64,14 +69,13 @@ def write_report(
         margin: how much of a metric's scale a difference may be and still not matter.
         asked: a table of the reader's own, before all others and printed in place of the first.
         style: how tables show scores, of `metrics.STYLES`.
+        adapters: whether what is in the weights of the runs is measured, too.
         console: where the table is printed; standard output by default.
 
     Raises:
         LoadError: there are no such runs, the sweep's name is no name of a folder, or what was asked for is not there.
     """
-    name = sweep or ALL_RUNS
-    if not re.fullmatch(r"\w[\w.-]*", name):
-        raise LoadError(f"sweep={name!r}: must be letters, digits, _ - and dots, because a folder is named after it")
+    name = _report_name(sweep)
     if scores not in ("best", "last"):
         raise ValueError(f"scores={scores!r}: must be best or last")
     runs = load_runs(runs_dir, sweep=sweep)
@@ -88,13 +92,17 @@ def write_report(
             asked=asked or Asked(),
             searches=searches,
             predictions_dir=runs_dir,
+            sweep=sweep,
         )
         choices = tables.choices(select.best_cells(cells), margin=margin)
     summary = list(_summary(runs, scores))
     report_dir = reports_dir / name
-    _write_tables(report_dir / "tables", paper_tables, name, summary, small_spread=style == "paper")
     curves = load_curves(runs_dir, runs.frame["run_id"])
     drawn = figures.paper_figures(cells, curves, searches=searches)
+    if adapters:
+        _, own_tables, own_figures = _in_weights(frame, cells, runs_dir)
+        paper_tables, drawn = [*paper_tables, *own_tables], [*drawn, *own_figures]
+    _write_tables(report_dir / "tables", paper_tables, name, summary, small_spread=style == "paper")
     pictures = _write_figures(drawn, report_dir / "figures", num_runs=len(frame))
     _remove_others(report_dir / "figures", pictures)
     _write(report_dir / "runs.csv", writers.to_csv(_without_empty_metrics(runs.frame)))
@@ -121,6 +129,80 @@ def write_report(
     return report_dir
 
 
+def write_adapter_report(
+    runs_dir: Path,
+    reports_dir: Path,
+    sweep: str | None = None,
+    *,
+    truncation: bool = False,
+    intruders: bool = False,
+    epsilon: float = 0.5,
+    console: Console | None = None,
+) -> Path:
+    """Writes what was found in the weights of a sweep's runs, `<sweep>/adapters/` of the reports; returns that folder.
+
+    The runs are those that a report would show: of each condition at its best learning rate on val.
+
+    Args:
+        runs_dir: where the runs lie.
+        reports_dir: gets a folder named after the sweep.
+        sweep: its name; None for all runs.
+        truncation: whether full fine-tuning's differences are cut to ranks and scored.
+        intruders: whether runs are scored with less of their intruder dimensions.
+        epsilon: of those intruders.
+        console: where what was found is printed; standard output by default.
+
+    Raises:
+        LoadError: there are no such runs, or none whose weights can be read.
+    """
+    from analysis.adapters import scored_tables, scoring
+    from analysis.adapters.summaries import named_frames
+
+    name = _report_name(sweep)
+    runs = load_runs(runs_dir, sweep=sweep)
+    found, paper_tables, drawn = _in_weights(runs.frame, select.cells(runs.frame), runs_dir)
+    summary = [*_summary(runs, "best"), f"Weights were read of {found.spectra['run_id'].nunique()} runs."]
+    seeds, problems = _seeds(runs.frame), list[str]()
+    frames = named_frames(found)
+    if truncation:
+        scores = scoring.score_truncations(found.cells, seeds, runs_dir, problems)
+        paper_tables.append(scored_tables.truncation_table(scores, found.cells, problems))
+        drawn.append(scored_tables.truncation_figure(scores, found.cells))
+    if intruders:
+        scores = scoring.score_without_intruders(found.cells, seeds, runs_dir, problems, epsilon=epsilon)
+        paper_tables.append(scored_tables.intruder_table(scores, found.cells, problems))
+        drawn.append(scored_tables.intruder_figure(scores, found.cells))
+    report_dir = reports_dir / name / "adapters"
+    _write_tables(report_dir / "tables", paper_tables, f"{name}-adapters", summary, small_spread=False)
+    _remove_others(report_dir / "figures", figures.write_figures(drawn, report_dir / "figures"))
+    for key, frame in frames.items():
+        _write(report_dir / "data" / f"{key}.csv", writers.to_csv(frame))
+    _remove_others(report_dir / "data", [report_dir / "data" / f"{key}.csv" for key in frames])
+    _write(report_dir / "adapters.md", "\n".join(_markdown_parts(name, summary, paper_tables, drawn)))
+    console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    for line in dict.fromkeys([*summary, *found.problems, *problems]):
+        console.print(Text(line))
+    console.print(Text(f"\nwritten to {report_dir}/: adapters.md tables/ figures/ data/"))
+    return report_dir
+
+
+def _in_weights(
+    frame: pd.DataFrame, cells: pd.DataFrame, runs_dir: Path
+) -> tuple[Findings, list[PaperTable], list[figures.Figure]]:
+    """What is in the weights of the runs of a report, with its tables and figures. Raises `LoadError`."""
+    # Imported late: no other part of a report needs torch.
+    from analysis.adapters.figures import adapter_figures
+    from analysis.adapters.findings import find_in_weights
+    from analysis.adapters.tables import adapter_tables
+
+    found = find_in_weights(select.records(select.best_cells(cells)), _seeds(frame), runs_dir)
+    return found, adapter_tables(found), adapter_figures(found)
+
+
+def _seeds(frame: pd.DataFrame) -> dict[str, int]:
+    return dict(zip(frame["run_id"], frame["config.seed"], strict=True))
+
+
 def _print(name: str, summary: Sequence[str], table: PaperTable, report_dir: Path, console: Console | None) -> None:
     # In a file or a pipe nothing has to fold: wide enough for the table in one piece.
     console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 200)
@@ -135,6 +217,14 @@ def _print(name: str, summary: Sequence[str], table: PaperTable, report_dir: Pat
         # Indented, so that a folded note does not look like two.
         console.print(Padding(Text(note), (0, 0, 0, 2)))
     console.print(Text(f"\nwritten to {report_dir}/: report.html report.md runs.csv tables/ figures/"))
+
+
+def _report_name(sweep: str | None) -> str:
+    """The folder of a report. Raises `LoadError` for a name that is none."""
+    name = sweep or ALL_RUNS
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise LoadError(f"sweep={name!r}: must be letters, digits, _ - and dots, because a folder is named after it")
+    return name
 
 
 def _write_tables(
@@ -197,11 +287,7 @@ def _markdown(
     drawn: Sequence[figures.Figure],
     frame: pd.DataFrame,
 ) -> str:
-    parts = [f"# {name}\n\n{_as_list(summary)}"]
-    if drawn:
-        pictures = "\n".join(f"![{figure.title}](figures/{figure.name}.png)\n" for figure in drawn)
-        parts.append(f"## Figures\n\n{pictures}")
-    parts += [f"## {table.caption}\n\n{_in_markdown(table)}" for table in paper_tables]
+    parts = _markdown_parts(name, summary, paper_tables, drawn)
     parts.append(f"## Environment\n\n{_as_list(list(_environment(frame)))}")
     parts.append(
         "## Files\n\n"
@@ -212,6 +298,17 @@ def _markdown(
         "- `figures/`: each figure as PDF and PNG\n"
     )
     return "\n".join(parts)
+
+
+def _markdown_parts(
+    name: str, summary: Sequence[str], paper_tables: Sequence[PaperTable], drawn: Sequence[figures.Figure]
+) -> list[str]:
+    """Head, figures and tables."""
+    parts = [f"# {name}\n\n{_as_list(summary)}"]
+    if drawn:
+        pictures = "\n".join(f"![{figure.title}](figures/{figure.name}.png)\n" for figure in drawn)
+        parts.append(f"## Figures\n\n{pictures}")
+    return parts + [f"## {table.caption}\n\n{_in_markdown(table)}" for table in paper_tables]
 
 
 def _summary(runs: Runs, scores: str) -> Iterator[str]:

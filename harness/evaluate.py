@@ -9,18 +9,24 @@ from __future__ import annotations
 import csv
 import io
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from torch import Tensor
 
 from harness.config.composing import to_dict
 from harness.config.schema import RunConfig, Task
 from harness.config.validation import ConfigError
 from harness.content.digests import find_content
+from harness.deltas import set_weight
+from harness.methods.swapping import merge_in
 from harness.models import configs
 from harness.models.loading import PreTrainedModel
 from harness.models.tokenizers import check_vocabulary
+from harness.placement.select import Target
 from harness.prepare import build_accelerator, length_problems, set_threads, wanted_generation_metrics
 from harness.processes.stopping import StopRequest
 from harness.results.files import GENERATIONS_DIR, PREDICTIONS_DIR, write_atomically
@@ -34,6 +40,10 @@ from harness.tasks.generation_scores import score_texts
 from harness.tasks.predictions import write_predictions
 
 SCORES_FILE = "scores.csv"
+
+# Other weights of some matrices of a model, as `(out_features, in_features)`.
+Changed = Callable[[], Iterable[tuple[Target, Tensor]]]
+_Key = TypeVar("_Key", bound=Hashable)
 
 logger = logging.getLogger("harness")
 
@@ -81,6 +91,35 @@ def evaluate(
                     _compare(found)
         del base  # before the next one is loaded
     return [scored[saved.run_id, split] for saved in runs for split in splits]
+
+
+def evaluate_changed(
+    saved: SavedRun, changes: Mapping[_Key, Changed], *, splits: Sequence[str]
+) -> dict[_Key, dict[str, Scored]]:
+    """Scores a run on its own data with other weights in some of its matrices, by the name of the change and split.
+
+    Args:
+        saved: the run; what it trained is merged into its base before anything is changed.
+        changes: for each name the matrices that are others, made when they are needed.
+        splits: of the run's own data.
+
+    Raises:
+        ConfigError: data that have changed since, or a method that cannot be merged.
+        ModelError, DataError, LoRAError, PeftMethodError: as training raises them.
+    """
+    _require_own_content([saved])
+    base = Base(saved)
+    data = _load_data(base, saved.config, splits)
+
+    def put_in(weights: Changed, model: PreTrainedModel) -> None:
+        merge_in(model, saved.config)
+        for target, weight in weights():
+            set_weight(model, target, weight)
+
+    return {
+        name: _evaluate_one(base, saved, data, splits, None, change=partial(put_in, weights))
+        for name, weights in changes.items()
+    }
 
 
 def _require_own_content(runs: Sequence[SavedRun]) -> None:
@@ -133,7 +172,13 @@ def _named(names: Sequence[str]) -> str:
 
 
 def _evaluate_one(
-    base: Base, saved: SavedRun, data: TaskData, splits: Sequence[str], folder: Path | None
+    base: Base,
+    saved: SavedRun,
+    data: TaskData,
+    splits: Sequence[str],
+    folder: Path | None,
+    *,
+    change: Callable[[PreTrainedModel], None] | None = None,
 ) -> dict[str, Scored]:
     config = replace(saved.config, save_predictions=folder is not None)
     own_folder = None if folder is None else folder / saved.run_id
@@ -142,6 +187,8 @@ def _evaluate_one(
     objective = find_family(config.dataset.task).build_objective(config, data, {}, StopRequest())
     found = {}
     with base.holding(saved, accelerator) as model, accelerator.autocast():
+        if change is not None:
+            change(model)
         for name in splits:
             split = getattr(data, name)
             evaluation = objective.evaluate_split(model, split)
@@ -149,7 +196,7 @@ def _evaluate_one(
                 path = own_folder / PREDICTIONS_DIR / f"{name}.parquet"
                 write_predictions(path, split, evaluation.logits, data.label_names)
             scores = evaluation.scores
-            if name == "test":
+            if name == "test" and change is None:  # texts take most of the time
                 scores = scores | _score_generations(base, model, config, split, own_folder)
             found[name] = Scored(saved, name, len(split), scores)
             logger.info("%s: %s scored, %d examples", saved.run_id, name, len(split))
@@ -181,7 +228,7 @@ def _compare(found: Scored) -> None:
     if differing:
         logger.warning(
             "%s: on its own %s the scores differ from those of result.json (%s): another device, version of PyTorch, "
-            "batch size or number of threads or processes than that of the run",
+            "batch size or number of threads or processes than that of the run, or weights kept as a difference",
             found.saved.run_id,
             found.split,
             ", ".join(differing),

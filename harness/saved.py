@@ -24,7 +24,7 @@ from harness.models.loading import BaseModel, PreTrainedModel, load_model
 from harness.models.tokenizers import PreTrainedTokenizerBase, load_tokenizer
 from harness.processes.distributed import place_on_device
 from harness.results.effects import MODEL_SOURCE, STARTING_POINT
-from harness.results.files import RESULT_FILE
+from harness.results.files import DIFFERENCE_FILE, RESULT_FILE
 from harness.results.methods import METHODS
 from harness.results.schema import ResultError, RunResult, Status, read_result
 
@@ -62,7 +62,7 @@ class SavedRun:
     @property
     def is_model(self) -> bool:
         """Whether what it kept is a whole model."""
-        return METHODS[self.config.method.name].trains_base
+        return METHODS[self.config.method.name].trains_base and not (self.weights_dir / DIFFERENCE_FILE).is_file()
 
 
 def find_saved(

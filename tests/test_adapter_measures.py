@@ -138,11 +138,12 @@ def test_intruders_worked_by_hand() -> None:
     counts = {(e, k): measures.count_intruders(cosines, epsilon=e, k=k) for e in (0.5, 0.8) for k in (1, 3)}
     assert counts == {(0.5, 1): 0, (0.5, 3): 0, (0.8, 1): 1, (0.8, 3): 1}
     # Left with a fifth of its singular value, the direction has 1 in the place of 5; the others stay.
-    scaled = measures.without_intruders(base, delta, base_left, epsilon=0.8, k=3, keep=0.2)
-    torch.testing.assert_close(scaled, base + delta / 5)
-    torch.testing.assert_close(
-        measures.without_intruders(base, delta, base_left, epsilon=0.5, k=3, keep=0.0), base + delta
-    )
+    tuned, found = measures.find_intruders(base + 0.1 * torch.eye(4), delta, epsilon=0.8, k=3)
+    assert found.tolist() == [0]
+    whole = base + delta + 0.1 * torch.eye(4)
+    less = whole - 0.8 * 5.1 * torch.outer(high, high)
+    torch.testing.assert_close(measures.scaled_dimensions(tuned, found, keep=0.2), less)
+    assert len(measures.find_intruders(base + 0.1 * torch.eye(4), delta, epsilon=0.5, k=3)[1]) == 0
 
 
 def test_intruders_are_those_that_the_peft_package_removes() -> None:
@@ -161,11 +162,9 @@ def test_intruders_are_those_that_the_peft_package_removes() -> None:
     base, delta = layer.base_layer.weight.detach(), layer.get_delta_weight("default").detach()
     lines: list[str] = []
     reduce_intruder_dimension(model, top_k=3, threshold_epsilon=0.9, mitigation_lambda=0.0, logging_sink=lines.append)
-    whole, of_base = measures.decompose(base + delta), measures.decompose(base)
-    cosines = measures.nearest_cosines(whole.left[:, :3], of_base.left)
-    num = measures.count_intruders(cosines, epsilon=0.9, k=3)
-    assert num > 0 and lines[0].endswith(f"Intruders: {num}")
-    ours = measures.without_intruders(base, delta, of_base.left, epsilon=0.9, k=3, keep=0.0) - base
+    tuned, found = measures.find_intruders(base, delta, epsilon=0.9, k=3)
+    assert len(found) > 0 and lines[0].endswith(f"Intruders: {len(found)}")
+    ours = measures.scaled_dimensions(tuned, found, keep=0.0) - base
     # `peft` has no more than the adapter's rank for what is left, and takes rows of V^T for V.
     theirs = layer.get_delta_weight("intruder_reduced").detach().double()
     torch.testing.assert_close(theirs, measures.decompose(ours).truncated(4), rtol=1e-4, atol=1e-4)

@@ -25,6 +25,8 @@ from harness import saved as saved_module
 from harness.__main__ import main
 from harness.commands import find_request
 from harness.config.schema import ModelConfig, RunConfig, TinyModel
+from harness.config.validation import ConfigError
+from harness.content.errors import ModelError
 from harness.deltas import DeltaWeight, all_targets, by_untrained_base, find_each, read_deltas, set_weight, weight_of
 from harness.methods import lora_method
 from harness.methods.adapting import remove_lora
@@ -669,3 +671,63 @@ def test_each_run_that_cannot_be_used_is_one_sentence(
     assert problems[0].startswith(f"{without.run_id}: its weights were not kept") and "save_weights=true" in problems[0]
     assert problems[1].startswith(f"{full.run_id}: the base model has other content than the run had")
     assert problems[2].startswith("nothing: no such run has ended")
+
+
+# ---------------------------------------------------------------- full fine-tuning kept as a difference
+
+
+def test_a_difference_is_half_as_large_and_scores_and_exports_as_the_model(
+    ended: Saved,
+    rows: Path,  # noqa: F811
+    tmp_path: Path,
+    command: Command,
+) -> None:
+    wanted = config(rows, tmp_path / "runs", "full", save_full_as="difference")
+    result = trained(wanted)
+    whole = ended.results["full"]
+    assert result.run_id == whole.run_id  # what is kept is no part of what a run is
+    folder = tmp_path / "runs" / result.run_id / "model"
+    assert [path.name for path in folder.iterdir()] == ["difference.safetensors"]
+    assert result.metrics["checkpoint_bytes"] < 0.52 * whole.metrics["checkpoint_bytes"]
+
+    (kept,), (model,) = find_saved([result.run_id], tmp_path / "runs"), find_saved([whole.run_id], ended.runs_dir)
+    assert model.is_model and not kept.is_model
+    base = Base(kept)
+    with base.holding(kept, build_accelerator(kept.config)) as held:
+        torch.testing.assert_close(logits(held), logits(Base(model).base.model), rtol=0, atol=2e-3)
+        assert not torch.equal(logits(held), logits(Base(kept).base.model))
+    # The delta weights are those of the model, to bfloat16.
+    for (_, found), (_, expected) in zip(read_deltas([kept], []), read_deltas([model], []), strict=True):
+        for one, other in zip(found, expected, strict=True):
+            assert one.target == other.target
+            torch.testing.assert_close(one.matrix(), other.matrix(), rtol=2**-7, atol=1e-6)
+
+    code, _, errors = command(f"evaluate={result.run_id}", f"runs_dir={tmp_path / 'runs'}", f"to={tmp_path / 'scores'}")
+    assert code == 0, errors
+    assert float(read_scores(tmp_path / "scores")[0]["nll"]) == pytest.approx(result.metrics["test_nll"], abs=1e-3)
+    code, _, errors = command(f"export={result.run_id}", f"runs_dir={tmp_path / 'runs'}", f"to={tmp_path / 'merged'}")
+    assert code == 0, errors
+    exported = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(exported), logits(Base(model).base.model), rtol=0, atol=2e-3)
+
+    # No run starts from it, and the message says how one can.
+    with pytest.raises(ModelError, match=r"kept as a difference to the base .* write a model \(export=.* to=DIR\)"):
+        plan(config(rows, tmp_path / "runs", "full", model={"name": "next", "tiny": None, "run": result.run_id}))
+
+
+def test_a_difference_that_does_not_fit_is_refused(rows: Path, tmp_path: Path) -> None:  # noqa: F811
+    result = trained(config(rows, tmp_path, "full", save_full_as="difference", trainer={"max_steps": 1}))
+    path = tmp_path / result.run_id / "model" / "difference.safetensors"
+    (saved,) = find_saved([result.run_id], tmp_path)
+    base = Base(saved)
+    path.write_bytes(path.read_bytes()[:-8])
+    accelerator = build_accelerator(saved.config)
+    with pytest.raises(ModelError, match="is not readable as safetensors"), base.holding(saved, accelerator):
+        pass
+
+
+def test_what_is_kept_of_full_fine_tuning_is_refused_where_nothing_is_kept_so(rows: Path, tmp_path: Path) -> None:  # noqa: F811
+    with pytest.raises(ConfigError, match="save_full_as=difference: is read by method=full"):
+        config(rows, tmp_path, save_full_as="difference")
+    with pytest.raises(ConfigError, match="save_full_as=difference"):
+        config(rows, tmp_path, "full", save_full_as="difference", save_weights=False)

@@ -67,11 +67,14 @@ def leading_left_vectors(matrix: Tensor, count: int) -> Tensor:
     exact enough for vectors of large singular values.
     """
     rows = matrix.double()
-    if rows.shape[0] <= rows.shape[1]:
-        return torch.linalg.eigh(rows @ rows.T).eigenvectors.flip(1)[:, :count]
-    right = torch.linalg.eigh(rows.T @ rows).eigenvectors.flip(1)[:, :count]
-    images = rows @ right
-    return images / images.norm(dim=0).clamp(min=torch.finfo(torch.float64).tiny)
+    wide = rows.shape[0] <= rows.shape[1]
+    gram = rows @ rows.T if wide else rows.T @ rows
+    vectors: Tensor = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :count]
+    if wide:
+        return vectors
+    images: Tensor = rows @ vectors
+    lengths: Tensor = images.norm(dim=0).clamp(min=torch.finfo(torch.float64).tiny)
+    return images / lengths
 
 
 # ---------------------------------------------------------------- subspaces
@@ -143,16 +146,21 @@ def energy_rank(values: Tensor, share: float) -> int:
 def random_spectrum(shape: tuple[int, int], rank: int | None, draw: torch.Generator) -> Tensor:
     """Singular values of a random matrix to compare with: of Gaussian factors of a rank, or Gaussian itself (None)."""
     out_features, in_features = shape
-    if rank is None:
-        return torch.linalg.svdvals(_normal(out_features, in_features, draw))
-    return decompose_product(_normal(out_features, rank, draw), _normal(rank, in_features, draw)).values
+    if rank is not None:
+        return decompose_product(_normal(out_features, rank, draw), _normal(rank, in_features, draw)).values
+    values: Tensor = torch.linalg.svdvals(_normal(out_features, in_features, draw))
+    return values
 
 
 def random_directions(like: Decomposition, draw: torch.Generator) -> Tensor:
     """A matrix with the singular values of another one, whose singular vectors are uniformly random."""
-    left = torch.linalg.qr(_normal(*like.left.shape, draw)).Q
-    right = torch.linalg.qr(_normal(*like.right.shape, draw)).Q
+    left, right = (_random_basis(each, draw) for each in (like.left, like.right))
     return (left * like.values) @ right.T
+
+
+def _random_basis(like: Tensor, draw: torch.Generator) -> Tensor:
+    basis: Tensor = torch.linalg.qr(_normal(like.shape[0], like.shape[1], draw)).Q
+    return basis
 
 
 def _normal(rows: int, columns: int, draw: torch.Generator) -> Tensor:
@@ -171,7 +179,7 @@ class Amplification:
         of_base: the same with those of W: the most that is possible.
         floor: what random directions have in the mean, `|W|_F r / sqrt(out_features * in_features)`.
         base_norm: `|W|_F`.
-        delta_norm: `|dW|_F`.
+        delta_norm: `|dW|_F` of what the delta weight has in these directions: of a product of that rank all of it.
     """
 
     projected: float
@@ -203,7 +211,7 @@ def amplification(base: Tensor, base_values: Tensor, delta: Decomposition, rank:
         of_base=float(base_values[:rank].norm()),
         floor=norm * rank / math.sqrt(out_features * in_features),
         base_norm=norm,
-        delta_norm=float(delta.values.norm()),
+        delta_norm=float(delta.values[:rank].norm()),
     )
 
 
@@ -217,16 +225,21 @@ def count_intruders(cosines: Tensor, *, epsilon: float, k: int) -> int:
     return int((cosines[:k] < epsilon).sum())
 
 
-def without_intruders(base: Tensor, delta: Tensor, base_left: Tensor, *, epsilon: float, k: int, keep: float) -> Tensor:
-    """W + dW in which each intruder among the first `k` dimensions has the part `keep` of its singular value left.
+def find_intruders(base: Tensor, delta: Tensor, *, epsilon: float, k: int) -> tuple[Decomposition, Tensor]:
+    """The decomposition of W + dW, and which of its first `k` dimensions are intruders, by number."""
+    tuned = decompose(base.double() + delta.double())
+    cosines = nearest_cosines(tuned.left[:, :k], decompose(base).left)
+    return tuned, (cosines < epsilon).nonzero().ravel()
 
-    As the paper scales them: `W + dW + (keep - 1) * sum_j s_j u_j v_j^T` over the intruders j; 1 changes nothing.
+
+def scaled_dimensions(tuned: Decomposition, dimensions: Tensor, *, keep: float) -> Tensor:
+    """A matrix of which some dimensions have the part `keep` of their singular value left; 1 changes nothing.
+
+    As the paper scales intruders: `W + dW + (keep - 1) * sum_j s_j u_j v_j^T` over the dimensions j.
     """
-    tuned = base.double() + delta.double()
-    whole = decompose(tuned)
-    cosines = nearest_cosines(whole.left[:, :k], base_left)
-    found = (cosines < epsilon).nonzero().ravel()
-    return tuned + (keep - 1) * (whole.left[:, found] * whole.values[found]) @ whole.right[:, found].T
+    values = tuned.values.clone()
+    values[dimensions] *= keep
+    return (tuned.left * values) @ tuned.right.T
 
 
 def drift(base: Tensor, delta_norm: float) -> float | None:

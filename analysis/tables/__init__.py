@@ -26,6 +26,7 @@ from analysis.tables.ranks import rank_sweep
 from analysis.tables.rates import learning_rates
 from analysis.tables.search import search
 from analysis.tables.structure import PaperTable
+from analysis.tables.suggestion import read_suggestion, suggestion_table
 from analysis.tables.tasks import tasks_by_methods
 from analysis.trials import Searches
 
@@ -42,6 +43,7 @@ __all__ = [
     "paper_tables",
     "rank_by_target_layers",
     "rank_sweep",
+    "suggestion_table",
     "summary",
     "target_layers_at_budget",
     "tasks_by_methods",
@@ -62,6 +64,7 @@ def paper_tables(
     asked: Asked = _NOTHING,
     searches: Searches | None = None,
     predictions_dir: Path | None = None,
+    sweep: str | None = None,
 ) -> list[PaperTable]:
     """Every table that the runs of a sweep allow, the trade-off first, and before it what was asked for.
 
@@ -74,12 +77,15 @@ def paper_tables(
         asked: a table of the reader's own.
         searches: what was tried before the runs were reported.
         predictions_dir: the folder of the runs, where their saved predictions of the best step are compared.
+        sweep: its name, by which that folder says which hypotheses it tests.
 
     Raises:
         LoadError: what was asked for is not there.
     """
     best = best_cells(table)
+    suggested = None if predictions_dir is None else read_suggestion(predictions_dir, sweep)
     found = [
+        suggestion_table(suggested, best, frame, margin=margin),
         summary(best, margin=margin),
         costs(best),
         rank_by_target_layers(best, published=published),

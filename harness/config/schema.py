@@ -170,6 +170,16 @@ class Rerun(StrEnum):
     all = "all"
 
 
+class KeptAs(StrEnum):
+    """What full fine-tuning keeps: a model as transformers loads it, or what it changed of the base, in bfloat16.
+
+    The difference takes 2 bytes for each parameter, half of a model in float32, and needs the base to be read.
+    """
+
+    model = "model"
+    difference = "difference"
+
+
 class WandbMode(StrEnum):
     """`offline` writes files that `wandb sync` uploads later. Not called `off`, which YAML reads as false."""
 
@@ -744,6 +754,8 @@ class RunConfig:
         num_threads: CPU threads of PyTorch; null for its own choice.
         allow_busy_device: whether to run on a GPU that other processes use.
         save_weights: whether to keep what was trained.
+        save_full_as: what full fine-tuning keeps: a model, or its difference to the base in bfloat16, half the size of
+            a model in float32, which `evaluate=`, `export=` and `analysis adapters` read and no other run starts from.
         save_predictions: whether classifiers and regressions keep what they predict on val and test, by row.
         shard_model: under several processes, each holds a part of the weights instead of all.
     """
@@ -774,6 +786,16 @@ class RunConfig:
     num_threads: int | None = None
     allow_busy_device: bool = False
     save_weights: bool = True
+    save_full_as: KeptAs = field(
+        default=KeptAs.model,
+        metadata=ADDED_LATER
+        | _read(
+            "by method=full, where weights are kept (save_weights=true)",
+            lambda config: (
+                config.save_weights and config.method.name in METHODS and METHODS[config.method.name].trains_base
+            ),
+        ),
+    )
     save_predictions: bool = True
     shard_model: bool = False
 

@@ -12,7 +12,7 @@ from typing import Any
 from harness.config.schema import DatasetConfig, ModelConfig, RunConfig, Task
 from harness.content.assets import asset_dir
 from harness.content.errors import DataError, ModelError
-from harness.results.files import RESULT_FILE
+from harness.results.files import DIFFERENCE_FILE, RESULT_FILE
 from harness.results.launches import LaunchError, launched_sweeps, read_launches
 from harness.results.methods import METHODS
 from harness.results.schema import ResultError, RunResult, Status, read_result
@@ -187,9 +187,7 @@ def _run_of_sweep(config: RunConfig) -> Continued:
     if not method.trains_base:
         return Continued(_adapter_of(run_dir, result, f"{named} ({run_dir.name})"), result)
     if not (run_dir / method.weights_dir / "config.json").is_file():
-        raise ModelError(
-            f"{named}: the weights of {run_dir.name} were not kept; rerun it with save_weights=true rerun=all."
-        )
+        raise ModelError(f"{named}: {_why_no_model(run_dir, method.weights_dir, f'the weights of {run_dir.name}')}")
     return Continued(run_dir / method.weights_dir, result)
 
 
@@ -228,8 +226,18 @@ def _run_model(config: RunConfig) -> Continued:
             f"{_possible_bases(config)}"
         )
     if not (folder / known.weights_dir / "config.json").is_file():
-        raise ModelError(f"{named}: its weights were not kept; rerun it with save_weights=true rerun=all.")
+        raise ModelError(f"{named}: {_why_no_model(folder, known.weights_dir, 'its weights')}")
     return Continued(folder / known.weights_dir, result)
+
+
+def _why_no_model(folder: Path, weights_dir: str, what: str) -> str:
+    if (folder / weights_dir / DIFFERENCE_FILE).is_file():
+        return (
+            f"{what} were kept as a difference to the base (save_full_as=difference), from which no run starts; write "
+            f"a model (export={folder.name} to=DIR) and name it (model.path=DIR), or rerun it with save_full_as=model "
+            "rerun=all."
+        )
+    return f"{what} were not kept; rerun it with save_weights=true rerun=all."
 
 
 def _finished(folder: Path, named: str, runs_dir: str, hint: str) -> RunResult:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from harness.content.errors import ModelError
 from harness.methods.peft_files import save_tensors
@@ -21,11 +21,10 @@ def save_part(trained: TrainedModel, path: Path) -> int:
     return save_tensors({name: value for name, value in parameters if value.requires_grad}, path)
 
 
-def load_part(model: nn.Module, path: Path) -> list[str]:
-    """Puts what `save_part` wrote in the place of a base model's own values; returns the names of the parameters.
+def read_part(model: nn.Module, path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, each of the shape of the model's parameter of its name.
 
-    Raises:
-        ModelError: with the model as it was, when the file cannot be read or does not fit the model.
+    Raises `ModelError` when the file cannot be read or does not fit the model.
     """
     try:
         tensors = load_file(path)
@@ -41,6 +40,17 @@ def load_part(model: nn.Module, path: Path) -> list[str]:
     if wrong:
         more = "; ..." if len(wrong) > 5 else ""
         raise ModelError(f"{path} does not fit the model: {'; '.join(wrong[:5])}{more}.")
+    return tensors
+
+
+def load_part(model: nn.Module, path: Path) -> list[str]:
+    """Puts what `save_part` wrote in the place of a base model's own values; returns the names of the parameters.
+
+    Raises:
+        ModelError: with the model as it was, when the file cannot be read or does not fit the model.
+    """
+    tensors = read_part(model, path)
+    parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in tensors.items():
             # As it was trained, whatever the base is held in; the base's own tensor stays as it is.

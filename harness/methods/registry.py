@@ -71,7 +71,7 @@ class PartlyOfBase(Protocol):
 class SavedMethod(Protocol):
     """The functions of a method's module that `evaluate=` and `export=` need; without them a run trains all the same.
 
-    Where the method trains the base itself, what it saved is a model, and `load` is not asked for.
+    Where what a run saved is a whole model, `load` is not asked for.
     """
 
     def load(self, model: nn.Module, directory: Path, config: RunConfig, *, head: Sequence[str]) -> None:

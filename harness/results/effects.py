@@ -37,6 +37,7 @@ SETTINGS_WITHOUT_EFFECT = {
     "num_threads",  # likewise
     "allow_busy_device",
     "save_weights",
+    "save_full_as",  # the bytes of what is kept alone
     "save_predictions",
     "shard_model",  # what it resolved to is in the environment
 }

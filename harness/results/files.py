@@ -20,6 +20,8 @@ GENERATIONS_FILE = "generations.jsonl"
 HYPOTHESES_FILE = "hypotheses.txt"
 REFERENCES_FILE = "references.tsv"
 LABELS_FILE = "labels.json"
+# In the place of a whole model: what full fine-tuning changed of its base.
+DIFFERENCE_FILE = "difference.safetensors"
 HEADS_DIR = "heads"
 WANDB_DIR = "wandb"
 TRACKIO_DIR = "trackio"

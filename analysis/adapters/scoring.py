@@ -1,0 +1,139 @@
+"""What runs score with other weights in their matrices: no training, one evaluation for each change.
+
+Oracle truncation: W0 + the best approximation of rank r of full fine-tuning's difference. Where it scores as full
+fine-tuning does and LoRA of rank r does not, the rank has the capacity and training did not find it. All that is no
+matrix of a block (head, biases, norms, embeddings) is full fine-tuning's at every rank: rank 0 says what that does.
+
+Intruders: those among the first dimensions of W0 + dW with a part of their singular value left; beside it the same done
+to as many random ones of the first dimensions that are none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from analysis.adapters import measures
+from analysis.adapters.findings import RANKS_OF_DENSE
+from analysis.comparisons import Cell
+from analysis.load import LoadError
+from analysis.methods import is_full
+from harness.config.validation import ConfigError
+from harness.content.errors import DataError, ModelError
+from harness.deltas import DeltaWeight, by_untrained_base, find_each, read_deltas
+from harness.evaluate import Changed, evaluate_changed
+from harness.placement.select import Target
+
+SPLITS = ("val", "test")
+# What is left of an intruder's singular value.
+KEPT = (0.7, 0.3, 0.0)
+EPSILON, FIRST = 0.5, 10
+
+# For the delta weights of a run the changes that are scored, by the names that tell them apart, and what else to say.
+_Changes = Callable[[Sequence[DeltaWeight]], tuple[Mapping[Hashable, Changed], dict[str, Any]]]
+
+
+def truncation_ranks(cells: Sequence[Cell]) -> list[int]:
+    """Rank 0, the ranks of the sweep, and 1, 4, 16 and 64."""
+    return sorted({0, *RANKS_OF_DENSE, *(int(cell["rank"]) for cell in cells if cell["rank"] is not None)})
+
+
+def score_truncations(
+    cells: Sequence[Cell], seeds: Mapping[str, int], runs_dir: Path, problems: list[str]
+) -> pd.DataFrame:
+    """A row for each run of full fine-tuning, rank and split: `condition`, `seed`, `run_id`, `rank`, `split`, scores.
+
+    The rank of the whole difference is None. `problems` gets a sentence for each run that cannot be scored. Raises
+    `LoadError` where no run of full fine-tuning has weights.
+    """
+    ranks = truncation_ranks(cells)
+
+    def changes_of(deltas: Sequence[DeltaWeight]) -> tuple[Mapping[Hashable, Changed], dict[str, Any]]:
+        whole = [(delta, measures.decompose(delta.matrix())) for delta in deltas]
+        return {(None,): tuple, **{(rank,): partial(_truncated, whole, rank) for rank in ranks}}, {}
+
+    chosen = {number: cell for number, cell in enumerate(cells) if is_full(cell)}
+    rows = list(_scored(chosen, seeds, runs_dir, problems, ("rank",), changes_of))
+    if not rows:
+        raise LoadError(f"no run of full fine-tuning has weights to truncate.{_lines(problems)}")
+    return pd.DataFrame(rows, dtype=object)
+
+
+def _truncated(
+    whole: Sequence[tuple[DeltaWeight, measures.Decomposition]], rank: int
+) -> Iterator[tuple[Target, Tensor]]:
+    for delta, decomposed in whole:
+        yield delta.target, delta.base + decomposed.truncated(rank).float()
+
+
+def score_without_intruders(
+    cells: Sequence[Cell], seeds: Mapping[str, int], runs_dir: Path, problems: list[str], *, epsilon: float = EPSILON
+) -> pd.DataFrame:
+    """A row for each run, part that is left, and split: `kept`, `is_control`, `num_intruders` of all matrices, scores.
+
+    A run without intruders has the rows of `kept` 1 alone. Otherwise as `score_truncations`.
+    """
+
+    def changes_of(deltas: Sequence[DeltaWeight]) -> tuple[Mapping[Hashable, Changed], dict[str, Any]]:
+        plans = [
+            (delta, *measures.find_intruders(delta.base, delta.matrix(), epsilon=epsilon, k=FIRST)) for delta in deltas
+        ]
+        num = sum(len(found) for _, _, found in plans)
+        several = [(kept, control) for kept in KEPT for control in (False, True)] if num else []
+        changes: dict[Hashable, Changed] = {each: partial(_scaled, plans, *each) for each in several}
+        return {(1.0, False): tuple, **changes}, {"num_intruders": num, "epsilon": epsilon}
+
+    rows = list(_scored(dict(enumerate(cells)), seeds, runs_dir, problems, ("kept", "is_control"), changes_of))
+    if not rows:
+        raise LoadError(f"no run has weights to look for intruders in.{_lines(problems)}")
+    return pd.DataFrame(rows, dtype=object)
+
+
+def _scaled(
+    plans: Sequence[tuple[DeltaWeight, measures.Decomposition, Tensor]], kept: float, control: bool
+) -> Iterator[tuple[Target, Tensor]]:
+    draw = torch.Generator().manual_seed(0)
+    for delta, tuned, intruders in plans:
+        if control:
+            others = torch.tensor([each for each in range(FIRST) if each not in intruders.tolist()], dtype=torch.long)
+            intruders = others[torch.randperm(len(others), generator=draw)[: len(intruders)]]
+        if len(intruders):
+            yield delta.target, measures.scaled_dimensions(tuned, intruders, keep=kept).float()
+
+
+def _scored(
+    chosen: Mapping[int, Cell],
+    seeds: Mapping[str, int],
+    runs_dir: Path,
+    problems: list[str],
+    names: Sequence[str],
+    changes_of: _Changes,
+) -> Iterator[dict[str, Any]]:
+    conditions = {run_id: number for number, cell in chosen.items() for run_id in cell["run_ids"]}
+    runs, others = find_each(list(conditions), runs_dir)
+    problems += others
+    for group in by_untrained_base(runs):
+        for saved, deltas in read_deltas(group, problems):
+            if not deltas:
+                continue
+            changes, also = changes_of(deltas)
+            try:
+                found = evaluate_changed(saved, changes, splits=SPLITS)
+            except (ConfigError, DataError, ModelError) as error:
+                problems.append(f"{saved.run_id}: {error}")
+                continue
+            name = {"condition": conditions[saved.run_id], "seed": seeds[saved.run_id], "run_id": saved.run_id}
+            for key, by_split in found.items():
+                own = dict(zip(names, key, strict=True))  # type: ignore[call-overload]
+                for split, scored in by_split.items():
+                    yield {**name, **also, **own, "split": split, **scored.scores}
+
+
+def _lines(problems: Sequence[str]) -> str:
+    return "".join(f"\n  {problem}" for problem in problems)
