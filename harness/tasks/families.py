@@ -89,6 +89,7 @@ def _language_objective(config: RunConfig, data: Any, also: Mapping[str, Any], s
         val=data.val,
         others=_tests(data, *also.values()),
         eval_batch_size=config.trainer.eval_batch_size,
+        best_metric=config.dataset.best_metric,
         chunk_tokens=config.trainer.loss_chunk_tokens,
         label_smoothing=config.trainer.label_smoothing,
         stop=stop,

@@ -207,8 +207,8 @@ class LanguageObjective:
         scores = {"nll": nll, "bits_per_byte": total / math.log(2) / max(1, split.num_bytes)}
         if nll < math.log(1e300):
             scores["perplexity"] = math.exp(nll)
-        # All three fall together.
-        return Evaluation(scores, -nll)
+        # All three fall together; perplexity is missing where it is too large.
+        return Evaluation(scores, -scores.get(self._best_metric, math.inf))
 
     def makes_whole_logits(self, model: nn.Module) -> bool:
         """Whether a step computes the logits of every position at once."""
