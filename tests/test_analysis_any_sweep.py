@@ -37,7 +37,7 @@ from harness.results.metrics import METRICS, Direction
 from harness.results.schema import RunResult, Status, write_result
 
 IS_SHORT = "ANY_SWEEP_EXAMPLES" not in os.environ
-NUM_EXAMPLES = int(os.environ.get("ANY_SWEEP_EXAMPLES", "45"))
+NUM_EXAMPLES = int(os.environ.get("ANY_SWEEP_EXAMPLES", "25"))
 DASH = "\N{EN DASH}"
 
 TASKS = {

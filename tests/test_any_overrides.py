@@ -30,7 +30,7 @@ from harness.config.overrides import as_override_value
 from harness.config.schema import DatasetConfig, ReadWhere, RunConfig, Task, default_of
 from harness.results.schema import RunResult, Status
 
-NUM_COMBINATIONS = int(os.environ.get("FUZZ_OVERRIDES", "40"))
+NUM_COMBINATIONS = int(os.environ.get("FUZZ_OVERRIDES", "25"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 
 
