@@ -76,7 +76,7 @@ def _like(
 
 
 def measure(runs_dir: Path, reports_dir: Path) -> tuple[float, float]:
-    """Seconds of a report in a process of its own, and its peak memory in MiB (that of its largest process)."""
+    """Seconds of a report in a separate process, and its peak memory in MiB (that of its largest process)."""
     command = [sys.executable, "-m", "analysis", "report", "--sweep", NAME, "--runs-dir", str(runs_dir)]
     began = time.monotonic()
     subprocess.run([*command, "--reports-dir", str(reports_dir)], check=True, stdout=subprocess.DEVNULL)

@@ -111,7 +111,7 @@ def _code(kinds: frozenset[type]) -> str:
     """A digest of the source files of the harness and of these kinds of modules, which a user may have written."""
     files = set(Path(__file__).parent.rglob("*.py"))
     for kind in kinds:
-        if kind.__module__.startswith("torch."):  # named by its version, and an adapter may bring a kind of its own
+        if kind.__module__.startswith("torch."):  # named by its version, and an adapter may bring one more kind
             continue
         with contextlib.suppress(OSError, TypeError):  # one that was typed into a notebook has no file
             files.add(Path(inspect.getfile(kind)))

@@ -192,7 +192,7 @@ def weight_of(model: nn.Module, target: Target) -> Tensor:
 
 
 def set_weight(model: nn.Module, target: Target, weight: Tensor) -> None:
-    """Gives a target other values, in a tensor of its own: inside `restored` the model has the old ones back after."""
+    """Gives a target other values, in a separate tensor: inside `restored` the model has the old ones back after."""
     module: Any = model.get_submodule(target.module)
     rows = _rows(module)
     if target.rows is not None:

@@ -311,7 +311,7 @@ def _step_flops(prepared: PreparedRun, objective: Objective) -> StepFlops | None
         return None
 
 
-# Which of a process's runs is at work: each has a context of its own (see `harness.training.packs`).
+# Which of a process's runs is at work: each has its own context (see `harness.training.packs`).
 _LOG_PATH: ContextVar[Path | None] = ContextVar("log_path", default=None)
 
 

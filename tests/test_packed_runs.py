@@ -103,7 +103,7 @@ def varied(rows: Path, runs_dir: Path) -> list[RunConfig]:  # noqa: F811
 
 
 def test_runs_of_a_pack_leave_what_they_leave_alone(rows: Path, tmp_path: Path) -> None:  # noqa: F811
-    """Three at a time of four: claims, folders, curves, logs, weights and results of their own."""
+    """Three at a time of four: claims, folders, curves, logs, weights and results are separate."""
     outcomes = compute(varied(rows, tmp_path / "packed"), size=3)
     assert {outcome.status for outcome in outcomes.values()} == {"finished"}
     for wanted in varied(rows, tmp_path / "alone"):

@@ -188,7 +188,7 @@ def base(spec: Spec) -> nn.Module:
 
 
 def build(spec: Spec) -> nn.Module:
-    """A model of its own, whose base is equal for all; B is not zero."""
+    """A separate model, whose base is equal for all; B is not zero."""
     model = base(spec)
     head = {"bert": ["classifier"], "llama": ["score"]}.get(spec.kind, [])
     torch.manual_seed(spec.seed)

@@ -92,7 +92,7 @@ def page_of_axes(
 ) -> tuple[matplotlib.figure.Figure, list[Axes]]:
     """A page with axes for each title."""
     num_rows, num_columns = grid_of(len(titles))
-    # Lines of the footnote, and of a legend above them, need room of their own.
+    # Lines of the footnote, and of a legend above them, need separate room.
     figure = matplotlib.figure.Figure(figsize=(PAGE_INCHES, 0.9 + row_inches * num_rows), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(num_rows, num_columns, squeeze=False).ravel()

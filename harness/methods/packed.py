@@ -1,6 +1,6 @@
 """Several adapted models over one base as one model: each computes its own rows of a batch.
 
-The runs of a pack have models of their own, with their own adapters, heads and optimizers, over the same frozen
+The runs of a pack have separate models, with their own adapters, heads and optimizers, over the same frozen
 tensors (`share_base`). A `PackedModel` is one more module tree over these tensors. Rows lie one run after the other:
 
     x: rows of run 1 | rows of run 2 | ...

@@ -1,6 +1,6 @@
 """Packs: several runs trained in one process, their micro-batches computed in one pass.
 
-Each run is the generator that it is when it runs alone (`harness.training.turns`), with a model of its own over shared
+Each run is the generator that it is when it runs alone (`harness.training.turns`), with its own model over shared
 base tensors, its own optimizer, random numbers and context variables. Only forward and backward passes are shared:
 of all runs that wait for a micro-batch, `harness.methods.packed` computes the outputs in one model, each run makes its
 loss of its rows, divided by its own targets, and one backward pass through the sum gives every run its gradients. What

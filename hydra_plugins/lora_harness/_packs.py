@@ -37,7 +37,7 @@ def why_alone(config: RunConfig) -> str | None:
     if config.model.quantization is not Quantization.none:
         return f"model.quantization={config.model.quantization}"
     if config.trainer.precision is Precision.fp16:
-        return "trainer.precision=fp16 scales the loss of each run by a factor of its own"
+        return "trainer.precision=fp16 scales the loss of each run by another factor"
     if config.shard_model:
         return "shard_model=true"
     return None

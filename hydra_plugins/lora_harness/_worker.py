@@ -110,7 +110,7 @@ def _planned(values: dict[str, Any], identity: Identity) -> PlannedRun:
 
 
 def _outcome_of_error(planned: PlannedRun, error: Exception) -> Outcome:
-    """What became of a run that left no result of its own, but raised."""
+    """What became of a run that raised and left no result."""
     from harness.processes.stopping import PreemptedError
     from harness.results.claims import ClaimLostError, RunClaimedError
     from harness.run import USER_ERRORS
