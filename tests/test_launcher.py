@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -145,6 +146,11 @@ def test_failures_are_rows_and_do_not_stop_the_others(base: list[str], sweep_her
     assert code == 1
     assert sorted(result.status for result in found.values()) == ["diverged", "finished", "finished"]
     assert "3/3 runs: 2 finished, 1 diverged" in output
+    # A reader sees what a run scored as soon as it has ended.
+    row = (
+        r": finished  val accuracy \d\.\d{4}  test accuracy \d\.\d{4}  adapter params [\d,]+  peak memory [\d.]+ MiB \["
+    )
+    assert len(re.findall(row, output)) == 2, output
     assert "diverged: tiny_bert-local-lora-r2-qv-lr1e+30" in output
     assert "from one run's end to the next one's first step: median" in output
     assert not list(tmp_path.glob("*/claims"))
