@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis import budget
+from analysis import budget, latency
 from analysis.archive import opened, write_archive
 from analysis.load import LoadError, load_runs
 from analysis.metrics import STYLES
@@ -138,6 +138,10 @@ def _parser(program: str = "python -m analysis") -> argparse.ArgumentParser:
     of_a_run = commands.add_parser("budget", help="what a run costs before it starts: parameters, bytes, hours")
     budget.add_arguments(of_a_run)
     of_a_run.set_defaults(command=budget.print_budget)
+
+    of_passes = commands.add_parser("latency", help="the time of a pass: base model, adapter merged and unmerged")
+    latency.add_arguments(of_passes)
+    of_passes.set_defaults(command=latency.print_latency)
     return parser
 
 

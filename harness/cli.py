@@ -24,16 +24,17 @@ COMMANDS = {
     "status": "how far a sweep is, also while it runs",
     "archive": "results and curves of a sweep in one small file, without weights",
     "budget": "what a run costs before it starts: parameters, bytes, hours",
+    "latency": "the time of a pass: base model, adapter merged and unmerged",
     "adapters": "what runs have learned, from the weights that they saved",
     "suggest": "a sweep file that tests the ranks and placements which a sweep's weights suggest",
     "init": "write a small project with its own dataset and sweep",
 }
-OF_ANALYSIS = ("report", "status", "archive", "budget", "adapters", "suggest")
+OF_ANALYSIS = ("report", "status", "archive", "budget", "latency", "adapters", "suggest")
 OF_ENDED_RUNS = ("evaluate", "export")
 _EPILOG = """\
 run is `python -m harness`, sweep is `python -m harness -m`, and both take Hydra's flags (run --help lists every
 setting); evaluate and export are `python -m harness evaluate=RUN_ID,RUN_ID` and `export=RUN_ID to=DIR`; report,
-status, archive, budget, adapters and suggest are those of `python -m analysis`.
+status, archive, budget, latency, adapters and suggest are those of `python -m analysis`.
 
 Own configs: conf/ and sweeps/ below the current folder, or --config-dir DIR after run or sweep. DIR/dataset/mine.yaml
 is dataset=mine, DIR/sweeps/mine.yaml is the sweep mine.

@@ -75,6 +75,7 @@ ROOMS = (
     "analysis.report",
     "analysis.status",
     "analysis.budget",
+    "analysis.latency",
     "analysis.__main__",
     "harness.cli",
 )
@@ -90,8 +91,9 @@ HARNESS_SEEN_BY = {
         *("harness.results", "harness.methods", "harness.placement", "harness.config", "harness.content"),
         *("harness.saved", "harness.deltas", "harness.evaluate"),
     ),
-    # The command; what it prints is worked out in the harness, which alone knows models.
+    # The commands; what they print is worked out in the harness, which alone knows models.
     "analysis.budget": ("harness.results", "harness.forecast"),
+    "analysis.latency": ("harness.results", "harness.forecast"),
     # Imported late, when a report is to go to W&B.
     "analysis.__main__": ("harness.results", "harness.tracking", "harness.config", "harness.extensions"),
 }

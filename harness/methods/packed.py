@@ -68,6 +68,15 @@ def tensors_of(model: nn.Module) -> Iterator[Tensor]:
     yield from itertools.chain(model.parameters(), model.buffers())
 
 
+def copy_over_same_tensors(model: nn.Module) -> nn.Module:
+    """Modules of its own, over the parameters, buffers and configuration of a model."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors_of(model)}
+    config = getattr(model, "config", None)
+    if config is not None:
+        memo[id(config)] = config
+    return copy.deepcopy(model, memo)
+
+
 def why_alone(model: nn.Module) -> str | None:
     """Why a model cannot share a pass with others; None where it can."""
     parameters = list(model.parameters())
@@ -217,14 +226,8 @@ class PackedModel:
     def __init__(self, models: Sequence[nn.Module]) -> None:
         self.models = list(models)
         self._layout = Layout()
-        first = self.models[0]
-        memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors_of(first)}
-        config = getattr(first, "config", None)
-        if config is not None:
-            memo[id(config)] = config
-        self._tree = copy.deepcopy(first, memo)
-        self._replaced: list[str] = []
-        self._combine("", self.models)
+        self._tree = copy_over_same_tensors(self.models[0])
+        self._replaced = list(_combine(self._tree, self._layout, self.models))
         self._splits_unembedding = self._split_unembedding()
         self._is_same = False
         self._block_names: list[str] = []
@@ -278,26 +281,6 @@ class PackedModel:
         """Of each run, after the last pass."""
         return self._layout.random_states
 
-    def _combine(self, name: str, modules: Sequence[nn.Module]) -> None:
-        """Puts what differs between the runs' modules of one name into the tree."""
-        bases = [module.base if isinstance(module, AdaptedLayer) else module for module in modules]
-        adapts = any(isinstance(module, AdaptedLayer) for module in modules)
-        if adapts and _has_one_base(bases) and all(isinstance(m, MatrixLayer) for m in modules if m not in bases):
-            self._replace(name, PackedLayer(modules, self._layout))
-        elif adapts or not _is_same_module(modules):
-            self._replace(name, PerRun(modules, self._layout))
-        else:
-            for child in dict(modules[0].named_children()):
-                inner = [module.get_submodule(child) for module in modules]
-                self._combine(f"{name}.{child}" if name else child, inner)
-
-    def _replace(self, name: str, module: nn.Module) -> None:
-        if not name:
-            raise PackError("the models differ in parameters that are in no module of theirs")
-        parent, _, leaf = name.rpartition(".")
-        setattr(self._tree.get_submodule(parent), leaf, module)
-        self._replaced.append(name)
-
     def _split_unembedding(self) -> bool:
         """Whether each run is to make its own logits or loss from what enters the unembedding of its language model."""
         known = ARCHITECTURES.get(getattr(getattr(self.models[0], "config", None), "model_type", ""))
@@ -341,6 +324,49 @@ class PackedModel:
             return None
         own, num_runs = self._layout.rows[0], len(self._layout.rows)
         return _map_rows(output, own, lambda tensor: tensor.repeat(num_runs, *[1] * (tensor.ndim - 1)))
+
+
+def _combine(tree: nn.Module, layout: Layout, modules: Sequence[nn.Module], name: str = "") -> Iterator[str]:
+    """Puts what differs between the runs' modules of one name into the tree; yields the name of each that it put."""
+    bases = [module.base if isinstance(module, AdaptedLayer) else module for module in modules]
+    adapts = any(isinstance(module, AdaptedLayer) for module in modules)
+    made: nn.Module
+    if adapts and _has_one_base(bases) and all(isinstance(m, MatrixLayer) for m in modules if m not in bases):
+        made = PackedLayer(modules, layout)
+    elif adapts or not _is_same_module(modules):
+        made = PerRun(modules, layout)
+    else:
+        for child in dict(modules[0].named_children()):
+            inner = [module.get_submodule(child) for module in modules]
+            yield from _combine(tree, layout, inner, f"{name}.{child}" if name else child)
+        return
+    if not name:
+        raise PackError("the models differ in parameters that are in no module of theirs")
+    parent, _, leaf = name.rpartition(".")
+    setattr(tree.get_submodule(parent), leaf, made)
+    yield name
+
+
+# ---------------------------------------------------------------- forward passes alone
+
+
+def adapters_side_by_side(models: Sequence[nn.Module], rows: Sequence[int]) -> nn.Module:
+    """One model for forward passes, with a cache of keys and values or without, whose batches are several models' rows.
+
+    Args:
+        models: over the tensors of one base, and without dropout.
+        rows: how many of each batch are each model's, one model's after the other's.
+
+    Raises:
+        PackError: for models that cannot share a pass.
+    """
+    reason = why_alone(models[0])
+    if reason is not None:
+        raise PackError(reason)
+    tree = copy_over_same_tensors(models[0])
+    for _ in _combine(tree, Layout(rows=list(rows)), models):
+        pass
+    return tree
 
 
 class RunOutputs:
