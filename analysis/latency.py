@@ -79,7 +79,7 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def print_latency(options: argparse.Namespace) -> int:
-    """Prints the tables as Markdown and returns the exit code; what is being measured is told to stderr."""
+    """Prints the tables as Markdown and returns the exit code; what is being measured is printed to stderr."""
     # Imported late: the other commands come without waiting for torch.
     from harness.forecast.latency import Passes, measure_latency
     from harness.forecast.request import ForecastError, own_configs, read_config

@@ -13,8 +13,8 @@ import inspect
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Iterator
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from harness.content.assets import cache_dir
 from harness.methods.adapting import lora_layers
+from harness.methods.packed import tensors_of
 from harness.prepare import PreparedRun
 from harness.results.files import write_json_atomically
 from harness.tasks.objective import Objective
@@ -35,38 +36,54 @@ _FOLDER = "base_scores"
 _LOSSES = ("nll", "mse")
 
 
-def base_losses(
-    prepared: PreparedRun,
-    objective: Objective,
-    split: Any,
-    compute: Callable[[], dict[str, float]],
-    *,
-    spending: Spending,
-) -> dict[str, float]:
-    """The loss (`nll` or `mse`) of the model as it is on a split, from the cache folder or by `compute`.
+class BaseLosses:
+    """The losses of a run's model as training finds it, from the cache folder or computed.
 
-    Computing it is timed apart from the run, as all is that the first run of a sweep does for the others. Of several
+    Computing one is timed apart from the run, as all is that the first run of a sweep does for the others. Of several
     processes each would look into its own cache folder: they compute it together.
     """
-    if prepared.accelerator.num_processes > 1:
-        return compute()
-    path = cache_dir() / _FOLDER / f"{_digest(prepared, objective, split)}.json"
-    with contextlib.suppress(OSError, ValueError):
-        found: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
+
+    def __init__(self, prepared: PreparedRun, objective: Objective, spending: Spending) -> None:
+        """Nothing is read or computed until a loss is asked for."""
+        self._prepared, self._objective, self._spending = prepared, objective, spending
+
+    def of(self, split: Any) -> dict[str, float]:
+        """The loss on a split, `nll` or `mse`."""
+        if self._prepared.accelerator.num_processes > 1:
+            return self._compute(split)
+        found = self._model.copy()
+        for batch in split.batches(self._prepared.config.trainer.eval_batch_size):
+            for tensor in (*batch.inputs.values(), batch.labels):
+                _add(found, tensor)
+        path = cache_dir() / _FOLDER / f"{found.hexdigest()[:32]}.json"
+        with contextlib.suppress(OSError, ValueError):
+            kept: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
+            return kept
+        with self._spending.apart():
+            scores = self._compute(split)
+        losses = {name: scores[name] for name in _LOSSES if name in scores}
+        try:
+            write_json_atomically(path, losses)
+        except (OSError, ValueError) as error:  # no room, no permission, or a loss that JSON has no number for
+            logger.info("the loss before training is not kept in %s: %s", path.parent, error)
+        return losses
+
+    def _compute(self, split: Any) -> dict[str, float]:
+        with self._prepared.accelerator.autocast():
+            return self._objective.evaluate_split(self._prepared.model, split).scores
+
+    @cached_property
+    def _model(self) -> Any:
+        """A hash of the model and of how it computes, which no split is in yet."""
+        found = hashlib.sha256(json.dumps(_how(self._prepared, self._objective), sort_keys=True, default=str).encode())
+        for tensor in _tensors(self._prepared.model):
+            _add(found, tensor)
         return found
-    with spending.apart():
-        scores = compute()
-    losses = {name: scores[name] for name in _LOSSES if name in scores}
-    try:
-        write_json_atomically(path, losses)
-    except (OSError, ValueError) as error:  # no room, no permission, or a loss that JSON has no number for
-        logger.info("the loss before training is not kept in %s: %s", path.parent, error)
-    return losses
 
 
-def _digest(prepared: PreparedRun, objective: Objective, split: Any) -> str:
+def _how(prepared: PreparedRun, objective: Objective) -> dict[str, Any]:
     config, model, device = prepared.config, prepared.model, prepared.accelerator.device
-    how = {
+    return {
         "eval_batch_size": config.trainer.eval_batch_size,
         "whole_logits": objective.makes_whole_logits(model),
         "precision": str(config.trainer.precision),
@@ -78,13 +95,6 @@ def _digest(prepared: PreparedRun, objective: Objective, split: Any) -> str:
         "model": model.config.to_dict(),
         "code": _code(frozenset(type(module) for module in model.modules())),
     }
-    found = hashlib.sha256(json.dumps(how, sort_keys=True, default=str).encode())
-    for tensor in _tensors(model):
-        _add(found, tensor)
-    for batch in split.batches(config.trainer.eval_batch_size):
-        for tensor in (*batch.inputs.values(), batch.labels):
-            _add(found, tensor)
-    return found.hexdigest()[:32]
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
@@ -96,7 +106,7 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
         if update.lora_magnitude is None and update.initial_A is None and not update.lora_B.any()
         for tensor in (update.lora_A, update.lora_B)
     }
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in tensors_of(model):
         if id(tensor) not in idle:
             yield tensor
 

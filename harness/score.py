@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from harness.base_scores import base_losses
+from harness.base_scores import BaseLosses
 from harness.chain import EarlierTask, with_head
 from harness.data.blocks import Prompt
 from harness.prepare import PreparedRun, wanted_generation_metrics
@@ -36,9 +36,9 @@ def score_before_training(
         splits["test_nll_before"] = prepared.data.test
     if prepared.also:
         splits["base_domain_nll_before"] = _base_domain(prepared)
+    known = BaseLosses(prepared, objective, spending)
     losses = {
-        name: _losses_before(prepared, objective, callbacks, spending, name=name, split=split)
-        for name, split in splits.items()
+        name: callbacks.once(f"score {name}", lambda split=split: known.of(split)) for name, split in splits.items()
     }
     return {name: values["nll"] for name, values in losses.items() if values}
 
@@ -50,23 +50,9 @@ def untrained_scores(
     config = prepared.config
     if not config.trial or not (config.trainer.eval_every or config.trainer.eval_each_epoch):
         return None
-    return _losses_before(prepared, objective, callbacks, spending, name="val_nll_before", split=prepared.data.val)
-
-
-def _losses_before(
-    prepared: PreparedRun,
-    objective: Objective,
-    callbacks: RunCallbacks | FollowerCallbacks,
-    spending: Spending,
-    *,
-    name: str,
-    split: Any,
-) -> dict[str, float]:
-    def evaluate() -> dict[str, float]:
-        with prepared.accelerator.autocast():
-            return objective.evaluate_split(prepared.model, split).scores
-
-    return callbacks.once(f"score {name}", lambda: base_losses(prepared, objective, split, evaluate, spending=spending))
+    return callbacks.once(
+        "score val_nll_before", lambda: BaseLosses(prepared, objective, spending).of(prepared.data.val)
+    )
 
 
 def _base_domain(prepared: PreparedRun) -> Any:

@@ -1,4 +1,4 @@
-"""Whether what `analysis suggest` proposed has held: each proposal against its parent, on the seeds of its own sweep.
+"""Whether what `analysis suggest` proposed has held: each proposal against its parent, on the seeds of the new sweep.
 
 <runs_dir>/suggestions/<sweep>.json, written by `suggest` beside the sweep file --suggestion--> a table of verdicts
 """

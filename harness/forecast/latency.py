@@ -11,11 +11,9 @@ of the processor hold then is what a model in use would find there.
 from __future__ import annotations
 
 import copy
-import gc
 import inspect
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar, cast
@@ -31,6 +29,7 @@ from harness.forecast.request import ForecastError, explained
 from harness.measure.clock import DeviceQueue, device_queue
 from harness.measure.device import is_out_of_memory, require_free_device
 from harness.measure.environment import environment
+from harness.measure.memory import garbage_collected_before
 from harness.methods.packed import PackError, adapters_side_by_side, copy_over_same_tensors
 from harness.methods.peft_method import PeftMethodError
 from harness.methods.registry import SavedMethod, find_method_module, is_adapter
@@ -302,7 +301,7 @@ class _Variants:
             ) from error
 
     def _adapt(self, number: int) -> PreTrainedModel:
-        """The model with an adapter of its own, beside the tensors of the base."""
+        """The model with a separate adapter, beside the tensors of the base."""
         model = self._with_adapter(cast(PreTrainedModel, copy_over_same_tensors(self._base.model)), number)
         return self._in_one_type(model)
 
@@ -401,7 +400,7 @@ def _measure(
     else:
         measures = {name: partial(_time_forward, model, inputs, clock) for name, model in models.items()}
     try:
-        with _without_collection():
+        with garbage_collected_before():
             _rounds(measures, passes.warm_up)
             found = _rounds(measures, passes.rounds)
     except Exception as error:
@@ -434,19 +433,6 @@ def _rounds(
             for phase, seconds in measures[name]().items():
                 found[name].setdefault(phase, []).append(seconds)
     return found
-
-
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    """Python's garbage collector would take its time in some passes and not in others."""
-    was_enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _time_forward(model: nn.Module, inputs: Mapping[str, Tensor], clock: _Clock) -> dict[str, float]:

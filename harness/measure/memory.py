@@ -219,7 +219,7 @@ def measure_peak_memory(
         raise ValueError(f"num_steps={num_steps!r}: must be at least 1; 2 sees the optimizer state as well")
     with without_side_effects(model, optimizer), LiveTensors(model, optimizer) as live:
         for number in range(num_steps):
-            with _garbage_collected_before():
+            with garbage_collected_before():
                 step = first if number == 0 and first is not None else forward_backward
                 _rehearse_step(step, model, optimizer)
     return live.peak
@@ -338,7 +338,8 @@ def _random_state_kept(devices: Iterable[torch.device]) -> Iterator[None]:
 
 
 @contextmanager
-def _garbage_collected_before() -> Iterator[None]:
+def garbage_collected_before() -> Iterator[None]:
+    """Python's garbage collector runs before and not inside, where it would free and take time at any moment."""
     gc.collect()
     was_enabled = gc.isenabled()
     gc.disable()

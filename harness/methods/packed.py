@@ -69,7 +69,7 @@ def tensors_of(model: nn.Module) -> Iterator[Tensor]:
 
 
 def copy_over_same_tensors(model: nn.Module) -> nn.Module:
-    """Modules of its own, over the parameters, buffers and configuration of a model."""
+    """Separate modules, over the parameters, buffers and configuration of a model."""
     memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors_of(model)}
     config = getattr(model, "config", None)
     if config is not None:
@@ -142,7 +142,7 @@ class Layout:
             torch.set_rng_state(own)
 
     def each(self, compute: Sequence[Callable[..., Tensor]], drawn: Sequence[bool], *parts: list[Tensor]) -> Tensor:
-        """What each run makes of its own parts, one after the other; narrower ones are filled up with zeros."""
+        """What each run makes of its parts, one after the other; narrower ones are filled up with zeros."""
         made = []
         for run, one in enumerate(compute):
             with self.drawing(run) if drawn[run] else contextlib.nullcontext():
