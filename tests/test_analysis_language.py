@@ -509,6 +509,23 @@ def test_score_against_compute(figures: list[Any]) -> None:
     assert len(inside) > 1 and all(text.endswith("T") for text in inside)
 
 
+def test_a_cost_without_a_logarithm_has_no_place_on_that_axis(tmp_path: Path) -> None:
+    scores = {"val_accuracy": 0.8, "test_accuracy": 0.75}
+    for rank, cost in ((2, 0.0), (4, -1.0)):
+        costs = {"train_flops": cost, "num_adapter_params": cost}
+        save_run(tmp_path, f"r{rank}", rank__rank=rank, metrics=scores | costs)
+    by_cost = {"score_by_compute", "score_by_params"}
+    assert by_cost.isdisjoint(one.name for one in paper_figures(select.cells(load_runs(tmp_path).frame), {}))
+    for rank, cost in ((8, 2e9), (16, 3e9)):
+        costs = {"train_flops": cost, "num_adapter_params": cost}
+        save_run(tmp_path, f"r{rank}", rank__rank=rank, metrics=scores | costs)
+    drawn = paper_figures(select.cells(load_runs(tmp_path).frame), {})
+    for name in by_cost:
+        (axes, *_) = draw(drawn, name).axes
+        low, high = axes.get_xlim()
+        assert axes.get_xscale() == "log" and 1 < high / low < 10
+
+
 def test_the_best_rate_against_the_rank(figures: list[Any]) -> None:
     figure = draw(figures, "best_rates")
     for placement in ("qv", "all"):

@@ -67,8 +67,12 @@ def _adapter_groups(panel: Panel) -> list[tuple[str, list[PlottedCell]]]:
 
 
 def _with_adapter(panel: Panel) -> list[PlottedCell]:
-    measured = panel.with_metrics("num_adapter_params", panel.test)
-    return [cell for cell in measured if cell.rank and cell.value("num_adapter_params")]
+    return [cell for cell in _with_positive(panel, "num_adapter_params") if cell.rank]
+
+
+def _with_positive(panel: Panel, cost: str) -> list[PlottedCell]:
+    """The conditions with a score that have a place on a logarithmic axis of the cost."""
+    return [cell for cell in panel.with_metrics(cost, panel.test) if cell.displayed(cost) > 0]
 
 
 SCORE_BY_PARAMS = FigureKind(
@@ -158,7 +162,7 @@ SCORE_BY_STEP_TIME = FigureKind(
 
 def _draw_by_compute(subfigure: SubFigure, panel: Panel, footnote: Footnote) -> None:
     axes = subfigure.subplots()
-    cells = panel.with_metrics("train_flops", panel.test)
+    cells = _with_positive(panel, "train_flops")
     shown = [cell for cell in cells if not is_outlier(cell, cells, panel.test)]
     draw_families(axes, panel, "train_flops", shown)
     draw_without_rank(axes, panel, shown, "train_flops", panel.test)
@@ -174,7 +178,7 @@ def _draw_by_compute(subfigure: SubFigure, panel: Panel, footnote: Footnote) -> 
 SCORE_BY_COMPUTE = FigureKind(
     "score_by_compute",
     "Score on test against training compute",
-    is_drawn_for=partial(_can_draw_front, cost="train_flops"),
+    is_drawn_for=lambda panel: len(_with_positive(panel, "train_flops")) > 1,
     draw=_draw_by_compute,
     has_intervals=True,
 )
