@@ -7,23 +7,30 @@ configuration alone: no weights are read. Exit codes: 0 it fits, 1 it does not, 
 from __future__ import annotations
 
 import argparse
-import re
 import shlex
+import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from analysis.load import LoadError, load_runs
+from analysis.papers import PaperError, PrintedCount
 from harness.results.metrics import bytes_text
+from harness.results.schema import Status
 
 if TYPE_CHECKING:
     from harness.config.schema import RunConfig
+    from harness.forecast.compute import ComputeForecast
     from harness.forecast.parameters import RunSize, Solution
 
 FITS, DOES_NOT_FIT, CANNOT_SAY = 0, 1, 2
+MISSING = "\N{EN DASH}"
 
 # The rank of a run whose rank is to be solved: its policy of alpha.
 _RANK_TO_SOLVE = "rank=r8"
@@ -54,7 +61,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory", action="store_true", help="predict the peak bytes of a training step and of scoring"
     )
     parser.add_argument(
-        "--data", action="store_true", help="with --memory: of the longest step of the data, and not of a full one"
+        "--data", action="store_true", help="with --memory and --compute: of the data's own steps, and not of full ones"
+    )
+    parser.add_argument(
+        "--compute", action="store_true", help="the floating-point operations of training, as runs record them"
+    )
+    parser.add_argument(
+        "--rate", type=_rate, metavar="FLOPS", help="operations a second: with --compute the hours of training; as 2e12"
+    )
+    parser.add_argument(
+        "--rate-of", metavar="NAME", help="the rate that the finished runs of a sweep, or a run by its id, had"
+    )
+    parser.add_argument(
+        "--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="for --rate-of; default: %(default)s"
     )
     parser.add_argument("--gpu", type=float, metavar="GB", help="whether it fits; exit code 0 it does, 1 it does not")
     parser.add_argument(
@@ -66,6 +85,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--largest-batch", action="store_true", help="with --gpu: the largest micro-batch that fits")
     parser.add_argument(
+        "--audit", type=Path, metavar="FILE", help="a paper's printed parameter counts, from a YAML file; no overrides"
+    )
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="with --audit: where it is written as CSV")
+    parser.add_argument(
         "--labels", type=int, default=2, metavar="N", help="outputs of a task head; default: %(default)s"
     )
 
@@ -76,11 +99,69 @@ def parameters(text: str) -> int:
     >>> parameters("300000"), parameters("4.7M"), parameters("18_874_368")
     (300000, 4700000, 18874368)
     """
-    found = re.fullmatch(r"([\d_,]*\.?\d+)\s*([KMB]?)", text.strip(), flags=re.IGNORECASE)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a number of parameters, as 300000, 300K or 4.7M")
-    factor = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}[found[2].upper()]
-    return round(float(re.sub("[_,]", "", found[1])) * factor)
+    try:
+        return PrintedCount.parse(text).value
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be floating-point operations a second, as 2e12")
+    return rate
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Floating-point operations a second of training, and where that is known from."""
+
+    flops_per_second: float
+    origin: str
+
+
+def measured_rate(runs_dir: Path, name: str) -> Rate:
+    """The median rate of the finished runs of a sweep, or of one run: `train_flops` over `train_seconds`.
+
+    Raises `LoadError` where no run recorded both, or where they ran on different devices.
+    """
+    every = load_runs(runs_dir).frame
+    runs = every[every["run_id"] == name]
+    if runs.empty:
+        runs = load_runs(runs_dir, sweep=name).frame
+    if not {"train_flops", "train_seconds"} <= set(runs.columns):
+        runs = runs.iloc[:0]
+    else:
+        runs = runs[(runs["status"] == Status.FINISHED.value) & runs["train_flops"].notna()]
+    if runs.empty:
+        raise LoadError(
+            f"--rate-of {name}: none of its runs has finished with train_flops and train_seconds; name another sweep "
+            "or run of --runs-dir, or give a rate, as --rate 2e12."
+        )
+    devices = sorted({_device(row) for row in runs.to_dict("records")})
+    if len(devices) > 1:
+        raise LoadError(f"--rate-of {name}: its runs were made on {' and on '.join(devices)}; name one run of them.")
+    rates = sorted((runs["train_flops"] / runs["train_seconds"]).astype(float))
+    between = f", {rates[0]:.3g} to {rates[-1]:.3g}" if len(rates) > 1 else ""
+    return Rate(statistics.median(rates), f"median of {len(rates)} finished runs of {name} on {devices[0]}{between}")
+
+
+def _device(run: Mapping[Hashable, object]) -> str:
+    names = (f"environment.{name}" for name in ("device_name", "device_type"))
+    return next((str(run[name]) for name in names if isinstance(run.get(name), str)), "an unnamed device")
+
+
+def _asked_rate(options: argparse.Namespace) -> Rate | None:
+    from harness.forecast.request import ForecastError
+
+    if options.rate is not None and options.rate_of is not None:
+        raise ForecastError(f"--rate {options.rate:g} --rate-of {options.rate_of}: give one of them.")
+    if options.rate_of is not None:
+        return measured_rate(options.runs_dir, options.rate_of)
+    return None if options.rate is None else Rate(options.rate, "as given")
 
 
 def print_budget(options: argparse.Namespace, *, console: Console | None = None) -> int:
@@ -91,16 +172,27 @@ def print_budget(options: argparse.Namespace, *, console: Console | None = None)
     console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     try:
         with own_configs(options.config_dir):
-            return _print(options, console)
-    except ForecastError as error:
+            return _print(options, console) if options.audit is None else _print_audit(options)
+    except (ForecastError, PaperError) as error:
         print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
         return DOES_NOT_FIT if isinstance(error, UnmetError) else CANNOT_SAY
 
 
+def _print_audit(options: argparse.Namespace) -> int:
+    from analysis.audit import print_audit
+    from harness.forecast.request import ForecastError
+
+    if options.overrides:
+        raise ForecastError(f"--audit {options.audit}: takes no overrides; leave out {' '.join(options.overrides)}.")
+    return print_audit(options.audit, options.csv)
+
+
 def _print(options: argparse.Namespace, console: Console) -> int:
     from harness.forecast.parameters import size_of, solve_rank
-    from harness.forecast.request import names, read_config, without
+    from harness.forecast.request import ForecastError, names, read_config, without
 
+    if options.csv is not None:
+        raise ForecastError(f"--csv {options.csv}: is of an audit; give its file, as --audit FILE.yaml.")
     overrides = list(options.overrides)
     solved: Solution | None = None
     if options.parameters is not None:
@@ -115,9 +207,43 @@ def _print(options: argparse.Namespace, console: Console) -> int:
         overrides += solved.overrides
         config = read_config(overrides)
     _print_size(size_of(config, num_labels=options.labels), console)
+    _print_compute(options, config, console)
     if solved is not None:
         _print_solution(solved, overrides, console)
     return _print_memory(options, config, console) if options.memory or options.gpu is not None else FITS
+
+
+def _print_compute(options: argparse.Namespace, config: RunConfig, console: Console) -> None:
+    from harness.forecast.compute import predict_flops
+    from harness.forecast.memory import load_run_data
+
+    rate = _asked_rate(options)
+    if not options.compute and rate is None:
+        return
+    data = load_run_data(config) if options.data else None
+    compute = predict_flops(config, num_labels=options.labels, data=data)
+    table = _rows()
+    longest = "largest" if compute.is_exact else "full"
+    table.add_row(f"operations of a {longest} step", _flops_text(compute.step_flops))
+    if compute.num_steps is None or compute.run_flops is None:
+        table.add_row("steps", "known from the data alone; add --data, or set trainer.max_steps")
+    else:
+        table.add_row("steps", f"{compute.num_steps:,}")
+        words = "operations of the run" if compute.is_exact else "operations of the run, at most"
+        table.add_row(words, _flops_text(compute.run_flops))
+    if rate is not None:
+        table.add_row("rate", f"{rate.flops_per_second:.3g} operations a second, {rate.origin}")
+        table.add_row("hours of training", _hours_text(compute, rate))
+    console.print(table)
+
+
+def _flops_text(flops: int | None) -> str:
+    return MISSING if flops is None else f"{flops:,} ({flops / 1e12:,.3g} TFLOP)"
+
+
+def _hours_text(compute: ComputeForecast, rate: Rate) -> str:
+    hours = compute.hours(rate.flops_per_second)
+    return MISSING if hours is None else f"{hours:.3g}"
 
 
 def _print_memory(options: argparse.Namespace, config: RunConfig, console: Console) -> int:
@@ -197,6 +323,8 @@ def _print_solution(solved: Solution, overrides: Sequence[str], console: Console
 
 def _print_placements(options: argparse.Namespace, overrides: list[str], console: Console) -> int:
     """A row for each placement; one that the model has not, or whose budget is not met, says why."""
+    from harness.forecast.compute import predict_flops
+    from harness.forecast.memory import load_run_data
     from harness.forecast.parameters import size_of, solve_rank
     from harness.forecast.request import ForecastError, placements, read_config, without
 
@@ -208,6 +336,11 @@ def _print_placements(options: argparse.Namespace, overrides: list[str], console
         table.add_column(column, justify="right")
     if options.parameters is not None:
         table.add_column("left over", justify="right")
+    rate = _asked_rate(options)
+    if options.compute or rate is not None:
+        table.add_column("operations", justify="right")
+    if rate is not None:
+        table.add_column("hours", justify="right")
     notes: list[str] = []
     num_rows = 0
     for name in wanted:
@@ -220,6 +353,13 @@ def _print_placements(options: argparse.Namespace, overrides: list[str], console
                 solved = solve_rank(config, options.parameters, per_role=options.per_role, num_labels=options.labels)
                 config = read_config([*own, *solved.overrides])
             size = size_of(config, num_labels=options.labels)
+            costs: list[str] = []
+            if options.compute or rate is not None:
+                data = load_run_data(config) if options.data else None
+                compute = predict_flops(config, num_labels=options.labels, data=data)
+                shown = compute.step_flops if compute.run_flops is None else compute.run_flops
+                costs = [f"{shown:,}{' a step' if compute.run_flops is None else ''}"]
+                costs += [_hours_text(compute, rate)] if rate is not None else []
         except ForecastError as error:
             notes.append(f"{name}: {str(error).splitlines()[0]}")
             continue
@@ -234,6 +374,7 @@ def _print_placements(options: argparse.Namespace, overrides: list[str], console
             f"{counts.num_total_params:,}",
             bytes_text(size.saved_bytes),
             *([f"{solved.residual:,}"] if solved is not None else []),
+            *costs,
         )
     if num_rows:
         console.print(table)

@@ -9,14 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_analysis_load import ENVIRONMENT, save_run, save_sweep
+from test_analysis_tables import measured
 from test_placement import CLASSIFIERS, CONFIGS, WITH_ALL
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from analysis.__main__ import main
-from analysis.budget import CANNOT_SAY, DOES_NOT_FIT, FITS, parameters
+from analysis.budget import CANNOT_SAY, DOES_NOT_FIT, FITS, measured_rate, parameters
+from analysis.load import LoadError
 from harness.config.schema import ModelConfig, Quantization, RunConfig, TargetLayersConfig
 from harness.forecast import memory
+from harness.forecast.compute import predict_flops
 from harness.forecast.fitting import GPU, largest_micro_batch
 from harness.forecast.memory import MemoryForecast, load_run_data, predict_memory
 from harness.forecast.parameters import size_of, solve_rank
@@ -232,9 +236,9 @@ def test_predicted_bytes_are_measured_bytes(task: tuple[str, ...], overrides: tu
     words = [word for word in task if word.partition("=")[0] not in {own.partition("=")[0] for own in overrides}]
     config = composed(*words, "dataset.max_length=32", "trainer.eval_batch_size=4", *overrides)
     # The same steps with data, on a model of random weights.
-    measured = memory.step_and_scoring(config, memory.full_batches(config, 3))
-    assert predict_memory(config, num_labels=3) == measured
-    assert measured.step.weights_bytes > 0 and measured.step.activations_bytes > 0
+    found = memory.step_and_scoring(config, memory.full_batches(config, 3))
+    assert predict_memory(config, num_labels=3) == found
+    assert found.step.weights_bytes > 0 and found.step.activations_bytes > 0
 
 
 RUNS = {
@@ -262,6 +266,11 @@ def test_predicted_from_its_data_a_run_measures_the_same(task: str, tmp_path: Pa
     assert result.status is Status.FINISHED
     forecast = predict_memory(config, data=load_run_data(config))
     assert forecast.step.as_metrics() == {name: result.metrics[name] for name in forecast.step.as_metrics()}
+    compute = predict_flops(config, data=load_run_data(config))
+    assert compute.is_exact and compute.run_flops == result.metrics["train_flops"]
+    assert compute.num_steps == result.metrics["num_steps"]
+    full = predict_flops(config)
+    assert full.step_flops >= compute.step_flops
     # Full batches of the longest examples need no less.
     assert predict_memory(config, num_labels=2).step.total_bytes >= forecast.step.total_bytes
 
@@ -283,6 +292,51 @@ def test_what_cannot_be_predicted_says_so() -> None:
         predict_memory(composed(*CLASSIFIER, *LORA, "method=loha"))
     with pytest.raises(ForecastError, match="could not be loaded with attention=flash_attention_2"):
         predict_memory(composed(*LANGUAGE, *LORA, "model.attention=flash_attention_2"))
+
+
+# ---------------------------------------------------------------- compute
+
+
+def test_operations_and_hours_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*CLASSIFIER, *LORA, "trainer.batch_size=4", "dataset.max_length=32", "trainer.num_epochs=null"]
+    by_hand = predict_flops(composed(*words, "trainer.max_steps=10"))
+    assert by_hand.run_flops == 10 * by_hand.step_flops and not by_hand.is_exact
+    assert by_hand.hours(by_hand.step_flops / 3600) == 10
+    rate = str(by_hand.step_flops / 3600)
+    assert main(["budget", *words, "trainer.max_steps=10", "--rate", rate]) == FITS
+    out = capsys.readouterr().out
+    assert f"{by_hand.run_flops:,}" in out and out.split()[-4:] == ["hours", "of", "training", "10"]
+    assert main(["budget", *words, "trainer.max_steps=10", "--rate", rate, "--placements", "q,qv"]) == FITS
+    header, q, qv = capsys.readouterr().out.splitlines()
+    assert header.split()[-2:] == ["operations", "hours"] and q.split()[0] == "q"
+    assert qv.split()[-2:] == [f"{by_hand.run_flops:,}", "10"]
+    assert main(["budget", *CLASSIFIER, *LORA, "--compute"]) == FITS
+    assert "known from the data alone; add --data, or set trainer.max_steps" in capsys.readouterr().out
+
+
+def test_a_rate_comes_from_finished_runs_of_one_device(tmp_path: Path) -> None:
+    for number, seconds in enumerate((1.0, 2.0, 4.0)):
+        save_run(tmp_path, f"r{number}", seed=number, metrics=measured(train_flops=8e9, train_seconds=seconds))
+    save_run(tmp_path, "broken", seed=9, status="failed", error="no", metrics=measured(train_flops=1.0))
+    save_sweep(tmp_path, "mine", ["r0", "r1", "r2", "broken"])
+    rate = measured_rate(tmp_path, "mine")
+    assert rate.flops_per_second == 4e9
+    assert rate.origin.startswith("median of 3 finished runs of mine on ") and rate.origin.endswith(", 2e+09 to 8e+09")
+    assert measured_rate(tmp_path, "r2").flops_per_second == 2e9
+    with pytest.raises(LoadError, match="--rate-of broken: none of its runs has finished with train_flops"):
+        measured_rate(tmp_path, "broken")
+    elsewhere = ENVIRONMENT | {"device_name": "another"}
+    save_run(tmp_path, "e", seed=7, environment=elsewhere, metrics=measured(train_flops=8e9, train_seconds=1.0))
+    save_sweep(tmp_path, "both", ["r0", "e"])
+    with pytest.raises(LoadError, match=r"--rate-of both: its runs were made on .* and on .*; name one run of them"):
+        measured_rate(tmp_path, "both")
+
+
+def test_what_has_no_count_of_operations_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["budget", *CLASSIFIER, *LORA, "variant=dora", "--compute"]) == CANNOT_SAY
+    assert "its operations are not known, and no run records them. DoRA" in capsys.readouterr().err
+    assert main(["budget", *CLASSIFIER, *LORA, "--rate", "1e12", "--rate-of", "demo"]) == CANNOT_SAY
+    assert "error: --rate 1e+12 --rate-of demo: give one of them." in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- tensors without data

@@ -58,6 +58,7 @@ ROOMS = (
     "analysis.load",
     "analysis",
     "analysis.archive",
+    "analysis.papers",
     "analysis.comparisons",
     "analysis.interquartile",
     "analysis.tuning",
@@ -74,6 +75,7 @@ ROOMS = (
     "analysis.adapters",
     "analysis.report",
     "analysis.status",
+    "analysis.audit",
     "analysis.budget",
     "analysis.latency",
     "analysis.__main__",
@@ -92,6 +94,7 @@ HARNESS_SEEN_BY = {
         *("harness.saved", "harness.deltas", "harness.evaluate"),
     ),
     # The commands; what they print is worked out in the harness, which alone knows models.
+    "analysis.audit": ("harness.results", "harness.forecast"),
     "analysis.budget": ("harness.results", "harness.forecast"),
     "analysis.latency": ("harness.results", "harness.forecast"),
     # Imported late, when a report is to go to W&B.

@@ -22,6 +22,7 @@ from analysis.tables.mean_ranks import mean_ranks_table
 from analysis.tables.notes import axes_notes, setting_note
 from analysis.tables.paired_predictions import paired_predictions
 from analysis.tables.placements import rank_by_target_layers, target_layers_at_budget
+from analysis.tables.quoted_alone import quoted_alone
 from analysis.tables.ranks import rank_sweep
 from analysis.tables.rates import learning_rates
 from analysis.tables.search import search
@@ -92,6 +93,7 @@ def paper_tables(
         target_layers_at_budget(best, published=published),
         rank_sweep(best, published=published),
         tasks_by_methods(best, published=published),
+        *(quoted_alone(best) if published else ()),
         mean_ranks_table(best),
         paired_predictions(best, frame, predictions_dir) if predictions_dir is not None and scores == "best" else None,
         learning_rates(table, best),

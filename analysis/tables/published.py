@@ -1,17 +1,15 @@
 """Rows that papers print, to stand beside measured ones: quoted as text, and never part of a statistic.
 
-`published.csv` holds a line per printed figure, with its source; where a printed parameter count is known to be wrong
-or cannot be reproduced, its note says what arithmetic gives.
+They come from `analysis.papers`; where a printed parameter count is known to be wrong or cannot be reproduced, the cell
+says what the formula gives and a note why.
 """
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 
-DATA_FILE = Path(__file__).with_name("published.csv")
+from analysis.papers import Paper, QuotedRow, QuotedTable, shipped_papers
+from analysis.tables.cells import MISSING
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,6 @@ class Published:
         text: the row's figure, where it has one.
         scores: by dataset or metric name, where it has several.
         by_rank: (figure, None) by rank, for the form rank x target layers.
-        note: what is known to be wrong with the row.
     """
 
     source: str
@@ -40,58 +37,40 @@ class Published:
     text: str = ""
     scores: dict[str, str] = field(default_factory=dict)
     by_rank: dict[int, tuple[str, float | None]] = field(default_factory=dict)
-    note: str = ""
 
 
-@cache
-def _figures() -> list[dict[str, str]]:
-    with DATA_FILE.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+def quoted_tables(form: str) -> list[tuple[Paper, QuotedTable]]:
+    """The tables of papers that are quoted under a table of ours, by its name."""
+    return [(paper, table) for paper in shipped_papers() for table in paper.tables if table.form == form]
 
 
 def quoted_rows(form: str) -> list[Published]:
     """The quoted rows of a table's form, by the name of our table; none where nothing is quoted for it."""
-    groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
-    for figure in _figures():
-        if figure["form"] == form:
-            groups.setdefault(_row_key(form, figure), []).append(figure)
-    return [_row(form, figures) for figures in groups.values()]
+    return [_published(source_of(paper, table), row) for paper, table in quoted_tables(form) for row in table.rows]
 
 
-# What is one row of a form: figures that agree in these.
-_ROW_KEYS = {
-    "rank_by_target_layers": ("source", "model", "dataset", "method", "target_layers"),
-    "target_layers_at_budget": ("source", "model", "dataset", "method", "target_layers"),
-    "rank_sweep": ("source", "model", "dataset", "method", "rank"),
-    "tasks_by_methods": ("source", "model", "method", "rank"),
-}
+def source_of(paper: Paper, table: QuotedTable) -> str:
+    """Paper and table, for a note."""
+    return f"{paper.source}, {table.table}"
 
 
-def _row_key(form: str, figure: dict[str, str]) -> tuple[str, ...]:
-    return tuple(figure[name] for name in _ROW_KEYS[form])
+def params_of(row: QuotedRow) -> str:
+    """The parameter count as printed, with what the formula gives."""
+    return row.params or (MISSING if row.count is None else row.count.shown)
 
 
-def _row(form: str, figures: list[dict[str, str]]) -> Published:
-    first = figures[0]
-    row = Published(
-        source=first["source"],
-        model=first["model"],
-        dataset=first["dataset"],
-        method=first["method"],
-        rank=int(first["rank"]) if first["rank"] else None,
-        target_layers=first["target_layers"],
-        params=first["params"],
-        metric=first["metric"],
-        text=_text(figures[-1]),
-        note=". ".join(figure["note"] for figure in figures if figure["note"]),
+def _published(source: str, row: QuotedRow) -> Published:
+    metric, text = next(iter(row.scores.items()), (row.metric, ""))
+    return Published(
+        source=source,
+        model=row.model,
+        dataset=row.dataset,
+        method=row.method,
+        rank=row.rank,
+        target_layers=row.target_layers,
+        params=params_of(row),
+        metric=row.metric or metric,
+        text=text,
+        scores=dict(row.scores),
+        by_rank={rank: (figure, None) for rank, figure in row.by_rank.items()},
     )
-    for figure in figures:
-        if form == "rank_by_target_layers":
-            row.by_rank[int(figure["rank"])] = (_text(figure), None)
-        else:
-            row.scores[figure["dataset"] if form == "tasks_by_methods" else figure["metric"]] = _text(figure)
-    return row
-
-
-def _text(figure: dict[str, str]) -> str:
-    return f"{figure['value']} ± {figure['spread']}" if figure["spread"] else figure["value"]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from analysis.comparisons import Cell
+from analysis.papers import Paper, QuotedTable
 from analysis.tables.cells import MISSING, QUOTED_MARK
-from analysis.tables.published import Published, quoted_rows
+from analysis.tables.published import Published, quoted_tables, source_of
 from analysis.tables.structure import Column
 
 # What a quoted row shows in a column: a text, and where it can be sorted by, its value.
@@ -54,7 +55,7 @@ QUOTED_NAMES: dict[str, Callable[[Published], QuotedCell]] = {
 }
 
 
-def rule_before_quoted(num_measured: int, rows: Sequence[Published]) -> frozenset[int]:
+def rule_before_quoted(num_measured: int, rows: Sequence[object]) -> frozenset[int]:
     """The row under which a line separates measured from quoted ones."""
     return frozenset([num_measured - 1]) if rows else frozenset()
 
@@ -62,7 +63,12 @@ def rule_before_quoted(num_measured: int, rows: Sequence[Published]) -> frozense
 def quoted_notes(form: str, published: bool) -> Iterator[str]:
     """Where the quoted rows of a form come from, and what is known to be wrong with them."""
     if published:
-        for found in dict.fromkeys(row.source for row in quoted_rows(form)):
-            yield f"{QUOTED_MARK} quoted, not measured here and in no statistic: {found}."
-        for note in dict.fromkeys(row.note for row in quoted_rows(form) if row.note):
-            yield f"{QUOTED_MARK} {note}."
+        for paper, table in quoted_tables(form):
+            yield from table_notes(paper, table)
+
+
+def table_notes(paper: Paper, table: QuotedTable) -> Iterator[str]:
+    """Where the rows of a printed table come from, and what is known to be wrong with them."""
+    yield f"{QUOTED_MARK} quoted, not measured here and in no statistic: {source_of(paper, table)}."
+    for note in [*table.notes, *table.count_notes]:
+        yield f"{QUOTED_MARK} {note}."

@@ -100,7 +100,7 @@ def _quoted_cells(names: Sequence[str]) -> dict[str, Callable[[Published], Quote
         **QUOTED_NAMES,
         "rank": quoted(lambda row: str(row.rank)),
         title("num_adapter_params"): quoted(lambda row: row.params),
-        f"BLEU {QUOTED_MARK}": quoted(lambda row: row.text),
+        f"BLEU {QUOTED_MARK}": quoted(lambda row: row.scores.get("BLEU", MISSING)),
         **scores,
     }
 

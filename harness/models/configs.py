@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -99,6 +100,28 @@ def read_config(config: ModelConfig) -> PreTrainedConfig:
             assert config.scratch is not None
             return scratch_config(config.scratch)
         return AutoConfig.from_pretrained(*source_arguments(config), **revision_arguments(config))
+
+
+def write_config(folder: Path, values: Mapping[str, Any], *, named: str) -> None:
+    """Writes the config.json of a model of random weights: `model_type`, and what is not transformers' default.
+
+    Raises `ModelError`, in whose message the values are called `named`.
+    """
+    own = dict(values)
+    model_type = str(own.pop("model_type"))
+    try:
+        known = AutoConfig.for_model(model_type)
+    except ValueError as error:
+        described = ", ".join(ARCHITECTURES)
+        raise ModelError(f"{named}: model_type: transformers has no {model_type!r}; it has {described} ...") from error
+    unknown = [key for key in own if not hasattr(known, key)]
+    if unknown:
+        raise ModelError(f"{named}: {', '.join(unknown)}: a config.json of {model_type} has no such key.")
+    try:
+        AutoConfig.for_model(model_type, **own).save_pretrained(folder)
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{named}: transformers makes no configuration of these values: {reason}") from error
 
 
 def _dropout_fields(model_config: PreTrainedConfig) -> tuple[str, ...]:

@@ -77,7 +77,7 @@ class Position:
     measured: dict[str, float] = field(default_factory=dict)
 
     def add(self, seconds: float, sizes: Sequence[float], loss: float) -> None:
-        """Counts a step: how long it took, what it was made of (see `_sizes`), and the mean loss over its targets."""
+        """Counts a step: how long it took, what it holds (see `step_sizes`), and the mean loss over its targets."""
         self.lap_seconds.append(seconds)
         self.seconds += seconds
         real, computed, squared, targets = map(round, sizes)
@@ -203,7 +203,7 @@ class Learner:
         rehearsals = [partial(self._rehearse_step, micro_batches) for micro_batches in chosen]
         queue = device_queue(self._accelerator.device)
         seconds = time_rehearsed_steps(rehearsals, self._model, self._optimizer, queue)
-        num_tokens = sum(_sizes(micro_batches)[0] for micro_batches in chosen)
+        num_tokens = sum(step_sizes(micro_batches)[0] for micro_batches in chosen)
         return {"step_seconds_median": median(seconds), "train_tokens_per_second": num_tokens / sum(seconds)}
 
     def step_peak(
@@ -249,7 +249,7 @@ class Learner:
         self.at.last = None
         rate = learning_rate_at(self.at.step, self._num_steps, self._config)
         set_learning_rates(self._optimizer, self.at.step, self._num_steps, self._config)
-        sizes = all_reduce_sum(_sizes(micro_batches), self._accelerator)
+        sizes = all_reduce_sum(step_sizes(micro_batches), self._accelerator)
         self._meter.begin()
         loss = yield from self._forward_backward(micro_batches, sizes[-1])
         self._optimizer.step()
@@ -365,7 +365,7 @@ class Learner:
         self._accelerator.backward(loss * num_processes if num_processes > 1 else loss)
 
     def _rehearse_step(self, micro_batches: Sequence[Batch]) -> None:
-        num_targets = all_reduce_sum(_sizes(micro_batches), self._accelerator)[-1]
+        num_targets = all_reduce_sum(step_sizes(micro_batches), self._accelerator)[-1]
         drive_alone(self._forward_backward(micro_batches, num_targets))
 
     def _rehearse_scoring(self) -> None:
@@ -373,7 +373,7 @@ class Learner:
             self._objective.rehearse(self._model)
 
 
-def _sizes(micro_batches: Sequence[Batch]) -> list[float]:
+def step_sizes(micro_batches: Sequence[Batch]) -> list[float]:
     """Real tokens, computed tokens, the sum over examples of padded length squared, targets."""
     shapes = [batch.inputs["input_ids"].shape for batch in micro_batches]
     return [
