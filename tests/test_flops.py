@@ -30,7 +30,7 @@ from harness.config.schema import Bias, ModelConfig, RankConfig, TinyModel, Vari
 from harness.data.batches import Batch
 from harness.data.blocks import NO_TARGET
 from harness.methods import flops
-from harness.methods.adapting import apply_lora
+from harness.methods.adapting import apply_lora, lora_layers
 from harness.methods.counts import set_trainable
 from harness.methods.flops import FlopsError, StepFlops, counted_flops, formula_flops
 from harness.methods.lora_method import is_adapter_in
@@ -108,6 +108,13 @@ def _train(
     head = head_modules(model_type, language_model=language_model)
     is_adapter = is_adapter_in(model) if roles else find_method_module(method).is_adapter
     set_trainable(model, head, is_adapter=is_adapter, trains_base=METHODS[method].trains_base)
+    return model
+
+
+def _as_written(model: PreTrainedModel) -> PreTrainedModel:
+    """Computes every product of an adapter as it is counted, and not in a cheaper order."""
+    for _, layer in lora_layers(model):
+        layer.composed = True
     return model
 
 
@@ -273,7 +280,9 @@ def test_biases_that_train_beside_adapters_are_what_is_counted(blocks: str, bias
 def test_a_step_that_is_computed_has_as_many_operations(trained: str) -> None:
     method, roles, blocks = TRAINED[trained]
     # Eager, because the counter has a formula of its own for each of PyTorch's fused kernels.
-    model = _train(_language_model("llama", device="cpu", attention="eager"), method, *roles, blocks=blocks)
+    model = _as_written(
+        _train(_language_model("llama", device="cpu", attention="eager"), method, *roles, blocks=blocks)
+    )
     lengths = torch.tensor([9, 5, 2])
     input_ids = torch.randint(0, VOCAB, (3, 9))
     mask = torch.arange(9) < lengths[:, None]
@@ -294,7 +303,7 @@ def test_a_step_that_is_computed_has_as_many_operations(trained: str) -> None:
 def test_a_step_of_the_language_objective_has_as_many_operations(name: str, chunk: int | None, trained: str) -> None:
     """Padded rows of which some positions are targets, through what the trainer calls; every way to make logits."""
     method, roles, blocks = TRAINED[trained]
-    model = _train(_language_model(name, device="cpu", attention="eager"), method, *roles, blocks=blocks)
+    model = _as_written(_train(_language_model(name, device="cpu", attention="eager"), method, *roles, blocks=blocks))
     lengths = torch.tensor([9, 5, 2])
     input_ids = torch.randint(3, VOCAB, (3, 9))
     mask = torch.arange(9) < lengths[:, None]
@@ -316,7 +325,7 @@ def test_a_step_of_the_language_objective_has_as_many_operations(name: str, chun
 def test_a_batch_of_classification_has_as_many_operations() -> None:
     model = _train(build_skeleton(ModelConfig(name="tiny", tiny=TinyModel.bert), num_labels=5), "lora", "q")
     real = AutoModelForSequenceClassification.from_config(model.config, attn_implementation="eager")
-    _train(real, "lora", "q")
+    _as_written(_train(real, "lora", "q"))
     with FlopCounterMode(display=False) as counter:
         logits = real(input_ids=torch.zeros((3, 7), dtype=torch.long)).logits
         functional.cross_entropy(logits, torch.tensor([0, 1, 4])).backward()

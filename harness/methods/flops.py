@@ -15,7 +15,9 @@ less where the first blocks have no adapter, because autograd stops at the first
 
 What counts is what the steps of training compute, on padding, too: a batch is padded to its longest example, and a
 packed block attends over its whole length, with what other documents hold masked out. Neither evaluation nor the
-rehearsal before the first step is counted, nor what gradient checkpointing computes a second time.
+rehearsal before the first step is counted, nor what gradient checkpointing computes a second time. An adapter's
+products are counted as they are written down, also where `harness.methods.lora_linear` finds a cheaper order: that
+depends on the batch, and a count must not.
 
 `formula_flops` and `counted_flops` agree exactly for what the harness trains: everything, adapters and head, head
 alone, biases or norms and head.
@@ -196,7 +198,7 @@ def _require_live_inputs(model: nn.Module, matrices: Sequence[nn.Module]) -> Non
         matrix.register_forward_pre_hook(lambda _, inputs: live.append(inputs[0].requires_grad)) for matrix in matrices
     ]
     try:
-        with _without_dropout(model):
+        with _as_written(model):
             _Step(model, whole_logits=False).count(1, 8, 1, backward=False)
     finally:
         for hook in hooks:
@@ -287,7 +289,7 @@ def counted_flops(model: nn.Module, *, whole_logits: bool = False) -> StepFlops:
             its relative positions once a batch.
     """
     step = _Step(model, whole_logits)
-    with _without_dropout(model):
+    with _as_written(model):
         # One example takes per_token * length + per_token_squared * length^2 + per_target * targets. Three unknowns:
         # two lengths and two numbers of targets, or for a classifier, which has one target an example, three lengths.
         if step.is_language_model:
@@ -311,15 +313,20 @@ def counted_flops(model: nn.Module, *, whole_logits: bool = False) -> StepFlops:
 
 
 @contextmanager
-def _without_dropout(model: nn.Module) -> Iterator[None]:
-    """With neither dropout nor gradient checkpointing."""
+def _as_written(model: nn.Module) -> Iterator[None]:
+    """With neither dropout nor gradient checkpointing, and an adapter's products as they are written down."""
     training = {module: module.training for module in model.modules()}
+    composed = {module: module.composed for module in model.modules() if isinstance(module, MatrixLayer)}
     model.eval()
+    for layer in composed:
+        layer.composed = True
     try:
         yield
     finally:
         for module, flag in training.items():
             module.training = flag
+        for layer, flag in composed.items():
+            layer.composed = flag
 
 
 class _Step(nn.Module):

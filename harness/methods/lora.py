@@ -8,9 +8,10 @@
     y = x W^T + b + s * (x A^T) B^T               s: scaling = alpha / rank, or alpha / sqrt(rank) for rsLoRA
 
 B starts at zero, so an adapted model starts as its base model. A starts as in the paper's code, uniform in
-+-1/sqrt(in) (`kaiming_uniform_(a=sqrt(5))`); `harness.methods.inits` has others. The product B A is never formed in
-training: it would put a matrix of the size of W into the autograd graph, and the memory measured then would not be
-LoRA's.
++-1/sqrt(in) (`kaiming_uniform_(a=sqrt(5))`); `harness.methods.inits` has others. The product B A is never kept for the
+backward pass: it would put a matrix of the size of W into the autograd graph, and the memory measured then would not be
+LoRA's. Where all is of one type of 32 or 64 bits, without dropout on A's input and without DoRA, `lora_linear` computes
+the sum and its gradients in the cheapest order.
 
 Three kinds of `AdaptedLayer` stand in the place of a base module: `LoRALayer` around a matrix; `SlicedLoRALayer` around
 one whose rows are several roles (the queries, keys and values of GPT-2), with A, B and a rank for each adapted role;
@@ -29,8 +30,10 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
+from harness.methods.lora_linear import is_supported, lora_linear
 from harness.placement.architectures import PlacementError, Rows
 
 
@@ -215,13 +218,44 @@ class MatrixLayer(AdaptedLayer):
 
     in_features: int
     out_features: int
+    composed = False
+    """Whether W, A and B are always three products of autograd's own, as they are where operations are counted."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in_features)` to `(..., out_features)`."""
         if self.merged:
             return self.base(x)
         rows = x.reshape(-1, self.in_features)
-        return self.add_update(rows, self.base(rows)).view(*x.shape[:-1], self.out_features)
+        return self.of_rows(rows).view(*x.shape[:-1], self.out_features)
+
+    def of_rows(self, rows: Tensor) -> Tensor:
+        """What the layer makes of `(rows, in_features)` while it is not merged: `(rows, out_features)`."""
+        if not self._is_plain_sum(rows):
+            return self.add_update(rows, self.base(rows))
+        weight = _weight(self.base)
+        low, high, scaling = self.factors()
+        return lora_linear(
+            rows, weight if isinstance(self.base, nn.Linear) else weight.T, self.bias, low, high, scaling
+        )
+
+    def _is_plain_sum(self, rows: Tensor) -> bool:
+        """Whether the layer is `x (W + s B A)^T + b` with a frozen W, and its base module nothing but `x W^T + b`."""
+        base = self.base
+        factors = (factor for update in self.updates().values() for factor in (update.lora_A, update.lora_B))
+        return is_supported(rows, _weight(base), *factors) and not (
+            self.composed
+            or self.row_squares is not None
+            or (self.training and self.dropout.p > 0)
+            # A subclass may hold W in another form; a hook or a replaced `forward` wants to see the call.
+            or (type(base) is not nn.Linear and type(base).__name__ != "Conv1D")
+            or base._forward_hooks
+            or base._forward_pre_hooks
+            or base._backward_hooks
+            or base._backward_pre_hooks
+            or "forward" in vars(base)
+            or _weight(base).requires_grad
+            or isinstance(_weight(base), DTensor)
+        )
 
     def add_update(self, rows: Tensor, y: Tensor) -> Tensor:
         """What the layer makes of `rows`, `(rows, in_features)`, of which the base module makes `y`."""
