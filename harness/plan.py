@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from harness.config.schema import Blocks, Optimizer, RunConfig, Task
+from harness.config.schema import Blocks, Dtype, Optimizer, Quantization, RunConfig, Task
 from harness.config.validation import ConfigError
 from harness.content.files import base_model, continued_adapter
 from harness.methods import peft_method
-from harness.methods.counts import count_parameters, set_trainable
+from harness.methods.counts import ParameterCounts, count_parameters, set_trainable
 from harness.methods.lora import features_of, is_linear
 from harness.methods.peft_files import start_from_adapter
 from harness.methods.rates import learning_rates
@@ -25,10 +25,14 @@ from harness.training.optimizer import hidden_matrices
 
 @dataclass(frozen=True)
 class Plan:
-    """What a config resolves to on its model, known without loading a weight."""
+    """What a config resolves to on its model, known without loading a weight.
+
+    `least_bytes`: of weights, gradients and optimizer state alone; a step needs more.
+    """
 
     targets: list[Target]
     num_adapter_params: int
+    least_bytes: int = 0
 
 
 def plan(config: RunConfig) -> Plan:
@@ -40,7 +44,16 @@ def plan(config: RunConfig) -> Plan:
     require_trackers(config.tracking)
     adapted = adapted_skeleton(config)
     counts = count_parameters(adapted.model, adapted.head, is_adapter=is_adapter(adapted.model, config))
-    return Plan(adapted.targets, counts.num_adapter_params)
+    return Plan(adapted.targets, counts.num_adapter_params, _least_bytes(config, counts))
+
+
+def _least_bytes(config: RunConfig, counts: ParameterCounts) -> int:
+    """Frozen weights as they are held; what trains, and its gradient, in float32, and the two moments of AdamW."""
+    is_quantized = config.model.quantization is not Quantization.none
+    frozen = 0.5 if is_quantized else 4 if config.model.dtype is Dtype.float32 else 2
+    moments = 8 if config.trainer.optimizer is Optimizer.adamw else 0
+    num_trained = counts.num_trainable_params
+    return int(frozen * (counts.num_total_params - num_trained)) + (8 + moments) * num_trained
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
+from harness.measure import device as device_module
 from harness.measure import environment as environment_module
 from harness.measure import memory
 from harness.measure.clock import CudaQueue, HostQueue, StepMeter, device_queue
 from harness.measure.device import (
     MIB,
     DeviceBusyError,
+    DeviceMemory,
+    device_memory,
     device_peaks,
     peak_rss_bytes,
     require_free_device,
@@ -855,3 +858,21 @@ def test_a_short_first_step_gives_the_same_peak() -> None:
     assert shortened.optimizer_bytes > 0
     # The short example is alive beside the long ones, because this test holds on to it.
     assert plain.total_bytes <= shortened.total_bytes <= plain.total_bytes + short.nbytes
+
+
+def test_the_memory_that_a_run_can_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert device_memory(wants_gpu=False, root=tmp_path) is None
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal:  99 kB\nMemAvailable:   50 kB\n", encoding="utf-8")
+    assert device_memory(wants_gpu=False, root=tmp_path) == DeviceMemory("this machine", 50 * 1024)
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (group / "memory.current").write_text("1000\n", encoding="utf-8")
+    for limit, available in (("max", 50 * 1024), ("11000", 10_000), ("900", 0)):
+        (group / "memory.max").write_text(f"{limit}\n", encoding="utf-8")
+        assert device_memory(wants_gpu=False, root=tmp_path) == DeviceMemory("this machine", available)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(device_module, "_gpu_totals", lambda: [80 * 2**30, 24 * 2**30])
+    assert device_memory(wants_gpu=True, root=tmp_path) == DeviceMemory("the smallest GPU", 24 * 2**30)
+    monkeypatch.setattr(device_module, "_gpu_totals", list)
+    assert device_memory(wants_gpu=True, root=tmp_path) is None

@@ -36,7 +36,7 @@ def composed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., l
         return RunResult(run_id="x", cell_id="x", sweep=None, status=Status.FINISHED, config={})
 
     monkeypatch.setattr(harness.run, "run", run)
-    monkeypatch.setattr(sweeper, "show_plan", lambda runs, plans, summary: seen.extend(run.config for run in runs))
+    monkeypatch.setattr(sweeper, "show_plan", lambda runs, plans, summary, **_: seen.extend(run.config for run in runs))
 
     def call(*arguments: str, exit_code: int = 0) -> list[RunConfig]:
         seen.clear()

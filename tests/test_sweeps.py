@@ -29,8 +29,16 @@ from transformers import BertConfig, FalconH1Config, GPT2Config, Lfm2Config, Lla
 from harness.__main__ import main
 from harness.config import composing
 from harness.config.composing import register, to_dict
+from harness.config.schema import RunConfig
 from harness.content.files import base_model
+from harness.forecast import memory
+from harness.forecast.memory import MemoryForecast
+from harness.forecast.parameters import size_of
+from harness.forecast.request import ForecastError
+from harness.measure import device
+from harness.measure.device import DeviceMemory
 from harness.measure.environment import environment
+from harness.measure.memory import MemoryPeak
 from harness.methods.peft_files import save_adapter
 from harness.models import configs
 from harness.models.configs import build_skeleton, load_model_config
@@ -473,6 +481,53 @@ def test_a_dry_run_shows_and_starts_nothing(sweep: Any, capsys: pytest.CaptureFi
     # Two blocks, q and v, rank 8, 64 -> 64.
     assert re.search(r"lora-r8-qv-.*new +4,096 ", printed)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_predicts_peaks_once_for_each_shape(
+    sweep: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    predicted: list[RunConfig] = []
+
+    def predict(config: RunConfig) -> MemoryForecast:
+        predicted.append(config)
+        if config.method.name == "full":
+            raise ForecastError("method=full: looks at values.")
+        assert config.rank is not None
+        return MemoryForecast(MemoryPeak(config.rank.rank * 2**30, 0, 0, 0), MemoryPeak(0, 0, 0, 0))
+
+    monkeypatch.setattr(memory, "predict_memory", predict)
+    monkeypatch.setattr(device, "device_memory", lambda **_: DeviceMemory("the GPU", 6 * 2**30))
+    arguments = ("model=tiny_bert", "rank=r4,r8", "target_layers=qv", "seed=0,1", "trainer.learning_rate=1e-3,2e-3")
+    code, seen = sweep(*arguments, "hydra.sweeper.dry_run=memory")
+    printed = capsys.readouterr().out
+    assert code == 0 and "launched" not in seen
+    assert len(predicted) == 2
+    assert len(re.findall(r"4\.00 GiB", printed)) == len(re.findall(r"8\.00 GiB", printed)) == 4
+    (warning,) = (record.message for record in caplog.records if "not fit" in record.message)
+    assert "-lora-r8-qv-" in warning and warning.partition(": ")[2] == (
+        "is predicted to need 8,589,934,592 bytes (8.00 GiB), and the GPU has 6,442,450,944 (6.00 GiB), so that it "
+        "will not fit; set a smaller trainer.micro_batch_size or dataset.max_length, or trainer.gradient_checkpointing=true."
+    )
+    assert warning.partition(": ")[0].endswith(" and 3 more")
+    code, _ = sweep("model=tiny_bert", "method=full", "hydra.sweeper.dry_run=memory")
+    assert code == 0 and "not known: method=full: looks at values." in capsys.readouterr().out
+    code, _ = sweep("model=tiny_bert", "method=full", "hydra.sweeper.dry_run=maybe")
+    assert code == 2 and "hydra.sweeper.dry_run=maybe: must be true, false or memory." in capsys.readouterr().err
+
+
+def test_what_cannot_fit_is_said_before_it_starts(
+    sweep: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(device, "device_memory", lambda **_: DeviceMemory("this machine", 1_000_000))
+    code, seen = sweep("model=tiny_bert", "rank=r4", "target_layers=qv")
+    assert code == 0 and "launched" in seen
+    assert not any("not fit" in record.message for record in caplog.records)
+    # Weights, gradients and two moments in float32, of everything.
+    _, seen = sweep("model=tiny_bert", "method=full")
+    (warning,) = (record.message for record in caplog.records if "not fit" in record.message)
+    num_params = size_of(seen["runs"][0].config).counts.num_total_params
+    assert f": needs for weights, gradients and optimizer state alone {16 * num_params:,} bytes" in warning
+    assert "launched" in seen
 
 
 def test_a_runs_folder_that_cannot_be_written_is_named(

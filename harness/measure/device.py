@@ -8,8 +8,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +76,59 @@ def require_free_device(
             "be this run's own. Choose another device with CUDA_VISIBLE_DEVICES, wait until it is free, or set "
             "allow_busy_device=true"
         )
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """What a run can have at most: of a GPU all its memory, of a machine what is available now."""
+
+    name: str
+    num_bytes: int
+
+
+def device_memory(*, wants_gpu: bool, root: Path = Path("/")) -> DeviceMemory | None:
+    """The memory of the device that runs get: of the smallest GPU that is visible, or else of the machine.
+
+    None where neither says. No CUDA context is made, which would count as another user of the GPU.
+
+    Args:
+        wants_gpu: whether runs take a GPU where there is one.
+        root: where /proc and /sys lie.
+    """
+    if wants_gpu and torch.cuda.device_count() > 0:
+        totals = _gpu_totals()
+        return None if not totals else DeviceMemory("the smallest GPU" if len(totals) > 1 else "the GPU", min(totals))
+    available = _available_bytes(root)
+    return None if available is None else DeviceMemory("this machine", available)
+
+
+def _gpu_totals() -> list[int]:
+    """Bytes of each visible GPU; none where the driver's tool is not there."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    only = [f"--id={visible}"] if visible else []
+    command = ["nvidia-smi", *only, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [int(line) * MIB for line in shown.split() if line.isdecimal()]
+
+
+def _available_bytes(root: Path) -> int | None:
+    """Of the machine, and of the container where that has less."""
+    try:
+        match = re.search(r"^MemAvailable:\s*(\d+) kB$", (root / "proc/meminfo").read_text("utf-8"), re.MULTILINE)
+    except OSError:
+        return None
+    if match is None:
+        return None
+    available = int(match[1]) * 1024
+    group = root / "sys/fs/cgroup"
+    try:
+        limit, used = (int((group / f"memory.{name}").read_text("utf-8")) for name in ("max", "current"))
+    except (OSError, ValueError):  # no control group, or one without a limit ("max")
+        return available
+    return max(0, min(available, limit - used))
 
 
 def peak_rss_bytes() -> int:

@@ -39,7 +39,7 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.config.overrides import came_from_composing, explain_refusal
-from harness.config.schema import RunConfig
+from harness.config.schema import Device, RunConfig
 from harness.config.validation import ConfigError
 from harness.content.assets import AssetError
 from harness.content.errors import DataError, ModelError
@@ -48,11 +48,13 @@ from harness.content.identity import PlannedRun
 from harness.folder import kept_result, require_writable, run_dir
 from harness.results.files import RESULT_FILE
 from harness.results.launches import SearchedCell, command_line, record_launch
+from harness.results.metrics import bytes_text
 from harness.results.schema import ResultError, RunResult, Status, read_result
 from harness.results.state import run_state
 from hydra_plugins.lora_harness._cells import Cell, SearchConf, SearchPlan, read_search, score_of_trials, split_cells
 from hydra_plugins.lora_harness._composing import compose_config, compose_run
 from hydra_plugins.lora_harness._grids import GridError, Overrides, expand
+from hydra_plugins.lora_harness._memory import predict_peaks, unfit
 from hydra_plugins.lora_harness._search import Point, Score, Search, search_cell
 
 if TYPE_CHECKING:
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("harness")
 Made = TypeVar("Made")
+_MEMORY = "memory"  # the dry run that also predicts peaks
 
 
 @dataclass
@@ -69,7 +72,7 @@ class GridSweeperConf:
     _target_: str = "hydra_plugins.lora_harness.sweeper.GridSweeper"
     grids: list[dict[str, Any]] = field(default_factory=list)
     search: SearchConf = field(default_factory=SearchConf)
-    dry_run: bool = False
+    dry_run: Any = False  # true, or memory: with the predicted peak of every run
 
 
 ConfigStore.instance().store(group="hydra/sweeper", name="lora_harness", node=GridSweeperConf, provider="lora_harness")
@@ -140,7 +143,7 @@ class Round:
 class GridSweeper(Sweeper):
     """Expands, composes, validates and launches. Raises `ConfigError` with every problem of every run."""
 
-    def __init__(self, grids: Sequence[Any], dry_run: bool, search: Any) -> None:
+    def __init__(self, grids: Sequence[Any], dry_run: Any, search: Any) -> None:
         self._grids = OmegaConf.to_container(grids) if OmegaConf.is_config(grids) else list(grids)
         self._search: SearchConf = OmegaConf.to_object(search) if OmegaConf.is_config(search) else search
         self._dry_run = dry_run
@@ -159,6 +162,8 @@ class GridSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         """Runs what the grids and the command line's `arguments` name."""
         assert self.config is not None and self.launcher is not None
+        if self._dry_run not in (True, False, _MEMORY):
+            raise ConfigError([f"hydra.sweeper.dry_run={self._dry_run}: must be true, false or {_MEMORY}."])
         expanded = self._expand(arguments)
         search = read_search(self._search)
         fixed, cells = (expanded, []) if search is None else split_cells(expanded, search, self._compose_config)
@@ -168,11 +173,15 @@ class GridSweeper(Sweeper):
         while True:
             found = self._next_round(fixed, cells, search, attempted)
             if self._dry_run:
-                show_plan(found.runs, _plan_all(found.runs), _summary(found.runs, found.stands, found.stands))
+                plans = _plan_all(found.runs)
+                planned = [run.planned for run in found.runs]
+                peaks = predict_peaks(planned) if self._dry_run == _MEMORY else None
+                show_plan(found.runs, plans, _summary(found.runs, found.stands, found.stands), peaks=peaks)
+                _warn_of_unfit(found.runs, plans, peaks or {})
                 return []
             if not found.runs:
                 break
-            _plan_all(found.runs)
+            _warn_of_unfit(found.runs, _plan_all(found.runs), {})
             self._record(found)
             if cells:
                 logger.info("%s", _summary(found.runs, found.stands, found.newly_chosen))
@@ -359,16 +368,35 @@ def _summary(todo: Sequence[SweepRun], stands: Sequence[Stand], shown: Sequence[
     return "\n".join(lines)
 
 
-def show_plan(runs: Sequence[SweepRun], plans: Mapping[str, Plan], summary: str = "") -> None:
+def _warn_of_unfit(runs: Sequence[SweepRun], plans: Mapping[str, Plan], peaks: Mapping[str, int | str]) -> None:
+    """Says which runs do not fit into the memory of the device; they fail alone, and the others run."""
+    from harness.measure.device import device_memory
+
+    todo = [run.planned for run in runs if run_state(run_dir(run.planned)) != Status.FINISHED]
+    wants_gpu = {run.config.device for run in todo} <= {Device.auto, Device.cuda}
+    for sentence in unfit(todo, plans, peaks, device_memory(wants_gpu=wants_gpu) if todo else None):
+        logger.warning("%s", sentence)
+
+
+def show_plan(
+    runs: Sequence[SweepRun],
+    plans: Mapping[str, Plan],
+    summary: str = "",
+    *,
+    peaks: Mapping[str, int | str] | None = None,
+) -> None:
     """Prints what a sweep would run: each run's overrides, its state in the runs folder, its adapter's size.
 
-    `summary` says how far a search is.
+    `summary` says how far a search is; `peaks` are predicted bytes by run id, or why they are not known.
     """
     table = Table(box=None, pad_edge=False)
     table.add_column("run")
     table.add_column("state")
     table.add_column("adapter params", justify="right")
+    if peaks is not None:
+        table.add_column("predicted peak", justify="right")
     table.add_column("overrides")
+    unknown: dict[str, None] = {}
     counts: Counter[str] = Counter()
     for run in runs:
         state = run_state(run_dir(run.planned))
@@ -376,10 +404,15 @@ def show_plan(runs: Sequence[SweepRun], plans: Mapping[str, Plan], summary: str 
         note = _code_differs(run.planned) if state == Status.FINISHED else ""
         # As Text: rich would take [x] in a file's name for markup.
         overrides = Text(" ".join(run.overrides))
-        table.add_row(run.run_id, state + note, f"{plans[run.run_id].num_adapter_params:,}", overrides)
+        peak = [] if peaks is None else [peaks[run.run_id]]
+        unknown |= {each: None for each in peak if isinstance(each, str)}
+        shown = [bytes_text(each) if isinstance(each, int) else "not known" for each in peak]
+        table.add_row(run.run_id, state + note, f"{plans[run.run_id].num_adapter_params:,}", *shown, overrides)
     # Wide enough that nothing is cut off in a file; a terminal wraps.
     console = Console(width=None if sys.stdout.isatty() else 250)
     console.print(table)
+    for reason in unknown:
+        console.print(Text(f"not known: {reason}"))
     if summary:
         console.print(Text(summary))
     console.print(f"{len(runs)} runs: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
