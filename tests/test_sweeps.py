@@ -506,7 +506,8 @@ def test_a_dry_run_predicts_peaks_once_for_each_shape(
     (warning,) = (record.message for record in caplog.records if "not fit" in record.message)
     assert "-lora-r8-qv-" in warning and warning.partition(": ")[2] == (
         "is predicted to need 8,589,934,592 bytes (8.00 GiB), and the GPU has 6,442,450,944 (6.00 GiB), so that it "
-        "will not fit; set a smaller trainer.micro_batch_size or dataset.max_length, or trainer.gradient_checkpointing=true."
+        "will not fit; set a smaller trainer.micro_batch_size or dataset.max_length, or "
+        "trainer.gradient_checkpointing=true."
     )
     assert warning.partition(": ")[0].endswith(" and 3 more")
     code, _ = sweep("model=tiny_bert", "method=full", "hydra.sweeper.dry_run=memory")
