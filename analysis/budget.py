@@ -226,7 +226,9 @@ def _print_compute(options: argparse.Namespace, config: RunConfig, console: Cons
     longest = "largest" if compute.is_exact else "full"
     table.add_row(f"operations of a {longest} step", _flops_text(compute.step_flops))
     if compute.num_steps is None or compute.run_flops is None:
-        table.add_row("steps", "known from the data alone; add --data, or set trainer.max_steps")
+        table.add_row(
+            "steps", "known from the data alone; add --data, or set trainer.max_steps (trainer.num_epochs=null)"
+        )
     else:
         table.add_row("steps", f"{compute.num_steps:,}")
         words = "operations of the run" if compute.is_exact else "operations of the run, at most"
