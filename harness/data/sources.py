@@ -16,6 +16,7 @@ from harness.config.schema import DatasetConfig
 from harness.content.digests import file_digest
 from harness.content.errors import DataError
 from harness.content.files import data_files
+from harness.content.hub import is_offline
 from harness.data.readers import ENDINGS, ReadRows, is_missing, read_rows
 
 
@@ -77,6 +78,8 @@ def _open_files(config: DatasetConfig, *, with_test: bool) -> Source:
 def _open_hub(config: DatasetConfig, *, with_test: bool) -> Source:
     wanted = {"train": config.train_split, "val": config.val_split, "test": config.test_split if with_test else None}
     names = {split: name for split, name in wanted.items() if name is not None}
+    if is_offline():
+        datasets.config.HF_HUB_OFFLINE = True
 
     def load(name: str) -> datasets.Dataset:
         try:

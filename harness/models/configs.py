@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from harness.config.schema import ModelConfig
 from harness.content.assets import cache_dir, verified_asset_dir
 from harness.content.errors import ModelError
+from harness.content.hub import is_offline
 from harness.models.scratch import scratch_config
 from harness.models.tiny import tiny_config
 from harness.placement.architectures import ARCHITECTURES, DROPOUT_FIELDS, head_modules
@@ -196,6 +197,7 @@ def source_arguments(config: ModelConfig) -> tuple[str]:
     if config.asset is not None:
         return (str(verified_asset_dir(config.asset, cache_dir())),)
     assert config.hub_id is not None
+    is_offline()  # and if so, transformers uses what is cached
     return (config.hub_id,)
 
 
