@@ -93,7 +93,9 @@ def with_search_costs(frame: pd.DataFrame, trials: pd.DataFrame, launches: Seque
         # A value that was tried with several seeds is one.
         columns[NUM_TRIALS].append(float(len({cells[trial] for trial in own})) if cell is not None else math.nan)
         columns[TUNING_FLOPS].append(math.fsum(flops[trial] for trial in own) if own else math.nan)
-    return pd.concat([frame, pd.DataFrame(columns, index=frame.index)], axis="columns")
+    # As objects: a column of texts and None would have NaN in the place of None.
+    words = pd.DataFrame({name: columns.pop(name) for name in (SEARCHED, SEARCH_EDGE)}, frame.index, dtype=object)
+    return pd.concat([frame, words, pd.DataFrame(columns, index=frame.index)], axis="columns")
 
 
 def searched_settings(frame: pd.DataFrame) -> tuple[str, ...]:

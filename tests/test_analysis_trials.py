@@ -111,6 +111,21 @@ def test_the_table_of_a_search_has_every_value_with_its_score(tmp_path: Path) ->
     assert "search" not in {one.name for one in paper_tables(runs.frame, cells(runs.frame))}
 
 
+def test_only_the_row_whose_search_ended_at_an_edge_is_marked(tmp_path: Path) -> None:
+    save_searched(tmp_path, edges={"trainer.learning_rate": "high"})
+    for seed in (0, 1):
+        save_one(
+            tmp_path, f"other-s{seed}", "learning_rate", 5e-4, seed, {"val_accuracy": 0.8}, method={"name": "full"}
+        )
+    record_launch(tmp_path, "demo", run_ids=["other-s0", "other-s1"], command="python -m harness", searched=[])
+    runs = load_runs(tmp_path, sweep="demo")
+    assert sorted(runs.frame["search_edge"], key=str) == [None, None, "high", "high"]
+    (table, *_) = paper_tables(runs.frame, cells(runs.frame))
+    assert sorted(cell for row in table.text.rows for cell in row if cell.startswith("0.00")) == ["0.0005", "0.003§"]
+    (note,) = [note for note in table.notes if "at the edge" in note]
+    assert note.endswith("a better one may lie outside: lora rank 8 qv, the highest of its search.")
+
+
 def test_another_setting_that_was_searched_is_a_column_and_no_other_recipe(tmp_path: Path) -> None:
     """Full fine-tuning at its best batch size is what LoRA at its own best batch size is compared with."""
     save_searched(tmp_path, axis="batch_size", values={8: 0.8, 16: 0.9, 32: 0.7}, chosen=16)
