@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.results.launches import LaunchError, launched_sweeps, read_launches, record_launch
+from harness.results.launches import LaunchError, SearchedCell, launched_sweeps, read_launches, record_launch
 
 
 def test_launches_are_united_in_the_order_in_which_runs_were_first_named(tmp_path: Path) -> None:
@@ -24,6 +24,17 @@ def test_launches_are_united_in_the_order_in_which_runs_were_first_named(tmp_pat
     ]
     assert launched_sweeps(tmp_path) == ["demo"]
     assert read_launches(tmp_path, "other") is None
+
+
+def test_runs_that_searches_decided_on_stand_in_the_order_of_the_cells(tmp_path: Path) -> None:
+    first, second = SearchedCell(["x"], ["t1"], ["r1"], [1.0]), SearchedCell(["x"], ["t2"], ["r2"], [2.0])
+    undecided = [SearchedCell(["x"], ["t1"]), SearchedCell(["x"], ["t2"])]
+    record_launch(tmp_path, "demo", run_ids=["other", "t1", "t2"], command="x", searched=undecided)
+    record_launch(tmp_path, "demo", run_ids=["t1", "t2", "r2"], command="x", searched=[undecided[0], second])
+    record_launch(tmp_path, "demo", run_ids=["t1", "t2", "r2", "r1"], command="x", searched=[first, second])
+    found = read_launches(tmp_path, "demo")
+    assert found is not None
+    assert found.run_ids == ["other", "t1", "t2", "r1", "r2"]
 
 
 def _launch(runs_dir: Path, barrier: object, number: int) -> None:

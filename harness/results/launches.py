@@ -71,8 +71,18 @@ class SweepLaunches:
 
     @property
     def run_ids(self) -> list[str]:
-        """The runs that any launch named, in the order in which they were first named."""
-        return list(dict.fromkeys(run_id for launch in self.launches for run_id in launch.run_ids))
+        """The runs that any launch named, in the order in which they were first named.
+
+        Runs that searches decided on were named as their cells were decided: they stand in the order of the cells.
+        """
+        named = dict.fromkeys(run_id for launch in self.launches for run_id in launch.run_ids)
+        cells: dict[str, list[str]] = {}  # a cell has one first trial in all launches, decided or not
+        for cell in (cell for launch in self.launches for cell in launch.searched):
+            first = next(iter([*cell.trials, *(cell.runs or ())]), "")
+            cells[first] = cell.runs or cells.get(first, [])
+        decided = dict.fromkeys(run_id for runs in cells.values() for run_id in runs if run_id in named)
+        in_order = iter(decided)
+        return [next(in_order) if run_id in decided else run_id for run_id in named]
 
     @property
     def added_run_ids(self) -> list[list[str]]:
