@@ -182,8 +182,9 @@ def set_ticks(axes: Axes, values: Sequence[float], text: Callable[[float], str],
     kept: list[float] = []
     axis = {"x": axes.xaxis, "y": axes.yaxis}[on]
     low, high = (math.log(limit) for limit in axis.get_view_interval())
+    inches = axes.bbox.width / axes.figure.dpi
     for value in sorted(set(values)):
-        room = 0.028 * (1 + len(text(value))) if on == "x" else 0.06
+        room = 0.074 * (1 + len(text(value))) / inches if on == "x" else 0.06
         if not kept or (math.log(value) - math.log(kept[-1])) / (high - low) > room:
             kept.append(value)
     axis.set_ticks(kept, [text(value) for value in kept])

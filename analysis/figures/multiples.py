@@ -30,7 +30,7 @@ def grid_of(number: int) -> tuple[int, int]:
 
 
 def groups_of(
-    panel: Panel, cells: Sequence[PlottedCell], *, by_line: bool = False
+    panel: Panel, cells: Sequence[PlottedCell], *, by_line: bool = False, most: int = MAX_IN_ONE
 ) -> list[tuple[str, list[PlottedCell]]]:
     """The conditions that share axes, with a title; of a few conditions one group without one.
 
@@ -38,11 +38,12 @@ def groups_of(
         panel: where they are from.
         cells: what is drawn.
         by_line: whether a line joins the conditions of a family, of which some have room in one.
+        most: so many conditions have room in one.
     """
     drawn = set(cells)
     families = [(family, [cell for cell in members if cell in drawn]) for family, members in panel.families().items()]
     num_families = sum(bool(members) for _, members in families)
-    if len(cells) <= MAX_IN_ONE or (by_line and num_families <= MAX_FAMILIES_IN_ONE):
+    if len(cells) <= most or (by_line and num_families <= MAX_FAMILIES_IN_ONE):
         return [("", [*cells])]
     several = [(family, members) for family, members in families if len(members) > 1]
     in_families = {cell for _, members in several for cell in members}

@@ -17,6 +17,9 @@ from analysis.figures.panels import Panel, PlottedCell
 from analysis.metrics import metric
 from analysis.trials import Tried
 
+# Lines that fall off to the same score end in the same place, and more of them leave no room for their names.
+_MAX_IN_ONE = 6
+
 
 def _searched(panel: Panel) -> dict[str, list[tuple[PlottedCell, list[Tried]]]]:
     """By the one setting that was searched, the conditions with their points; two at once have no line."""
@@ -55,7 +58,7 @@ def _draw_setting(
         axes.margins(y=0.08)
         axes.set(xlabel=f"{title} tried", ylabel=axis_label(panel.val, "y"))
 
-    groups = groups_of(panel, [*points_of])
+    groups = _groups(panel, cells)
     for axes in draw_multiples(subfigure, groups, draw_one):
         set_ticks(axes, values, rate_text)
     return multiples_remarks(groups, [*points_of])
@@ -79,7 +82,11 @@ def _draw_cell(axes: Axes, panel: Panel, cell: PlottedCell, points: Sequence[Tri
 
 
 def _height(panel: Panel, cells: list[tuple[PlottedCell, list[Tried]]]) -> float:
-    return multiples_height(groups_of(panel, [cell for cell, _ in cells]), 2.5)
+    return multiples_height(_groups(panel, cells), 2.5)
+
+
+def _groups(panel: Panel, cells: list[tuple[PlottedCell, list[Tried]]]) -> list[tuple[str, list[PlottedCell]]]:
+    return groups_of(panel, [cell for cell, _ in cells], most=_MAX_IN_ONE)
 
 
 SEARCHED_VALUES = FigureKind(
@@ -88,7 +95,5 @@ SEARCHED_VALUES = FigureKind(
     is_drawn_for=lambda panel: bool(_searched(panel)),
     draw=_draw,
     height=lambda panel: sum(_height(panel, cells) for cells in _searched(panel).values()),
-    is_wide=lambda panel: any(
-        len(groups_of(panel, [cell for cell, _ in cells])) > 1 for cells in _searched(panel).values()
-    ),
+    is_wide=lambda panel: any(len(_groups(panel, cells)) > 1 for cells in _searched(panel).values()),
 )
