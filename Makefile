@@ -1,4 +1,4 @@
-# make demo | demo-lm | test | check | docs | venv | clean. Each sets up .venv first: minutes once, nothing afterwards.
+# make demo | demo-lm | test | check | docs | results | venv | clean. Each sets up .venv first: minutes once, nothing afterwards.
 
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 VENV := .venv
@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 # `make test PYTEST_ARGS=tests/test_lora.py`
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo demo-lm test check docs venv clean
+.PHONY: demo demo-lm test check docs results venv clean
 
 demo: venv
 	./.venv/bin/python -m harness -m sweeps=demo && ./.venv/bin/python -m analysis report --sweep demo
@@ -32,6 +32,10 @@ check: venv
 # Never with --quiet: mkdocs then hears no warnings, and --strict has nothing to fail on.
 docs: venv
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
+# What README.md and docs/ show of sweeps, from the recorded runs in docs/results/.
+results: venv
+	$(RUN) docs/rebuild.py
 
 venv: $(INSTALLED)
 
