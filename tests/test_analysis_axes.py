@@ -284,6 +284,19 @@ def test_words_of_an_axis_stand_side_by_side(tmp_path: Path) -> None:
     assert [label.get_text() for label in axes.get_xticklabels()] == ["adamw", "sgd"]
 
 
+def test_a_word_that_most_conditions_share_stands_in_the_title_alone(tmp_path: Path) -> None:
+    for rank, policy in ((1, "fixed"), (4, "fixed"), (16, "fixed"), (4, "rslora")):
+        save_run(tmp_path, f"{rank}-{policy}", rank=rank, rank__alpha_policy=policy, metrics=measured())
+    drawn = {figure.name: figure for figure in paper_figures(select.cells(load_runs(tmp_path).frame), {})}
+    figure = drawn["score_by_memory"].draw()
+    (panel,) = figure.subfigs
+    assert panel.get_suptitle() == "bert, sst2, alpha policy fixed if unsaid"
+    names = {bars.get_label() for bars in figure.axes[0].containers} | {
+        line.get_label() for line in figure.axes[0].lines
+    }
+    assert {"lora r1 qv", "lora r4 qv", "lora r4 qv alpha policy rslora"} <= names
+
+
 def test_the_page_filters_by_own_axes_and_draws_along_them(tmp_path: Path) -> None:
     save_grid(tmp_path)
     frame = load_runs(tmp_path).frame

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +14,7 @@ import matplotlib
 import pandas as pd
 from matplotlib import font_manager
 
-from analysis.axes import Axis, axes_texts, axis_order, varied
+from analysis.axes import Axis, axes_texts, axis_number, axis_order, varied
 from analysis.comparisons import Cell
 from analysis.curves import Curves
 from analysis.figures.style import COLOURS, LINES, LOOK_OF_FULL, LOOK_WITHOUT_RANK, MARKERS, in_turn
@@ -172,7 +172,10 @@ def panels_of(
     panels: list[Panel] = []
     for (model, dataset, score), members in by_dataset.items():
         for facet, rows in _facets(members, along):
-            chosen = {cell.row["condition_id"]: cell for cell in _named(rows, one_method=one_method, along=along)}
+            own = [axis for axis in varied(rows) if axis != along]
+            usual = _usual_words(rows, own)
+            named = _named(rows, one_method=one_method, along=along, own=own, unsaid=usual)
+            chosen = {cell.row["condition_id"]: cell for cell in named}
             for cell in chosen.values():
                 if cell.rank:
                     numbers.setdefault(cell.family, len(numbers))
@@ -181,7 +184,7 @@ def panels_of(
                 for row in at_all_rates
                 if row["condition_id"] in chosen
             ]
-            name = ", ".join([short_name(model), short_name(dataset), *facet])
+            name = ", ".join([short_name(model), short_name(dataset), *facet, *(f"{text} if unsaid" for text in usual)])
             alike = sum(panel.name.partition(" #")[0] == name for panel in panels)
             name += f" #{alike + 1}" if alike else ""
             scored = (f"test_{score}", f"val_{score}")
@@ -200,10 +203,25 @@ def _facets(rows: Sequence[Cell], along: Axis | None) -> list[tuple[list[str], l
     ]
 
 
-def _named(rows: Sequence[Cell], *, one_method: bool, along: Axis | None) -> list[PlottedCell]:
-    """The rows with their names; where recipes differ, those that depart from the usual one are numbered: "(2)"."""
+def _usual_words(rows: Sequence[Cell], axes: Sequence[Axis]) -> list[str]:
+    """As "alpha policy fixed": of each axis whose values are words, the one that more than half of the rows have."""
+    usual = []
+    for axis in axes:
+        having = [row for row in rows if row[axis.setting] is not None]
+        (text, number), *_ = Counter(axes_texts(row, [axis])[0] for row in having).most_common(1)
+        if 2 * number > len(having) and all(axis_number(row[axis.setting]) is None for row in having):
+            usual.append(short_name(text, 40))
+    return usual
+
+
+def _named(
+    rows: Sequence[Cell], *, one_method: bool, along: Axis | None, own: Sequence[Axis], unsaid: Collection[str]
+) -> list[PlottedCell]:
+    """The rows with their names; where recipes differ, those that depart from the usual one are numbered: "(2)".
+
+    Names have the values of the rows on the axes `own`, but for those `unsaid`.
+    """
     known = variants(rows)
-    own = [axis for axis in varied(rows) if axis != along]
     taken: Counter[tuple[Any, str]] = Counter()
     cells = []
     for row in rows:
@@ -212,7 +230,7 @@ def _named(rows: Sequence[Cell], *, one_method: bool, along: Axis | None) -> lis
         method = short_name(row["method"])
         placement = [short_name(row["target_layers"])] if isinstance(row["target_layers"], str) else []
         rank: list[str] = [] if pd.isna(row["rank"]) else [f"r{row['rank']:g}"]
-        values = [short_name(text, 40) for text in axes_texts(row, own)]
+        values = [text for text in (short_name(text, 40) for text in axes_texts(row, own)) if text not in unsaid]
         label = " ".join([method, *rank, *placement, *values, *variant])
         family = " ".join([*([] if one_method and rank else [method]), *placement, *values, *variant]) or method
         at = None if along is None else row[along.setting]
