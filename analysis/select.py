@@ -46,6 +46,7 @@ CELL_COLUMNS = (
     "rank",
     "target_layers",
     "learning_rate",
+    "head_rate",
     "best_metric",
     "base_domain",
     "run_ids",
@@ -77,12 +78,13 @@ def cells(frame: pd.DataFrame) -> pd.DataFrame:
     """A row per cell, in the order in which the cells appear in the frame of runs.
 
     Columns: what names the cell (`cell_id`, `condition_id`, `recipe_id`, `model`, `dataset`, `method`, `rank`,
-    `target_layers`, `learning_rate`, `best_metric`, `run_ids` of all its runs, and where any run has one the
-    `base_domain`), `model`, `dataset` and `target_layers` as `analysis.names` calls them; its value of each own axis of
-    the runs (`analysis.axes`) under the name of the setting, as `trainer.num_epochs`; in `searched` its value of
-    each setting but the learning rate that was searched, each with its name, and in `search_edge` "low" or "high"
-    where its rate is the first or last that its search tried; its runs by status
-    (`num_finished`, `num_diverged`, ...) and how many of the finished ones collapsed (`num_collapsed`); in `differs`
+    `target_layers`, `learning_rate`, `head_rate` where the head has a rate for itself, `best_metric`, `run_ids` of
+    all its runs, and where any run has one the `base_domain`), `model`, `dataset` and `target_layers` as
+    `analysis.names` calls them; its value of each own axis of the runs (`analysis.axes`) under the name of the
+    setting, as `trainer.num_epochs`; in `searched` its value of each setting but the learning rate that was
+    searched, each with its name, and in `search_edge` "low" or "high" where its rate is the first or last that its
+    search tried; its runs by status (`num_finished`, `num_diverged`, ...) and how many of the finished ones
+    collapsed (`num_collapsed`); in `differs`
     the settings in which its recipe departs from that of most others, and in `recipe` a number for each such way; in
     `by_seed` the scores of its finished runs, by metric and seed. Then, for each metric that any run has, over the
     cell's finished runs: `<metric>` (mean; for the step time the median), `<metric>_sd` (sample standard deviation,
@@ -222,6 +224,7 @@ def _name(run: pd.Series[Any]) -> dict[str, Any]:
         "rank": run.get("config.rank.rank"),
         "target_layers": run["target_layers"],
         "learning_rate": run["config.trainer.learning_rate"],
+        "head_rate": run.get("config.trainer.learning_rate_head"),
         "best_metric": run["config.dataset.best_metric"],
         **({"base_domain": run["base_domain"]} if "base_domain" in run else {}),
     }

@@ -149,6 +149,10 @@ GOLDEN_MARKDOWN = """\
 | lora   |    8 | qv (last_half) |         0.001 |            2,048 |           0.250 |                10.0 |         0.25× |             10.0 |       0.32× |                  – |              0.8000 |              0.7500 |   1 | 1 finished, 1 failed        |
 """  # noqa: E501, RUF001
 
+HEAD_NOTE = (
+    "The head learns at the rate of its row, and a low one may hold it back: `trainer.learning_rate_head` gives it one "
+    "rate in all rows."
+)
 GOLDEN_NOTES = [
     "The same in every row: model bert, dataset sst2.",
     "n: finished runs, one per seed; only they give numbers. ±: sample standard deviation over them. "
@@ -161,6 +165,7 @@ GOLDEN_NOTES = [
     "1\N{MULTIPLICATION SIGN} is less.",
     "Bold: better than every other row of its model, dataset and recipe that has two runs, by two-sided t-tests with "
     "Holm's correction for their number, p < 0.05, paired by seed where both have the same seeds, else Welch's.",
+    HEAD_NOTE,
     "† collapsed: one class received more than 99.9% of the predictions on val or test. Counted in all the same: "
     "`q1-s0`.",
     "Not finished, so without numbers: 3 of 11 runs:\n"
@@ -176,6 +181,26 @@ def test_golden_markdown(tmp_path: Path) -> None:
 
 def test_golden_notes(tmp_path: Path) -> None:
     assert notes_of(demo_frame(tmp_path)) == GOLDEN_NOTES
+
+
+@pytest.mark.parametrize(
+    ("rates", "head", "head_params", "is_said"),
+    [
+        ((1e-3, 3e-3), None, 512, True),
+        ((1e-3, 2e-3), None, 512, False),
+        ((1e-3, 3e-3), 5e-2, 512, False),
+        ((1e-3, 3e-3), None, 0, False),
+    ],
+)
+def test_heads_that_learn_at_rates_far_apart_are_said(
+    tmp_path: Path, rates: tuple[float, float], head: float | None, head_params: int, is_said: bool
+) -> None:
+    for rank, rate in zip((1, 8), rates, strict=True):
+        save_run(
+            tmp_path, f"r{rank}", rank=rank, learning_rate=rate, trainer__learning_rate_head=head,
+            metrics=measured(num_head_params=head_params),
+        )  # fmt: skip
+    assert (HEAD_NOTE in notes_of(load_runs(tmp_path).frame)) == is_said
 
 
 def test_columns_that_tell_no_rows_apart_are_left_out(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def tradeoff(best: pd.DataFrame, frame: pd.DataFrame, *, scores: str = "best") -
         name="tradeoff",
         caption=f"Cost and quality. {_sentence(selection_rule(best_metrics_of(rows), scores))}",
         text=text,
-        numbers=best.drop(columns=["by_seed", "searched", "search_edge"]),
+        numbers=best.drop(columns=["by_seed", "searched", "search_edge", "head_rate"]),
         notes=[
             *_definitions(rows, frame),
             *axes_notes(rows),

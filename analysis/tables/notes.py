@@ -28,6 +28,8 @@ from analysis.tables.comparable import by_dataset, comparison_of
 from harness.results.metrics import COLLAPSED_ABOVE
 from harness.results.schema import Status
 
+# From such a ratio of learning rates on, the heads of two rows are not trained alike: a step of a search.
+_FAR_APART = 3.0
 NOTE_N = "n: finished runs, one per seed; only they give numbers. ±: sample standard deviation over them."
 
 
@@ -142,6 +144,17 @@ def edge_notes(rows: Sequence[Cell]) -> Iterator[str]:
     ]
     if bounded:
         yield f"{EDGE_MARK} the last rate with as many finished runs: {first_of(bounded)}."
+    yield from _head_notes(rows)
+
+
+def _head_notes(rows: Sequence[Cell]) -> Iterator[str]:
+    """That heads have the rates of their rows, where those are far apart."""
+    rates = [row["learning_rate"] for row in rows if row.get("num_head_params", 0) > 0 and pd.isna(row["head_rate"])]
+    if rates and max(rates) >= _FAR_APART * min(rates):
+        yield (
+            "The head learns at the rate of its row, and a low one may hold it back: "
+            "`trainer.learning_rate_head` gives it one rate in all rows."
+        )
 
 
 def first_of(texts: Sequence[str]) -> str:
