@@ -475,3 +475,12 @@ def test_the_import_is_light() -> None:
     script = "import sys, analysis.figures; print(*(sys.modules.keys() & {'torch', 'matplotlib.pyplot'}))"
     process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert (process.returncode, process.stdout.strip()) == (0, ""), process.stderr
+
+
+def test_a_rank_that_all_conditions_share_stands_below(tmp_path: Path) -> None:
+    for number, placement in enumerate(("q", "qv", "all")):
+        metrics = {"val_accuracy": 0.8, "test_accuracy": 0.8 + number / 50, "num_adapter_params": 100 * (number + 1)}
+        save_run(tmp_path, placement, target_layers=placement, rank=8, metrics=metrics)
+    figure = draw(paper_figures(cells(load_runs(tmp_path).frame), {}), "score_by_params")
+    assert "rank 8" in texts(figure)
+    assert "r8" not in {text.get_text() for text in figure.findobj(matplotlib.text.Text)}

@@ -100,11 +100,15 @@ def draw_without_rank(axes: Axes, panel: Panel, cells: Sequence[PlottedCell], x:
 
 
 def name_points(axes: Axes, cells: Sequence[PlottedCell], x: str, y: str, footnote: Footnote) -> None:
-    """The rank of each cell beside its point, or its name where it has no rank; of too many only the range of ranks."""
+    """The rank of each cell beside its point, or its name where it has no rank.
+
+    Of too many only the range of ranks stands in the footnote, of several with the same rank that one.
+    """
     ranks = [cell.rank for cell in cells if cell.rank]
-    is_many = len(ranks) > MAX_NAMED
+    is_many = len(ranks) > MAX_NAMED or (len(ranks) > 1 and min(ranks) == max(ranks))
     if is_many:
-        footnote.remarks.append(f"ranks {min(ranks):g} to {max(ranks):g}")
+        to = f" to {max(ranks):g}" if max(ranks) > min(ranks) else ""
+        footnote.remarks.append(f"rank{'s' if to else ''} {min(ranks):g}{to}")
     for cell in cells:
         if not cell.rank or not is_many:
             label_point(axes, f"r{cell.rank:g}" if cell.rank else cell.label, cell.displayed(x), cell.displayed(y))
