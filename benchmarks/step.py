@@ -8,7 +8,8 @@ can leave out. All others pass forward and backward, clip nothing and make a ste
 Batches are 16 x 64 tokens without padding, in float32, on all-MiniLM-L6-v2 (embedded, no download); dropout is off
 unless --dropout says otherwise.
 
-Prints one Markdown table: medians, and the median over repetitions of the ratio to the floor of the same repetition.
+Prints one Markdown table: medians, their ratio to that of the floor, and between which values 80 % of the ratios of
+single repetitions lie.
 """
 
 from __future__ import annotations
