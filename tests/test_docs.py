@@ -531,8 +531,12 @@ def test_the_reference_has_every_record_and_every_file() -> None:
         assert f"\n## {path.stem}\n" in sweeps_page
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if "<!-- " in PAGES[page]])
+# Between these stands what docs/rebuild.py writes: it is there already.
+SHOWN = re.compile("<!-- /?shown")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "<!-- " in SHOWN.sub("", PAGES[page])])
 def test_what_a_page_asks_to_be_filled_in_is(page: str) -> None:
     filled = reference.expand(PAGES[page])
-    assert "<!-- " not in filled
+    assert "<!-- " not in SHOWN.sub("", filled)
     assert len(filled.splitlines()) > len(PAGES[page].splitlines())

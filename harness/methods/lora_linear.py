@@ -35,9 +35,13 @@ from torch import Tensor
 
 
 def is_supported(x: Tensor, *others: Tensor) -> bool:
-    """Whether `lora_linear` computes with these: one floating-point type of 32 or 64 bits, without autocast."""
+    """Whether `lora_linear` computes with these: one floating-point type of 32 or 64 bits, without autocast.
+
+    Not on the meta device, which computes nothing, has no autocast, and is where operations are counted.
+    """
     return (
-        x.dtype in (torch.float32, torch.float64)
+        x.device.type != "meta"
+        and x.dtype in (torch.float32, torch.float64)
         and all(other.dtype is x.dtype for other in others)
         and not torch.is_autocast_enabled(x.device.type)
     )
