@@ -239,8 +239,8 @@ def _print_compute(options: argparse.Namespace, config: RunConfig, console: Cons
     console.print(table)
 
 
-def _flops_text(flops: int | None) -> str:
-    return MISSING if flops is None else f"{flops:,} ({flops / 1e12:,.3g} TFLOP)"
+def _flops_text(flops: int) -> str:
+    return f"{flops:,} ({flops / 1e12:,.3g} TFLOP)"
 
 
 def _hours_text(compute: ComputeForecast, rate: Rate) -> str:
@@ -344,6 +344,7 @@ def _print_placements(options: argparse.Namespace, overrides: list[str], console
     if rate is not None:
         table.add_column("hours", justify="right")
     notes: list[str] = []
+    data = None
     num_rows = 0
     for name in wanted:
         # The placement first, so that target_layers.blocks=... of the overrides stays.
@@ -357,7 +358,8 @@ def _print_placements(options: argparse.Namespace, overrides: list[str], console
             size = size_of(config, num_labels=options.labels)
             costs: list[str] = []
             if options.compute or rate is not None:
-                data = load_run_data(config) if options.data else None
+                if options.data and data is None:  # the same at every placement
+                    data = load_run_data(config)
                 compute = predict_flops(config, num_labels=options.labels, data=data)
                 shown = compute.step_flops if compute.run_flops is None else compute.run_flops
                 costs = [f"{shown:,}{' a step' if compute.run_flops is None else ''}"]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from scripts import load_script
 from test_analysis_load import result, save_json
 
 from analysis.figures import paper_figures
@@ -22,7 +21,6 @@ from analysis.tables import paper_tables
 from analysis.trials import searches_of
 from harness.results.launches import SearchedCell, record_launch
 
-ROOT = Path(__file__).resolve().parent.parent
 RATES = {1e-3: 0.80, 3e-3: 0.90, 9e-3: 0.85, 4e-3: None}
 
 
@@ -166,11 +164,7 @@ def test_the_report_says_what_was_searched_and_shows_the_rounds_as_one_launch(tm
 
 def test_the_audit_of_a_search_compares_its_choice_with_a_full_grid(tmp_path: Path) -> None:
     """By hand: the grid's best is 0.92 at 4e-3, the choice 0.90, the runs 0.88 and 0.89: 0.02 / 0.00707 = 2.83 sd."""
-    spec = importlib.util.spec_from_file_location("search_against_grid", ROOT / "benchmarks/search_against_grid.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["search_against_grid"] = module
-    spec.loader.exec_module(module)
+    module = load_script("benchmarks/search_against_grid.py")
     save_searched(tmp_path, values={1e-3: 0.8, 3e-3: 0.9, 9e-3: 0.85})
     rates = {1e-3: 0.80, 2e-3: 0.85, 3e-3: 0.90, 4e-3: 0.92, 9e-3: 0.85}
     for rate, score in rates.items():

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib.util
+import importlib
 import json
 import re
 import runpy
 import shlex
 import sys
 import tomllib
-import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from scripts import load_script
 from test_analysis_load import save_run, save_sweep
 from test_analysis_tables import measured
 from test_settings_are_read import GROUPS
@@ -58,16 +58,7 @@ EXTENSIONS = ("docs/how-to/add-a-metric.md", "docs/how-to/add-a-model-type.md", 
 """Pages whose command needs the code that they show."""
 
 
-def _reference() -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "reference.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["reference"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-reference = _reference()
+reference = load_script("docs/reference.py")
 
 
 # ---------------------------------------------------------------- what the pages hold

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import shutil
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import pandas as pd
 import pytest
 import test_run_language
 import torch
+from scripts import load_script
 from test_bitfit_and_norms import COUNTS
 from test_flops import SIZES
 from test_run import WORDS, config, rows  # noqa: F401
@@ -42,7 +42,6 @@ from harness.results.schema import RunResult, Status
 from harness.run import run
 from harness.saved import Base, SavedRun, by_base, find_saved
 
-ROOT = Path(__file__).resolve().parent.parent
 PLACED = {"name": "qv", "projections": ["q", "v"]}
 RANK = {"rank": 6, "alpha": 16.0}
 PEFT = {
@@ -531,12 +530,7 @@ def test_what_cannot_be_merged_is_refused(
 
 
 def test_adapters_are_switched_on_one_base_that_stays_as_it_is(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("many_adapters", ROOT / "benchmarks" / "many_adapters.py")
-    assert spec is not None and spec.loader is not None
-    benchmark = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "many_adapters", benchmark)
-        spec.loader.exec_module(benchmark)
+    benchmark = load_script("benchmarks/many_adapters.py")
     tiny = ModelConfig(name="tiny", tiny=TinyModel.bert)
     measured = benchmark.measure(tiny, 4, tmp_path)
     assert len(measured.switch_seconds) == 4

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 import tarfile
 import types
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from matplotlib.testing.compare import compare_images
-
-ROOT = Path(__file__).resolve().parent.parent
+from scripts import ROOT, load_script
 
 
 @pytest.fixture(scope="module")
 def rebuild() -> Iterator[types.ModuleType]:
-    spec = importlib.util.spec_from_file_location("rebuild", ROOT / "docs" / "rebuild.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["rebuild"] = module
-    spec.loader.exec_module(module)
+    module = load_script("docs/rebuild.py")
     yield module
     module.remove_reports()
 
