@@ -188,7 +188,6 @@ def _print_audit(options: argparse.Namespace) -> int:
 
 
 def _print(options: argparse.Namespace, console: Console) -> int:
-    from harness.forecast.parameters import size_of, solve_rank
     from harness.forecast.request import ForecastError, names, read_config, without
 
     if options.csv is not None:
@@ -202,6 +201,9 @@ def _print(options: argparse.Namespace, console: Console) -> int:
     if options.placements is not None:
         return _print_placements(options, overrides, console)
     config = read_config(overrides)
+    # Only now, as for a run: what is wrong in the overrides is said without waiting for torch.
+    from harness.forecast.parameters import size_of, solve_rank
+
     if options.parameters is not None:
         solved = solve_rank(config, options.parameters, per_role=options.per_role, num_labels=options.labels)
         overrides += solved.overrides

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,12 +53,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Takes what the test modules imported out of the garbage collector's sight, as a sweep's fork server does.
+    import hypothesis  # noqa: F401 (its plug-ins ask the collector for objects: before they are out of sight)
+
+    _freeze()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish() -> None:
+    if len(sys.modules) > _num_modules_frozen + 100:  # a test was the first to use peft, or a family of models
+        _freeze()
+
+
+_num_modules_frozen = 0
+
+
+def _freeze() -> None:
+    """Takes what was imported so far out of the garbage collector's sight, as a sweep's fork server does.
 
     Every run collects garbage before it measures memory: half of a tiny run's time went into a million objects of
     PyTorch and transformers that never die.
     """
-    import hypothesis  # noqa: F401 (its plug-ins ask the collector for objects: before they are out of sight)
-
+    global _num_modules_frozen
     gc.collect()
     gc.freeze()
+    _num_modules_frozen = len(sys.modules)

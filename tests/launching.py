@@ -1,18 +1,23 @@
 """`python -m harness` in a process that a fork server has forked: what it imports is paid for once, and not each time.
 
 Its command line, standard streams, signals and exit code are those of a process that was started afresh; how it starts
-that way is for tests/test_main.py.
+that way is for tests/test_main.py. The fork server that it starts for its own workers is forked as well.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import resource
 import signal
 import subprocess
 import sys
-from multiprocessing import get_context
+import traceback
+from dataclasses import dataclass
+from multiprocessing import forkserver, get_context
 from pathlib import Path
+from typing import Any
 
 # Loaded by the launcher's own workers as well, so one server does for both.
 PRELOAD = "hydra_plugins.lora_harness._preload"
@@ -66,7 +71,67 @@ def _main(arguments: list[str], cwd: str, output: str, environment: dict[str, st
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if address_space is not None:
         resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
+    else:  # under a limit, what the server itself takes counts
+        _fork_own_server()
     from harness.__main__ import main
 
     sys.argv = ["harness", *arguments]
     sys.exit(main())
+
+
+def _fork_own_server() -> None:
+    """Starts the fork server of this process, as `forkserver.ensure_running` does, from what is imported already."""
+    spawn = forkserver.util.spawnv_passfds
+    forkserver.util.spawnv_passfds = _fork_instead  # type: ignore[assignment]
+    try:
+        forkserver.set_forkserver_preload([PRELOAD])
+        forkserver.ensure_running()
+    finally:
+        forkserver.util.spawnv_passfds = spawn
+
+
+def _fork_instead(path: bytes, arguments: list[str], kept: list[int]) -> int:
+    """A process with the program after `-c` of `arguments`, and with the files that `spawnv_passfds` would leave it."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            for file in map(int, os.listdir("/proc/self/fd")):
+                if file not in (0, 1, 2, *kept):
+                    with contextlib.suppress(OSError):  # that of the listing itself
+                        os.close(file)
+            exec(arguments[-1], {"__name__": "__main__"})
+        except SystemExit:
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return pid
+
+
+@dataclass(frozen=True)
+class Forked:
+    """What a process has from the fork server: imports, whether these are out of the garbage collector's sight."""
+
+    modules: frozenset[str]
+    is_frozen: bool
+    address_space_bytes: int
+
+
+def look_at_fork() -> Forked:
+    """What a process has that the fork server has just forked."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload([PRELOAD])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_look, args=(sender,))
+    process.start()
+    sender.close()
+    forked: Forked = receiver.recv()
+    process.join()
+    return forked
+
+
+def _look(sender: Any) -> None:
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    kibibytes = int(status["VmPeak"].split()[0])
+    sender.send(Forked(frozenset(sys.modules), gc.get_freeze_count() > 10_000, kibibytes * 1024))

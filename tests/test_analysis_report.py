@@ -29,8 +29,19 @@ GOLDEN_PAGE = Path(__file__).parent / "golden" / "report.md"
 
 @pytest.fixture
 def runs_dir(tmp_path: Path) -> Path:
+    return save_runs(tmp_path / "runs")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same runs, and the report of their sweep, for tests that read it."""
+    folder = tmp_path_factory.mktemp("written")
+    runs_dir = save_runs(folder / "runs")
+    return runs_dir, write_report(runs_dir, folder / "reports", "demo", console=quiet())
+
+
+def save_runs(runs_dir: Path) -> Path:
     """A sweep of five: two finished, one failed, one unreadable, one to do; and a run of another sweep."""
-    runs_dir = tmp_path / "runs"
     older = {**ENVIRONMENT, "versions": {"torch": "2.9.0"}}
     counts_unknown: dict[str, float | None] = {"num_adapter_params": None, "num_total_params": None}
     save_run(runs_dir, "lora-s0", metrics=measured())
@@ -49,17 +60,17 @@ def quiet() -> Console:
     return Console(quiet=True)
 
 
-def test_golden_page(runs_dir: Path, tmp_path: Path) -> None:
-    report_dir = write_report(runs_dir, tmp_path / "reports", "demo", console=quiet())
-    assert report_dir == tmp_path / "reports" / "demo"
+def test_golden_page(written: tuple[Path, Path]) -> None:
+    runs_dir, report_dir = written
+    assert report_dir == runs_dir.parent / "reports" / "demo"
     page = (report_dir / "report.md").read_text(encoding="utf-8").replace(str(runs_dir), "RUNS")
     if os.environ.get("UPDATE_GOLDEN"):
         GOLDEN_PAGE.write_text(page, encoding="utf-8")
     assert page == GOLDEN_PAGE.read_text(encoding="utf-8")
 
 
-def test_the_table_alone_says_what_the_page_says_at_its_head(runs_dir: Path, tmp_path: Path) -> None:
-    report_dir = write_report(runs_dir, tmp_path / "reports", "demo", console=quiet())
+def test_the_table_alone_says_what_the_page_says_at_its_head(written: tuple[Path, Path]) -> None:
+    runs_dir, report_dir = written
     table = (report_dir / "tables" / "tradeoff.md").read_text(encoding="utf-8").replace(str(runs_dir), "RUNS")
     golden = GOLDEN_PAGE.read_text(encoding="utf-8").removeprefix("# demo\n\n")
     head, _, rest = golden.partition("\n## Cost and quality.")
@@ -68,8 +79,8 @@ def test_the_table_alone_says_what_the_page_says_at_its_head(runs_dir: Path, tmp
     assert table == rest.partition("\n\n")[2].partition("\n## ")[0] + "\n" + head
 
 
-def test_every_run_is_a_row_of_runs_csv_with_everything(runs_dir: Path, tmp_path: Path) -> None:
-    report_dir = write_report(runs_dir, tmp_path / "reports", "demo", console=quiet())
+def test_every_run_is_a_row_of_runs_csv_with_everything(written: tuple[Path, Path]) -> None:
+    _, report_dir = written
     with (report_dir / "runs.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["run_id"] for row in rows] == ["lora-s0", "full-s0", "lora64-s0"]
@@ -114,10 +125,11 @@ def test_what_an_earlier_report_had_and_this_one_has_not_is_taken_away(runs_dir:
 @pytest.mark.skipif(sys.platform != "linux", reason="figures are drawn by two processes on Linux alone")
 @pytest.mark.parametrize("is_killed", [False, True])
 def test_two_processes_draw_the_same_figures(
-    is_killed: bool, runs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    is_killed: bool, written: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the second is killed, as for want of memory: the first draws its figures then."""
-    one = write_report(runs_dir, tmp_path / "one", "demo", console=quiet()) / "figures"
+    runs_dir, report_dir = written
+    one = report_dir / "figures"
     monkeypatch.setattr(report, "_MANY_RUNS", 1)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     draw, parent, drawn_here = figures.write_figures, os.getpid(), []

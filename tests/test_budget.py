@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +36,7 @@ from harness.plan import adapt
 from harness.results.schema import Status
 from harness.run import run
 
+ROOT = Path(__file__).resolve().parent.parent
 LORA = ("rank=r8", "target_layers=qv")
 LANGUAGE = ("model=tiny_llama", "dataset=friends", "dataset.blocks=cut")
 CLASSIFIER = ("model=tiny_bert", "dataset=reuters_r8")
@@ -189,6 +192,16 @@ def test_bad_input_is_one_message(
     assert main(["budget", "model=tiny_bert", *words]) == code
     said = capsys.readouterr()
     assert said.err.startswith(message) and said.out == ""
+
+
+def test_a_wrong_override_is_refused_before_torch_is_imported() -> None:
+    program = (
+        "import sys; from analysis.__main__ import main; code = main(['budget', 'model=tiny_bert', 'rank=r3']);"
+        "print(code, [name for name in ('torch', 'transformers', 'matplotlib') if name in sys.modules])"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert ended.stdout == f"{CANNOT_SAY} []\n"
+    assert ended.stderr.startswith("error: rank=r3: no such option.")
 
 
 def test_numbers_of_parameters_as_people_write_them() -> None:

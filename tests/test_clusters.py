@@ -1,24 +1,19 @@
-"""The launchers for existing engines: their settings, the script SLURM would get, and a real run on this machine."""
+"""The launchers for existing engines: their settings, the script SLURM would get. A real run: test_launcher.py."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig
-from test_launcher import SweepHere, base, exact, results, sweep, sweep_here  # noqa: F401 (two of them fixtures)
 
 from harness.config.composing import register
 from harness.config.validation import ConfigError
 from harness.content.identity import Identity
-from harness.results.schema import Status
 from hydra_plugins.lora_harness import clusters
 from hydra_plugins.lora_harness._worker import NOT_FINISHED, Outcome
 
@@ -86,37 +81,3 @@ def test_a_run_that_slurm_stopped_asks_to_be_queued_again(
     finally:
         signal.signal(signal.SIGUSR2, before)
     assert bool(asked) == requeued
-
-
-def engine(name: str) -> Any:
-    missing = importlib.util.find_spec(name) is None
-    return pytest.mark.skipif(missing, reason=f"{name} is not installed (an extra of this project)")
-
-
-@pytest.mark.parametrize(
-    ("launcher", "more"),
-    [
-        pytest.param("submitit_local", [], marks=engine("submitit")),
-        pytest.param("ray", ["+hydra.launcher.init.num_cpus=2"], marks=[engine("ray"), pytest.mark.slow]),
-    ],
-)
-def test_a_sweep_under_another_engine_gives_the_same_and_skips_what_is_finished(
-    base: list[str],  # noqa: F811
-    sweep_here: SweepHere,  # noqa: F811
-    tmp_path: Path,
-    launcher: str,
-    more: list[str],
-) -> None:
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    arguments = [*base, "rank=r2,r4", "target_layers=qv", "num_threads=1"]
-    code, output = sweep_here(tmp_path / "own", *arguments)
-    assert code == 0, output
-    code, output = sweep(tmp_path / "other", *arguments, f"hydra/launcher={launcher}", *more)
-    assert code == 0, output
-    assert {result.status for result in results(tmp_path / "other").values()} == {Status.FINISHED}
-    assert exact(tmp_path / "other") == exact(tmp_path / "own")
-    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("other/*/result.json")}
-    code, output = sweep(tmp_path / "other", *arguments, f"hydra/launcher={launcher}", *more)
-    assert code == 0
-    assert "2 of 2 runs have a result already" in output
-    assert times == {path: path.stat().st_mtime_ns for path in tmp_path.glob("other/*/result.json")}

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import json
+import multiprocessing
 import os
 import random
 import re
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,8 +28,6 @@ from harness.data import sources
 from harness.data.batches import Batch, TrainingBatches, length_bucketed_batches
 from harness.data.labelled import Split, TextData, load_data
 from harness.models.tokenizers import load_tokenizer
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class CountedTokenizer:
@@ -226,28 +222,26 @@ def test_two_loads_at_once_leave_one_folder_and_equal_rows(csv: Path, tmp_path: 
     assert len(tokenised_folders(tmp_path)) == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # Python 3.12 warns of it beside a thread
 def test_two_processes_at_once_are_fine(csv: Path, tmp_path: Path) -> None:
-    program = f"""
-import sys
-from typing import *
-from harness.config.schema import DatasetConfig
-from harness.data.labelled import load_data
-{inspect.getsource(LengthTokenizer)}
-print("ready", flush=True)
-sys.stdin.readline()
-loaded = load_data(DatasetConfig(name="local", train_file={str(csv)!r}), LengthTokenizer())
-print(len(loaded.train), len(loaded.val), len(loaded.test), loaded.train.batch(range(162)).inputs["input_ids"].sum())
-"""
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    processes = [subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, text=True, **pipes) for _ in range(2)]
-    assert [process.stdout.readline() for process in processes] == ["ready\n"] * 2
+    context = multiprocessing.get_context("fork")  # which has imported all of it
+    both_ready, answers = context.Barrier(2), context.SimpleQueue()
+
+    def load() -> None:
+        both_ready.wait(60)
+        loaded = load_data(local(csv), LengthTokenizer())
+        num_tokens = int(loaded.train.batch(range(162)).inputs["input_ids"].sum())
+        answers.put((len(loaded.train), len(loaded.val), len(loaded.test), num_tokens))
+
+    processes = [context.Process(target=load) for _ in range(2)]
     for process in processes:
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    outputs = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert outputs[0][0] == outputs[1][0]
-    assert outputs[0][0].startswith("162 18 20 ")
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    first, second = answers.get(), answers.get()
+    assert first == second
+    assert first[:3] == (162, 18, 20)
     assert len(tokenised_folders(tmp_path)) == 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import itertools
 import json
 import os
@@ -25,7 +26,7 @@ import pytest
 import test_run
 import torch
 from hydra.core.global_hydra import GlobalHydra
-from launching import Launched
+from launching import Forked, Launched, look_at_fork
 from test_run import NOT_EXACT
 
 from analysis.status import find_status
@@ -115,20 +116,15 @@ def exact(runs_dir: Path) -> dict[str, dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def preloaded() -> list[str]:
-    """Of a process with the fork server's imports: whether frozen, with runs, with W&B; its address space in KiB."""
-    code = (
-        "import gc, re, sys; import hydra_plugins.lora_harness._preload; "
-        "print(gc.get_freeze_count() > 10_000, 'harness.run' in sys.modules, 'wandb' in sys.modules, "
-        "re.search(r'VmPeak:\\s*(\\d+)', open('/proc/self/status').read())[1])"
-    )
-    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    return process.stdout.split()
+def forked(base: list[str]) -> Forked:
+    return look_at_fork()
 
 
-def test_what_the_fork_server_has_loaded(preloaded: list[str]) -> None:
+def test_what_the_fork_server_has_loaded(forked: Forked) -> None:
     """All of a run but W&B, which a run never imports, and out of the garbage collector's sight."""
-    assert preloaded[:3] == ["True", "True", "False"]
+    assert forked.is_frozen
+    assert "harness.run" in forked.modules
+    assert "wandb" not in forked.modules
 
 
 def test_failures_are_rows_and_do_not_stop_the_others(base: list[str], sweep_here: SweepHere, tmp_path: Path) -> None:
@@ -453,14 +449,14 @@ def _wait_for_worker(runs_dir: Path, *, but: str = "") -> tuple[str, Owner]:
 
 
 def test_memory_runs_out_in_one_run_and_the_next_measures_what_it_measures_alone(
-    base: list[str], preloaded: list[str], sweep_here: SweepHere, tmp_path: Path
+    base: list[str], forked: Forked, sweep_here: SweepHere, tmp_path: Path
 ) -> None:
     """`ulimit -v` for real: 3,000 rows at once do not fit into 1 GiB beside the program."""
     lines = ["text,label", *(f"{' '.join([WORDS[number % 2]] * 8)} {number},{number % 2}" for number in range(3000))]
     (tmp_path / "long.csv").write_text("\n".join(lines) + "\n")
     long_rows = [f"dataset.train_file={tmp_path / 'long.csv'}", "dataset.max_length=128", "trainer.max_steps=1"]
     common = [*base, *long_rows, "rank=r2", "target_layers=qv", "num_threads=1"]
-    limit = int(preloaded[-1]) * 1024 + 2**30
+    limit = forked.address_space_bytes + 2**30
 
     code, output = sweep(tmp_path / "after", *common, "trainer.batch_size=8,2048,4", address_space=limit)
     assert code == 1, output
@@ -612,3 +608,37 @@ def test_a_pack_has_at_least_one_run(base: list[str], sweep_here: SweepHere, tmp
     assert code == 2
     assert "hydra.launcher.pack=0: give the number of runs that train together; 1 is each alone." in output
     assert not results(tmp_path)
+
+
+def engine(name: str) -> Any:
+    missing = importlib.util.find_spec(name) is None
+    return pytest.mark.skipif(missing, reason=f"{name} is not installed (an extra of this project)")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "more"),
+    [
+        pytest.param("submitit_local", [], marks=engine("submitit")),
+        pytest.param("ray", ["+hydra.launcher.init.num_cpus=2"], marks=[engine("ray"), pytest.mark.slow]),
+    ],
+)
+def test_a_sweep_under_another_engine_gives_the_same_and_skips_what_is_finished(
+    base: list[str],
+    sweep_here: SweepHere,
+    tmp_path: Path,
+    launcher: str,
+    more: list[str],
+) -> None:
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    arguments = [*base, "rank=r2,r4", "target_layers=qv", "num_threads=1"]
+    code, output = sweep_here(tmp_path / "own", *arguments)
+    assert code == 0, output
+    code, output = sweep(tmp_path / "other", *arguments, f"hydra/launcher={launcher}", *more)
+    assert code == 0, output
+    assert {result.status for result in results(tmp_path / "other").values()} == {Status.FINISHED}
+    assert exact(tmp_path / "other") == exact(tmp_path / "own")
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("other/*/result.json")}
+    code, output = sweep(tmp_path / "other", *arguments, f"hydra/launcher={launcher}", *more)
+    assert code == 0
+    assert "2 of 2 runs have a result already" in output
+    assert times == {path: path.stat().st_mtime_ns for path in tmp_path.glob("other/*/result.json")}

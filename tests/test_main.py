@@ -130,16 +130,6 @@ def test_a_wrong_setting_ends_a_process_with_2(arguments: list[str], tmp_path: P
     assert not (tmp_path / "runs").exists()
 
 
-def test_wrong_data_end_a_process_with_2(arguments: list[str], csv: Path, tmp_path: Path) -> None:
-    csv.write_text(csv.read_text().replace("text,label", "text,klass"))
-    assert_refused(
-        run_process(*arguments, *LORA),
-        tmp_path,
-        "dataset=local, train rows of rows.csv: no column label; it has text, klass. Set dataset.text_columns (one or "
-        "two) and dataset.label_column.",
-    )
-
-
 def test_a_config_is_refused_before_torch_is_imported(arguments: list[str], tmp_path: Path) -> None:
     program = (
         "import sys; sys.argv[0] = 'harness'; from harness.__main__ import main; code = main();"
@@ -297,6 +287,16 @@ def test_a_file_without_the_label_column(run_here: Callable[..., Outcome], tmp_p
         run_here(*LORA, "dataset.label_column=klass"),
         tmp_path,
         "dataset=local, train rows of rows.csv: no column klass; it has text, label. Set dataset.text_columns (one or "
+        "two) and dataset.label_column.",
+    )
+
+
+def test_a_file_with_another_column(run_here: Callable[..., Outcome], csv: Path, tmp_path: Path) -> None:
+    csv.write_text(csv.read_text().replace("text,label", "text,klass"))
+    assert_refused(
+        run_here(*LORA),
+        tmp_path,
+        "dataset=local, train rows of rows.csv: no column label; it has text, klass. Set dataset.text_columns (one or "
         "two) and dataset.label_column.",
     )
 

