@@ -255,25 +255,39 @@ def _preview(paper_tables: Sequence[PaperTable]) -> str:
     )
 
 
-# From so many runs on drawing takes most of the time.
-_MANY_RUNS = 2_000
+# From so many runs on drawing takes longer than a second process does.
+_MANY_RUNS = 500
 
 
 def _write_figures(drawn: Sequence[figures.Figure], directory: Path, *, num_runs: int) -> list[Path]:
-    """Writes the figures; of very many runs half of them in a second process, where the system can fork one."""
+    """Writes the figures; of many runs in two processes, where the system can fork one."""
     if num_runs < _MANY_RUNS or sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2:
         return figures.write_figures(drawn, directory)
-    halves = drawn[::2], drawn[1::2]
+    context = get_context("fork")
+    # Each process takes the next figure: some take a hundred times as long as others.
+    taken, written = context.Value("i", 0), context.Array("b", len(drawn))
+
+    def write_some() -> None:
+        while True:
+            with taken.get_lock():
+                number = taken.value
+                taken.value += 1
+            if number >= len(drawn):
+                return
+            figures.write_figures([drawn[number]], directory)
+            written[number] = True
+
     # Forked, because what is drawn is here and nothing that could be sent.
-    other = get_context("fork").Process(target=figures.write_figures, args=(halves[1], directory), daemon=True)
+    other = context.Process(target=write_some, daemon=True)
     other.start()
     try:
-        written = figures.write_figures(halves[0], directory)
+        write_some()
     finally:
         other.join()
+    paths = [directory / f"{figure.name}.{suffix}" for figure in drawn for suffix in ("pdf", "png")]
     if other.exitcode != 0:  # here its error is raised, or what it had no memory for is drawn
-        return [*written, *figures.write_figures(halves[1], directory)]
-    return [*written, *(directory / f"{figure.name}.{suffix}" for figure in halves[1] for suffix in ("pdf", "png"))]
+        figures.write_figures([figure for figure, done in zip(drawn, written, strict=True) if not done], directory)
+    return paths
 
 
 def _in_markdown(table: PaperTable) -> str:

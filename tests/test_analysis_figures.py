@@ -17,6 +17,7 @@ from test_analysis_load import save_run
 
 from analysis.figures import Figure, paper_figures, write_figures
 from analysis.figures.memory import MOST_BARS
+from analysis.figures.multiples import MAX_LINES
 from analysis.figures.tradeoffs import pareto_front
 from analysis.load import load_runs
 from analysis.select import best_cells, cells
@@ -354,6 +355,21 @@ def test_of_very_many_groups_those_best_on_val_are_drawn(tmp_path: Path, monkeyp
         # Later placements are better by 0.02.
         assert {axes.get_title() for axes in figure.axes if axes.get_visible()} == {"qv", "mlp", "all"}
         assert f"the 3 groups that are best on val, without {num} other conditions" in footnote(figure)
+
+
+def test_of_very_many_ranks_those_between_the_lowest_and_the_highest_are_lines(tmp_path: Path) -> None:
+    """A line with a name for each of thirty ranks cannot be read; where ranks are points of a line, all are drawn."""
+    table = grid_cells(tmp_path, placements=("q", "v"), ranks=range(1, 31), rates=(1e-3, 4e-3), seeds=1)
+    curves = curves_of(table)
+    for name in ("learning_rates", "training_curves"):
+        figure = draw(paper_figures(table, curves), name)
+        axes = next(axes for axes in figure.axes if axes.get_title() == "v")
+        names = [str(single.get_label()) for single in axes.lines if str(single.get_label()).startswith("lora ")]
+        assert len(names) == MAX_LINES and {"lora r1 v", "lora r30 v"} < set(names)
+        assert f"{MAX_LINES} ranks of each group, evenly over them" in footnote(figure)
+    (figure,) = (figure for figure in paper_figures(table, curves) if figure.name == "rank_curves")
+    (bars, *_) = figure.draw().axes[0].containers
+    assert len(bars[0].get_ydata()) == 30
 
 
 def test_the_curves_of_many_conditions_are_all_drawn(tmp_path: Path) -> None:

@@ -149,9 +149,9 @@ def without_rank(panel: Panel) -> list[PlottedCell]:
 
 def is_outlier(cell: PlottedCell, cells: Sequence[PlottedCell], name: str) -> bool:
     """Whether a method without rank, full fine-tuning excepted, lies so far off that the axis would show only that."""
-    others = [other.displayed(name) for other in cells if other is not cell]
-    if cell.rank or cell.is_full or len(others) < 3:
+    if cell.rank or cell.is_full or len(cells) <= 3:
         return False
+    others = [other.displayed(name) for other in cells if other is not cell]
     low, high, value = min(others), max(others), cell.displayed(name)
     return max(low - value, value - high) > 2 * (high - low)
 

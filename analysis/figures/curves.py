@@ -95,7 +95,8 @@ def _curve_groups(panel: Panel) -> list[tuple[str, list[PlottedCell]]]:
 
 def _curve_cells(panel: Panel) -> list[PlottedCell]:
     """The conditions with curves, the best by val first."""
-    cells = [cell for cell in panel.with_metrics(panel.val) if len(_seed_curve(panel, cell, _loss(panel)).steps) > 1]
+    loss = _loss(panel)
+    cells = [cell for cell in panel.with_metrics(panel.val) if len(_seed_curve(panel, cell, loss).steps) > 1]
     return [cells[index] for index in ranked_by([cell.row for cell in cells], panel.val)]
 
 

@@ -18,6 +18,8 @@ _MAX_OTHERS = 6
 _ROW_INCHES = 2.0
 # So many fill a page; of more groups those whose best condition is best on val.
 MAX_GROUPS = 18
+# So many lines with names are read in the axes of a group; of more ranks some, the lowest and the highest among them.
+MAX_LINES = 8
 
 # Draws conditions into axes, each named by the last argument.
 DrawOne = Callable[[Axes, Sequence[PlottedCell], Callable[[PlottedCell], str]], None]
@@ -34,12 +36,23 @@ def groups_of(
 ) -> list[tuple[str, list[PlottedCell]]]:
     """The conditions that share axes, with a title; of a few conditions one group without one.
 
+    Where each condition is a line, a group has at most `MAX_LINES` of them, evenly over its ranks.
+
     Args:
         panel: where they are from.
         cells: what is drawn.
         by_line: whether a line joins the conditions of a family, of which some have room in one.
         most: so many conditions have room in one.
     """
+    groups = _whole_groups(panel, cells, by_line=by_line, most=most)
+    if by_line or len(cells) <= most:
+        return groups
+    return [(title, _evenly(members, MAX_LINES)) for title, members in groups]
+
+
+def _whole_groups(
+    panel: Panel, cells: Sequence[PlottedCell], *, by_line: bool, most: int
+) -> list[tuple[str, list[PlottedCell]]]:
     drawn = set(cells)
     families = [(family, [cell for cell in members if cell in drawn]) for family, members in panel.families().items()]
     num_families = sum(bool(members) for _, members in families)
@@ -59,6 +72,13 @@ def groups_of(
     return groups if len(groups) > 1 else [("", [*cells])]
 
 
+def _evenly(cells: Sequence[PlottedCell], number: int) -> list[PlottedCell]:
+    """So many of them, the first and the last among them; all where there are no more."""
+    if len(cells) <= number:
+        return [*cells]
+    return [cells[round(place * (len(cells) - 1) / (number - 1))] for place in range(number)]
+
+
 def shown_in(groups: Sequence[tuple[str, Sequence[PlottedCell]]]) -> list[PlottedCell]:
     """The conditions of all groups."""
     return [cell for _, cells in groups for cell in cells]
@@ -66,8 +86,12 @@ def shown_in(groups: Sequence[tuple[str, Sequence[PlottedCell]]]) -> list[Plotte
 
 def multiples_remarks(groups: Sequence[tuple[str, Sequence[PlottedCell]]], cells: Sequence[PlottedCell]) -> list[str]:
     """What the footnote says of conditions that no group holds."""
-    num = len(cells) - len(shown_in(groups))
-    return [f"the {len(groups)} groups that are best on val, without {num} other conditions"] if num else []
+    shown = set(shown_in(groups))
+    families = {cell.family for cell in shown}
+    thinned = [cell for cell in cells if cell.family in families and cell not in shown]
+    others = len(cells) - len(shown) - len(thinned)
+    remarks = [f"the {len(groups)} groups that are best on val, without {others} other conditions"] if others else []
+    return [*remarks, f"{MAX_LINES} ranks of each group, evenly over them"] if thinned else remarks
 
 
 def draw_multiples(

@@ -6,7 +6,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ class PlottedCell:
         """Whether it is full fine-tuning."""
         return is_full(self.row)
 
-    @property
+    @cached_property  # read for each value
     def num_finished(self) -> int:
         """How many of its runs finished."""
         return int(self.row[num_status(Status.FINISHED)])
