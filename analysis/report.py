@@ -286,7 +286,7 @@ def _write_figures(drawn: Sequence[figures.Figure], directory: Path, *, num_runs
         other.join()
     paths = [directory / f"{figure.name}.{suffix}" for figure in drawn for suffix in ("pdf", "png")]
     if other.exitcode != 0:  # here its error is raised, or what it had no memory for is drawn
-        figures.write_figures([figure for figure, done in zip(drawn, written, strict=True) if not done], directory)
+        figures.write_figures([figure for number, figure in enumerate(drawn) if not written[number]], directory)
     return paths
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +60,8 @@ class PreparedRun:
     companions: Companions
     during_training: DuringTraining
     earlier: list[EarlierTask]
+    num_packed: Callable[[], int] | None = None
+    """Where the process is shared with other runs: how many have trained together so far."""
 
 
 def prepare(config: RunConfig, identity: Identity | None = None) -> PreparedRun:

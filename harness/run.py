@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -96,12 +96,17 @@ def run(config: RunConfig, identity: Identity | None = None) -> RunResult:
 
 
 def run_in_turns(
-    config: RunConfig, identity: Identity | None = None, *, stop: StopRequest, num_packed: int = 1
+    config: RunConfig,
+    identity: Identity | None = None,
+    *,
+    stop: StopRequest,
+    num_packed: Callable[[], int] | None = None,
 ) -> Turns[RunResult]:
     """Runs one config and returns its result, which lies in `<runs_dir>/<run_id>/result.json`.
 
     A generator: it stops at each micro-batch of training (see `harness.training.turns`). `stop` is the request to stop.
-    With `num_packed` above 1 the process is shared with other runs: what is measured of the whole process is left out.
+    With `num_packed` the process is shared with other runs, and it gives how many trained together: what is measured of
+    the whole process is left out.
 
     `identity` is what the run was planned as; without it, it is determined here. A run that has a result already (see
     `kept_result`) is not repeated; one that left a checkpoint resumes from it.
@@ -124,8 +129,7 @@ def run_in_turns(
     require_writable(config.runs_dir)
     with stop.interrupting("loading"), preparation_of_a_run() as preparation:
         prepared = prepare(config, planned.identity)
-    if num_packed > 1:
-        prepared.environment["packed"] = num_packed
+    prepared = replace(prepared, num_packed=num_packed)
     stop.share(prepared.accelerator)
     spending = Spending(started, prepared.accelerator.device, preparation)
     with prepared.companions.together(shared=(PreemptedError,)):
@@ -248,10 +252,12 @@ def _train_and_evaluate(
         logger.error("%s", traceback.format_exc())
     metrics = callbacks.measured | metrics
     metrics |= spending.total()
-    if "packed" in prepared.environment:
+    if prepared.num_packed is not None:
         metrics = {name: value for name, value in metrics.items() if name not in _OF_THE_PROCESS}
     times = {"started_at": started_at, "first_step_at": callbacks.first_step_at, "ended_at": time.time()}
     recorded: dict[str, Any] = {name: value for name, value in times.items() if value is not None}
+    if prepared.num_packed is not None:
+        recorded["packed"] = prepared.num_packed()
     if len(callbacks.made_by) > 1:
         recorded["made_by"] = callbacks.made_by
     return RunResult(
@@ -298,7 +304,7 @@ def _train(
             rates=learning_rates(config, prepared.head),
             method=prepared.during_training,
             untrained=untrained,
-            times_rehearsal="packed" in prepared.environment,
+            times_rehearsal=prepared.num_packed is not None,
         )
     )
 

@@ -589,6 +589,14 @@ def test_a_sweep_in_packs(base: list[str], sweep_here: SweepHere, tmp_path: Path
     assert not list(tmp_path.glob("*/claims"))
 
 
+def test_a_sweep_in_packs_that_grow(base: list[str], sweep_here: SweepHere, tmp_path: Path) -> None:
+    """However fast this machine is, all runs are there, and each says how many it trained with."""
+    code, output = sweep_here(tmp_path, *base, "rank=r1,r2,r4", "target_layers=qv", "hydra.launcher.pack=auto")
+    assert code == 0, output
+    assert "3/3 runs: 3 finished" in output
+    assert {result.environment["packed"] for result in results(tmp_path).values()} <= {1, 2, 3}
+
+
 def test_a_pack_whose_process_dies_is_computed_run_by_run(base: list[str], tmp_path: Path) -> None:
     """As when two runs do not fit into the memory: each resumes from its checkpoint, alone."""
     arguments = [*base, "rank=r1,r2", "target_layers=qv", "trainer.max_steps=60", "trainer.checkpoint_every=10"]
@@ -606,7 +614,7 @@ def test_a_pack_whose_process_dies_is_computed_run_by_run(base: list[str], tmp_p
 def test_a_pack_has_at_least_one_run(base: list[str], sweep_here: SweepHere, tmp_path: Path) -> None:
     code, output = sweep_here(tmp_path, *base, "rank=r1,r2", "target_layers=qv", "hydra.launcher.pack=0")
     assert code == 2
-    assert "hydra.launcher.pack=0: give the number of runs that train together; 1 is each alone." in output
+    assert "hydra.launcher.pack=0: give the number of runs that train together, 1 for each alone, or auto" in output
     assert not results(tmp_path)
 
 

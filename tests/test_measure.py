@@ -33,6 +33,7 @@ from harness.measure.device import (
     DeviceMemory,
     device_memory,
     device_peaks,
+    free_bytes,
     peak_rss_bytes,
     require_free_device,
     reset_device_peaks,
@@ -645,12 +646,27 @@ class FakeCuda:
     def memory_reserved(self, device: torch.device) -> int:
         return self.reserved_bytes
 
+    def memory_allocated(self, device: torch.device) -> int:
+        return self.reserved_bytes // 4
+
     def mem_get_info(self, device: torch.device) -> tuple[int, int]:
         total = 80 * 1024 * MIB
         return total - self.others_bytes - self.reserved_bytes, total
 
     def get_device_name(self, device: torch.device) -> str:
         return "Imaginary GPU"
+
+
+def test_what_the_allocator_holds_without_a_tensor_in_it_is_free() -> None:
+    cuda = FakeCuda(others_bytes=20 * 1024 * MIB, reserved_bytes=40 * 1024 * MIB)
+    assert free_bytes(torch.device("cuda"), cuda=cuda) == (20 + 30) * 1024 * MIB
+
+
+def test_what_is_free_of_a_cpu_or_of_another_device(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable:  7 kB\n")
+    assert free_bytes(torch.device("cpu"), root=tmp_path) == 7 * 1024
+    assert free_bytes(torch.device("mps"), root=tmp_path) is None
 
 
 def test_device_peaks_on_cuda() -> None:

@@ -28,7 +28,7 @@ from harness.run import run
 from harness.training import packs
 from harness.training.callbacks import RunCallbacks
 from hydra_plugins.lora_harness import _worker as worker
-from hydra_plugins.lora_harness._packs import check_size, in_order, pack_key, why_alone
+from hydra_plugins.lora_harness._packs import in_order, pack_key, pack_size, why_alone
 
 # What is a figure of the whole process, and so of no run in a pack.
 OF_THE_PROCESS = {"wall_seconds", "peak_rss_bytes", "train_seconds"}
@@ -232,9 +232,14 @@ def test_runs_with_the_same_batches_enter_one_after_the_other(rows: Path, tmp_pa
     assert [run.config.seed for run in in_order(runs)] == [0, 0, 1, 1]
 
 
-def test_a_size_that_is_none_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"hydra\.launcher\.pack=0"):
-        check_size(0)
+@pytest.mark.parametrize("pack", [0, -1, True, "all", 1.5, None])
+def test_a_size_that_is_none_is_refused(pack: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"hydra\.launcher\.pack={pack}: give the number of runs"):
+        pack_size(pack)
+
+
+def test_a_size_is_a_number_or_found() -> None:
+    assert pack_size(8) == 8 and pack_size("auto") is None
 
 
 @pytest.mark.parametrize(

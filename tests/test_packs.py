@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ from harness.tasks.language import summed_loss
 from harness.tasks.objective import Evaluation, SummedLoss, cross_entropy
 from harness.training.learner import Position, TrainingDivergedError
 from harness.training.loop import TrainingOutcome, train, train_in_turns
+from harness.training.pack_size import Growing, Pass
 from harness.training.packs import Ended, Pack
 from harness.training.turns import MicroBatch, Turns
 
@@ -431,6 +433,33 @@ def test_runs_that_end_leave_and_waiting_ones_enter() -> None:
     ended = [each.name for each in pack.run()]
     assert sorted(ended) == [0, 1, 2, 3]
     assert ended[0] == 0
+    for run in runs:
+        assert furthest(run, alone(run.spec)) <= 1e-10
+
+
+def test_a_pack_grows_while_that_makes_it_faster(caplog: pytest.LogCaptureFixture) -> None:
+    """By a clock that says so: the runs are still those alone, whenever they enter."""
+    runs = [begin(replace(SIX[4], num_steps=steps, seed=steps)) for steps in (24, 16, 8, 7)]
+    together: dict[int, int] = {}
+
+    class Clocked(Growing):
+        def passed(self, done: Pass) -> str:
+            assert done.num_tokens >= 3 * 8 * done.num_runs and done.seconds > 0 and done.bytes_per_run > 0
+            seconds = 1.0 if done.num_runs < 4 else 8.0
+            return super().passed(replace(done, num_tokens=done.num_runs, seconds=seconds))
+
+    def counted(number: int, run: Run) -> Turns[TrainingOutcome]:
+        outcome = yield from turns(run)
+        together[number] = pack.most_together(number)
+        return outcome
+
+    size = Clocked(most=len(runs), available=lambda: 2**40)
+    pack = Pack(((number, partial(counted, number, run)) for number, run in enumerate(runs)), size=size)
+    with caplog.at_level("INFO", logger="harness"):
+        assert [ended.error for ended in pack.run()] == [None] * 4
+    assert size.is_settled and size.target == 2
+    assert together == dict.fromkeys(range(4), 4)
+    assert caplog.messages.count("pack=auto: 2 at once: 4 compute 0.25 times as many tokens a second") == 4
     for run in runs:
         assert furthest(run, alone(run.spec)) <= 1e-10
 

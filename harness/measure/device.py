@@ -102,6 +102,16 @@ def device_memory(*, wants_gpu: bool, root: Path = Path("/")) -> DeviceMemory | 
     return None if available is None else DeviceMemory("this machine", available)
 
 
+def free_bytes(device: torch.device, *, cuda: Any = torch.cuda, root: Path = Path("/")) -> int | None:
+    """What this process can still take of a device at present; None where that is not known.
+
+    Of a GPU also what its allocator holds and has no tensor in; no other device than a GPU or the CPU says.
+    """
+    if device.type == "cuda":
+        return int(cuda.mem_get_info(device)[0]) + cuda.memory_reserved(device) - cuda.memory_allocated(device)
+    return _available_bytes(root) if device.type == "cpu" else None
+
+
 def _gpu_totals() -> list[int]:
     """Bytes of each visible GPU; none where the driver's tool is not there."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

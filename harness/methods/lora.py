@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from harness.methods.lora_linear import is_supported, lora_linear
+from harness.methods.lora_linear import is_supported, lora_linear, takes_one_product
 from harness.placement.architectures import PlacementError, Rows
 
 
@@ -237,6 +237,13 @@ class MatrixLayer(AdaptedLayer):
         return lora_linear(
             rows, weight if isinstance(self.base, nn.Linear) else weight.T, self.bias, low, high, scaling
         )
+
+    def takes_one_product(self, rows: Tensor) -> bool:
+        """Whether `of_rows` multiplies `rows` with the sum `W + s B A` and makes no product with W itself."""
+        if not self._is_plain_sum(rows):
+            return False
+        weight = _weight(self.base)
+        return takes_one_product(len(rows), weight if isinstance(self.base, nn.Linear) else weight.T)
 
     def _is_plain_sum(self, rows: Tensor) -> bool:
         """Whether the layer is `x (W + s B A)^T + b` with a frozen W, and its base module nothing but `x W^T + b`."""

@@ -7,9 +7,11 @@ tensors (`share_base`). A `PackedModel` is one more module tree over these tenso
        |------------------ W ------------------------------->(+)---> y     one product for all
        |-- A1, B1 --------|-- A2, B2 --------|-- ... ---------^            each run's adapter on its rows
 
-Where no adapter is, all rows are computed at once; where a run trains a whole module (a head, a norm), each computes
-its own rows with its own module, and a run without an adapter somewhere adds nothing there. No parameter that trains is
-shared, so a run's gradients are those that it would have alone, up to the rounding of products of more rows.
+With many rows the product with `W + s B A` is cheaper (`harness.methods.lora_linear`): each run makes its own then, as
+it does alone. Where no adapter is, all rows are computed at once; where a run trains a whole module (a head, a norm),
+each computes its own rows with its own module, and a run without an adapter somewhere adds nothing there. No parameter
+that trains is shared, so a run's gradients are those that it would have alone, up to the rounding of products of more
+rows.
 
 Where all runs have the same batch, the blocks below the lowest one in which they differ are computed once.
 """
@@ -168,13 +170,21 @@ class PackedLayer(nn.Module):
         first = cast(MatrixLayer, self.layers[0])
         self.base, self.in_features, self.out_features = first.base, first.in_features, first.out_features
         self._layout = layout
-        self._compute = [module.add_update if isinstance(module, MatrixLayer) else _keep for module in modules]
+        self._adapters = [module if isinstance(module, MatrixLayer) else None for module in modules]
         self._draws = [draws(module) for module in modules]
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in_features)` to `(..., out_features)`."""
         rows = x.reshape(-1, self.in_features)
-        y = self._layout.each(self._compute, self._draws, self._layout.split(rows), self._layout.split(self.base(rows)))
+        parts = self._layout.split(rows)
+        adapted = [(adapter, part) for adapter, part in zip(self._adapters, parts, strict=True) if adapter is not None]
+        if all(adapter.takes_one_product(part) for adapter, part in adapted):
+            y = self._layout.each(
+                [adapter.of_rows if adapter else self.base for adapter in self._adapters], self._draws, parts
+            )
+        else:
+            add = [adapter.add_update if adapter else _keep for adapter in self._adapters]
+            y = self._layout.each(add, self._draws, parts, self._layout.split(self.base(rows)))
         return y.view(*x.shape[:-1], self.out_features)
 
 

@@ -176,6 +176,7 @@ class Learner:
         self._meter: StepMeter[_Made] = StepMeter(device_queue(accelerator.device))
         self.at = Position()
         self.best_state: dict[str, Tensor] | None = None
+        self._own_bytes = 0
 
     def rehearse(
         self, *, shortest: Callable[[], Sequence[Batch]], longest: Callable[[], Sequence[Batch]]
@@ -193,6 +194,7 @@ class Learner:
             reset_device_peaks(self._accelerator.device)
             memory = self.step_peak(shortest=shortest, longest=longest)
             measured |= memory.as_metrics()
+            self._own_bytes = memory.total_bytes - memory.weights_bytes
         if scaler is not None:
             scaler.load_state_dict(scaler_state)
         return measured
@@ -342,6 +344,7 @@ class Learner:
                             on_device,
                             loss_of=partial(self._loss_of, on_device, num_targets, is_last=is_last),
                             backward=self._backward,
+                            own_bytes=self._own_bytes,
                         )
                     )
                 )

@@ -24,8 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from harness.data.batches import Batch
+from harness.measure.clock import device_queue
 from harness.methods.packed import PackedModel, Shared, draws, share_base, tensors_of, why_alone
 from harness.methods.trunk import TrunkMemory
+from harness.training.pack_size import Fixed, PackSize, Pass
 from harness.training.turns import Losses, MicroBatch, Turns
 
 logger = logging.getLogger("harness")
@@ -63,6 +65,7 @@ class _Member(Generic[Name, Outcome]):
     base: frozenset[int] = frozenset()
     first_own_block: int = 0
     draws: bool = False
+    most_together: int = 1
 
     @property
     def batch(self) -> Batch:
@@ -97,7 +100,7 @@ class Pack(Generic[Name, Outcome]):
 
     Args:
         waiting: names and beginnings of runs, in the order in which they enter.
-        size: how many are in training at once.
+        size: how many are in training at once; a number, or what decides it (`harness.training.pack_size`).
         tolerance: how far gradients may be from those alone, relative to their norm.
     """
 
@@ -105,12 +108,11 @@ class Pack(Generic[Name, Outcome]):
         self,
         waiting: Iterator[tuple[Name, Callable[[], Turns[Outcome]]]],
         *,
-        size: int,
+        size: int | PackSize,
         tolerance: float = TOLERANCE,
     ) -> None:
-        if size < 1:
-            raise ValueError(f"size={size}: a pack has at least one run")
-        self._waiting, self._size, self._tolerance = waiting, size, tolerance
+        self._size: PackSize = Fixed(size) if isinstance(size, int) else size
+        self._waiting, self._tolerance = waiting, tolerance
         self._members: list[_Member[Name, Outcome]] = []
         self._shared: Shared = {}
         self._packed: dict[tuple[int, ...], PackedModel] = {}
@@ -135,8 +137,12 @@ class Pack(Generic[Name, Outcome]):
                 for member in self._members:
                     member.own(member.turns.close)
 
+    def most_together(self, name: Name) -> int:
+        """The most runs that a run in training has shared a pass with, itself included."""
+        return max((member.most_together for member in self._members if member.name == name), default=1)
+
     def _enter(self) -> Iterator[Ended[Name, Outcome]]:
-        while len(self._members) < self._size and (found := next(self._waiting, None)) is not None:
+        while len(self._members) < self._size.target and (found := next(self._waiting, None)) is not None:
             name, begin = found
             member = _Member(name, begin(), torch.get_rng_state())
             self._members.append(member)
@@ -144,6 +150,33 @@ class Pack(Generic[Name, Outcome]):
 
     def _step(self) -> Iterator[Ended[Name, Outcome]]:
         """Answers every run once."""
+        members = list(self._members)
+        answers = self._answers() if self._size.is_settled else self._timed_answers()
+        for member in members:
+            answer = answers[id(member)]
+            if isinstance(answer, BaseException):
+                yield from self._advance(member, lambda member=member, error=answer: member.turns.throw(error))
+            else:
+                yield from self._advance(member, lambda member=member, losses=answer: member.turns.send(losses))
+
+    def _timed_answers(self) -> dict[int, Losses | BaseException]:
+        """The answers of all runs, after which more of them may train at once."""
+        members = list(self._members)
+        queue = device_queue(members[0].batch.inputs["input_ids"].device)
+        unchecked = sum(not member.is_checked for member in members)
+        began = queue.mark()
+        answers = self._answers()
+        seconds = queue.seconds(began, queue.mark())
+        # A run that has just entered is computed twice, and the first run alone warms up.
+        if unchecked == sum(not member.is_checked for member in members):
+            num_tokens = sum(member.batch.inputs["input_ids"].numel() for member in members)
+            bytes_per_run = max(member.micro_batch.own_bytes for member in members if member.micro_batch is not None)
+            decided = self._size.passed(Pass(len(members), num_tokens, seconds, bytes_per_run))
+            for member in members if decided else ():
+                member.context.run(logger.info, "pack=auto: %s", decided)
+        return answers
+
+    def _answers(self) -> dict[int, Losses | BaseException]:
         answers: dict[int, Losses | BaseException] = {}
         groups: dict[tuple[object, ...], list[_Member[Name, Outcome]]] = {}
         for member in self._members:
@@ -157,12 +190,10 @@ class Pack(Generic[Name, Outcome]):
                 compositions.add(tuple(map(id, together)))
                 answers |= self._together(together)
         self._packed = {key: model for key, model in self._packed.items() if key in compositions}
-        for member in list(self._members):
-            answer = answers.get(id(member)) or self._alone(member)
-            if isinstance(answer, BaseException):
-                yield from self._advance(member, lambda member=member, error=answer: member.turns.throw(error))
-            else:
-                yield from self._advance(member, lambda member=member, losses=answer: member.turns.send(losses))
+        for member in self._members:
+            if id(member) not in answers:
+                answers[id(member)] = self._alone(member)
+        return answers
 
     def _advance(
         self, member: _Member[Name, Outcome], step: Callable[[], MicroBatch]
@@ -229,6 +260,8 @@ class Pack(Generic[Name, Outcome]):
                 member.stay_alone(f"{type(error).__name__}: {error}")
             return {}
         self.num_passes += 1
+        for member in members:
+            member.most_together = max(member.most_together, len(members))
         answers: dict[int, Losses | BaseException] = {}
         for member, own, state, found in zip(members, losses, before, gradients, strict=True):
             if member.is_checked:
@@ -292,9 +325,14 @@ def _add_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tenso
         if gradient is None:
             continue
         if parameter.grad is None:
-            parameter.grad = gradient
+            # Laid out as the parameter is, as autograd does it: fused optimizers walk through both side by side.
+            parameter.grad = gradient if gradient.stride() == parameter.stride() else _laid_out_as(parameter, gradient)
         else:
             parameter.grad += gradient
+
+
+def _laid_out_as(parameter: Tensor, gradient: Tensor) -> Tensor:
+    return torch.empty_like(parameter).copy_(gradient)
 
 
 @torch.no_grad()

@@ -30,12 +30,14 @@ class MicroBatch:
         loss_of: from a model that gives the outputs for `batch` to what is minimised, already divided by the targets
             of the whole step, and what is reported, which has no graph. The run's precision applies inside.
         backward: from what is minimised to gradients on the run's parameters.
+        own_bytes: what the run's longest step takes, as it was rehearsed, above the model; 0 where it was not.
     """
 
     model: nn.Module
     batch: Batch
     loss_of: Callable[[nn.Module], tuple[Tensor, Tensor]]
     backward: Callable[[Tensor], None]
+    own_bytes: int = 0
 
     def answer(self) -> Losses:
         """Computes this micro-batch with the run's own model."""

@@ -16,13 +16,21 @@ from harness.content.identity import PlannedRun
 from harness.placement.architectures import EMBEDDING
 from harness.results.methods import METHODS
 
+AUTO = "auto"
 
-def check_size(pack: int) -> None:
-    """Raises `ConfigError` for a size that is none."""
-    if pack < 1:
-        raise ConfigError(
-            [f"hydra.launcher.pack={pack}: give the number of runs that train together; 1 is each alone."]
-        )
+
+def pack_size(pack: int | str) -> int | None:
+    """The most runs that train together; None for as many as make it faster. Raises `ConfigError` for neither."""
+    if pack == AUTO:
+        return None
+    if isinstance(pack, int) and not isinstance(pack, bool) and pack >= 1:
+        return pack
+    raise ConfigError(
+        [
+            f"hydra.launcher.pack={pack}: give the number of runs that train together, 1 for each alone, or {AUTO} for "
+            "as many as make it faster."
+        ]
+    )
 
 
 def why_alone(config: RunConfig) -> str | None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from harness.content.identity import Identity, PlannedRun
     from harness.results.schema import RunResult
+    from harness.training.turns import Turns
 
 # How a run can end beside the statuses of the results contract; it has no result then.
 NOT_FINISHED = "not finished"
@@ -67,9 +68,11 @@ def compute(values: dict[str, Any], identity: Identity) -> Outcome:
 
 
 def compute_pack(
-    runs: Sequence[tuple[dict[str, Any], Identity]], *, size: int, report: Callable[[str, Outcome], None]
+    runs: Sequence[tuple[dict[str, Any], Identity]], *, size: int | None, report: Callable[[str, Outcome], None]
 ) -> None:
     """Computes runs in packs of `size` in this process, and reports each by its run id once it has ended.
+
+    Without a size the pack grows while that makes it faster.
 
     Otherwise as `compute`.
     """
@@ -77,6 +80,7 @@ def compute_pack(
     from harness.extensions import load_extensions
     from harness.processes.stopping import StopRequest
     from harness.run import run_in_turns
+    from harness.training.pack_size import Growing
     from harness.training.packs import HALF_TOLERANCE, TOLERANCE, Pack
 
     load_extensions()
@@ -84,21 +88,34 @@ def compute_pack(
     planned = {identity.run_id: _planned(values, identity) for values, identity in runs}
     for one in list(planned.values())[1:]:  # whose device this process uses by then
         planned[one.run_id] = replace(one, config=replace(one.config, allow_busy_device=True))
-    size = min(size, len(planned))
-    waiting = (
-        (run_id, partial(run_in_turns, one.config, one.identity, stop=stop, num_packed=size))
-        for run_id, one in planned.items()
-    )
+
+    def begin(run_id: str) -> Turns[RunResult]:
+        one = planned[run_id]
+        return run_in_turns(one.config, one.identity, stop=stop, num_packed=lambda: pack.most_together(run_id))
+
     rounds = any(one.config.trainer.precision is not Precision.fp32 for one in planned.values())
     # Each run raises the level for its log and puts back what it found; here runs end in another order than they began.
     logging.getLogger("harness").setLevel(logging.INFO)
+    pack = Pack(
+        ((run_id, partial(begin, run_id)) for run_id in planned),
+        size=Growing(most=len(planned), available=_free_bytes) if size is None else size,
+        tolerance=HALF_TOLERANCE if rounds else TOLERANCE,
+    )
     with stop.signals():
-        for ended in Pack(waiting, size=size, tolerance=HALF_TOLERANCE if rounds else TOLERANCE).run():
+        for ended in pack.run():
             if ended.outcome is not None:
                 report(ended.name, outcome_of(ended.outcome))
             else:
                 assert ended.error is not None
                 report(ended.name, _outcome_of_error(planned[ended.name], ended.error))
+
+
+def _free_bytes() -> int | None:
+    import torch
+
+    from harness.measure.device import free_bytes
+
+    return free_bytes(torch.device("cuda" if torch.cuda.is_initialized() else "cpu"))
 
 
 def _planned(values: dict[str, Any], identity: Identity) -> PlannedRun:
@@ -176,7 +193,7 @@ def outcome_of_dead(planned: PlannedRun, error: str | None, *, stamp_before: obj
 def run_in_process(
     runs: Sequence[tuple[dict[str, Any], Identity]],
     *,
-    pack: int,
+    pack: int | None,
     log_path: str,
     variables: dict[str, str],
     launcher_pid: int,
@@ -186,7 +203,7 @@ def run_in_process(
 
     Args:
         runs: of each the config, as `to_dict` gives it, and what it was planned as.
-        pack: how many are trained together; a single run is computed alone.
+        pack: how many are trained together, None for as many as make it faster; a single run is computed alone.
         log_path: file that takes everything the process prints.
         variables: environment variables that give the process its device.
         launcher_pid: when this process is gone, the runs write a checkpoint and end.

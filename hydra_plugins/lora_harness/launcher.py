@@ -37,7 +37,7 @@ from harness.results.files import LOG_FILE, RESULT_FILE
 from harness.results.schema import ResultError, Status, read_result
 from hydra_plugins.lora_harness import _worker as worker
 from hydra_plugins.lora_harness._composing import compose_run
-from hydra_plugins.lora_harness._packs import check_size, in_order, pack_key, why_alone
+from hydra_plugins.lora_harness._packs import in_order, pack_key, pack_size, why_alone
 from hydra_plugins.lora_harness._screen import RunningRun, Screen, open_screen
 from hydra_plugins.lora_harness._worker import Outcome, outcome_of
 
@@ -58,7 +58,7 @@ class QueueLauncherConf:
     _target_: str = "hydra_plugins.lora_harness.launcher.QueueLauncher"
     runs_per_device: int = 1
     workers: int | None = None
-    pack: int = 1
+    pack: Any = 1
 
 
 ConfigStore.instance().store(
@@ -98,10 +98,11 @@ class QueueLauncher(Launcher):
     Args:
         runs_per_device: runs at a time on one GPU.
         workers: runs at a time where there is no GPU; each gets an equal share of the cores. Null: one.
-        pack: runs that are trained together wherever one runs at a time, if they can be.
+        pack: runs that are trained together wherever one runs at a time, if they can be; "auto" for as many as make it
+            faster.
     """
 
-    def __init__(self, runs_per_device: int, workers: int | None, pack: int) -> None:
+    def __init__(self, runs_per_device: int, workers: int | None, pack: int | str) -> None:
         self._runs_per_device = runs_per_device
         self._workers = workers
         self._pack = pack
@@ -122,16 +123,16 @@ class QueueLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Runs every config; returns one JobReturn each, whose value is the status or why there is none."""
         assert self.config is not None and self.hydra_context is not None
-        check_size(self._pack)
+        size = pack_size(self._pack)
         runs = [compose_run(self.hydra_context, self.config, overrides) for overrides in job_overrides]
         configs = [run.config for run in runs]
         slots = find_slots(configs, runs_per_device=self._runs_per_device, workers=self._workers)
-        if self._pack > 1:
+        if size != 1:
             reasons = Counter(why_alone(config) for config in configs)
             for reason, count in reasons.items():
                 if reason is not None:
-                    logger.info("pack=%d: %d of %d runs are trained alone: %s", self._pack, count, len(runs), reason)
-        queue = Queue(runs, slots, self._processes, pack=self._pack)
+                    logger.info("pack=%s: %d of %d runs are trained alone: %s", self._pack, count, len(runs), reason)
+        queue = Queue(runs, slots, self._processes, pack=size)
         with open_screen(len(runs)) as screen:
             outcomes = queue.run(screen)
         return [job_return(overrides, outcomes[run.run_id]) for overrides, run in zip(job_overrides, runs, strict=True)]
@@ -169,9 +170,11 @@ def find_slots(configs: Sequence[RunConfig], *, runs_per_device: int, workers: i
 class Queue:
     """The runs of one sweep on their way through the slots."""
 
-    def __init__(self, runs: Sequence[PlannedRun], slots: Sequence[Slot], processes: Any, *, pack: int = 1) -> None:
+    def __init__(
+        self, runs: Sequence[PlannedRun], slots: Sequence[Slot], processes: Any, *, pack: int | None = 1
+    ) -> None:
         self._todo = deque(runs)
-        self._pack = pack
+        self._pack = pack  # None: as many as make it faster
         self._num_slots = len(slots)
         # Runs that are computed in no pack, because they cannot be or because the process of their pack died.
         self._alone = {run.run_id for run in runs if pack == 1 or why_alone(run.config) is not None}
@@ -248,7 +251,7 @@ class Queue:
         key = pack_key(run.config)
         others = [one for one in self._todo if one.run_id not in self._alone and pack_key(one.config) == key]
         # More than are trained at once enter as others leave, but no slot takes what another one could begin.
-        share = max(self._pack, math.ceil((len(others) + 1) / self._num_slots)) - 1
+        share = max(self._pack or 1, math.ceil((len(others) + 1) / self._num_slots)) - 1
         taken = []
         for one in others[:share]:
             self._todo.remove(one)

@@ -1,0 +1,120 @@
+"""How many runs a pack trains at once: a given number, or as many as make it faster and fit into memory.
+
+`Growing` starts with one run and doubles. At each size it watches a few passes, and it stays at the last size that
+computed more tokens a second than half of it did, by more than a margin: twice as many runs take twice the memory, and
+where a core or a GPU is busy already, they take twice the time as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Protocol
+
+from harness.results.metrics import bytes_text
+
+# Twice as many runs are kept where they compute so many times as many tokens a second.
+LEAST_GAIN = 1.05
+# Passes at a size before it is judged, by the median of their rates.
+NUM_PASSES = 5
+# The part of the memory that is available which a pack may take: kernels need scratch space, and allocators fragment.
+MEMORY_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One turn of all runs of a pack: how many there were, the tokens of their batches, and what it took.
+
+    Attributes:
+        num_runs: that trained at once.
+        num_tokens: of their own batches, their padding included and that to a common length not.
+        seconds: of forward and backward.
+        bytes_per_run: what a step of the largest of them takes above the weights that all share.
+    """
+
+    num_runs: int
+    num_tokens: int
+    seconds: float
+    bytes_per_run: int
+
+
+class PackSize(Protocol):
+    """How many runs are in training at once, from what their passes took."""
+
+    @property
+    def target(self) -> int:
+        """Runs that may be in training now. More that are stay until they end."""
+        ...
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it will stay, so that no pass has to be timed."""
+        ...
+
+    def passed(self, done: Pass) -> str:
+        """Takes note of a pass. What was decided, as a sentence's end; empty where nothing was."""
+        ...
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Always so many.
+
+    Raises:
+        ValueError: less than one.
+    """
+
+    target: int
+    is_settled: bool = True
+
+    def __post_init__(self) -> None:
+        if self.target < 1:
+            raise ValueError(f"size={self.target}: a pack has at least one run")
+
+    def passed(self, done: Pass) -> str:
+        """Nothing to decide."""
+        return ""
+
+
+@dataclass
+class Growing:
+    """Doubles from one run on, while that makes it faster and memory allows.
+
+    Args:
+        most: never more than that; the number of runs there are.
+        available: the bytes that are free at present; None where that is not known.
+    """
+
+    most: int
+    available: Callable[[], int | None]
+    target: int = 1
+    is_settled: bool = False
+    _rates: list[float] = field(default_factory=list)
+    _smaller: tuple[int, float] | None = None
+
+    def passed(self, done: Pass) -> str:
+        """Takes note of a pass in which as many runs trained as wanted, and decides after `NUM_PASSES` of them."""
+        if self.is_settled or done.num_runs != self.target:
+            return ""
+        self._rates.append(done.num_tokens / done.seconds)
+        if len(self._rates) < NUM_PASSES:
+            return ""
+        rate = median(self._rates)
+        if self._smaller is not None:
+            smaller, before = self._smaller
+            if rate < LEAST_GAIN * before:
+                return self._settle(smaller, f"{self.target} compute {rate / before:.2f} times as many tokens a second")
+        doubled = min(2 * self.target, self.most)
+        if doubled == self.target:
+            return self._settle(self.target, "more do not wait")
+        available, needed = self.available(), doubled * done.bytes_per_run
+        if available is not None and needed > MEMORY_SHARE * available:
+            shown = f"{doubled} need {bytes_text(needed)}, available are {bytes_text(available)}"
+            return self._settle(self.target, shown)
+        self._smaller, self.target, self._rates = (self.target, rate), doubled, []
+        return ""
+
+    def _settle(self, size: int, reason: str) -> str:
+        self.target, self.is_settled = size, True
+        return f"{size} at once: {reason}"

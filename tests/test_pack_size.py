@@ -1,0 +1,72 @@
+"""How many runs train at once: `hydra.launcher.pack=auto`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from harness.training.pack_size import NUM_PASSES, Fixed, Growing, Pass
+
+TOKENS = 100
+
+
+def train(size: Growing, seconds_of: Callable[[int], float], *, bytes_per_run: int = 1) -> list[str]:
+    """Passes with as many runs as wanted until it stays; what was decided."""
+    for _ in range(100):
+        runs = size.target
+        decided = size.passed(Pass(runs, runs * TOKENS, seconds_of(runs), bytes_per_run))
+        if size.is_settled:
+            return [decided]
+        assert not decided
+    raise AssertionError("it never settles")
+
+
+def test_it_doubles_while_twice_as_many_compute_faster() -> None:
+    """Up to four runs take the time of one, eight take 2.2 times as long as four."""
+    size = Growing(most=100, available=lambda: None)
+    decided = train(size, lambda runs: 2.2 if runs == 8 else 1.0)
+    assert decided == ["4 at once: 8 compute 0.91 times as many tokens a second"]
+    assert size.target == 4
+
+
+def test_where_runs_take_turns_anyway_each_is_alone() -> None:
+    size = Growing(most=100, available=lambda: None)
+    train(size, lambda runs: runs / 1.04)
+    assert size.target == 1
+
+
+def test_there_are_never_more_than_wait() -> None:
+    size = Growing(most=3, available=lambda: None)
+    assert train(size, lambda runs: 1.0) == ["3 at once: more do not wait"]
+    assert size.target == 3
+
+
+def test_the_memory_that_is_available_is_a_limit() -> None:
+    size = Growing(most=100, available=lambda: 50 * 2**20)
+    assert train(size, lambda runs: 1.0, bytes_per_run=10 * 2**20) == [
+        "4 at once: 8 need 80.00 MiB, available are 50.00 MiB"
+    ]
+    assert size.target == 4
+
+
+def test_a_pass_with_other_numbers_of_runs_decides_nothing() -> None:
+    """While runs enter or leave; one slow pass of five is not the median."""
+    size = Growing(most=2, available=lambda: None)
+    for _ in range(NUM_PASSES - 1):
+        size.passed(Pass(1, TOKENS, 1.0, 1))
+    for _ in range(NUM_PASSES):
+        size.passed(Pass(2, 2 * TOKENS, 1.0, 1))
+    assert size.target == 1
+    size.passed(Pass(1, TOKENS, 9.0, 1))
+    assert size.target == 2
+    for seconds in (9.0, 1.0, 1.0, 1.0, 1.0):
+        size.passed(Pass(2, 2 * TOKENS, seconds, 1))
+    assert size.is_settled and size.target == 2
+
+
+def test_a_fixed_size_stays() -> None:
+    size = Fixed(3)
+    assert size.passed(Pass(3, TOKENS, 1.0, 1)) == "" and size.target == 3
+    with pytest.raises(ValueError, match="size=0: a pack has at least one run"):
+        Fixed(0)
