@@ -1,4 +1,4 @@
-# make demo | demo-lm | test | check | docs | results | venv | clean. Each sets up .venv first: minutes once, nothing afterwards.
+# make demo | demo-lm | test | check | docs | results | bench | venv | clean. Each sets up .venv first: minutes once, nothing afterwards.
 
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 VENV := .venv
@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 # `make test PYTEST_ARGS=tests/test_lora.py`
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo demo-lm test check docs results venv clean
+.PHONY: demo demo-lm test check docs results bench venv clean
 
 demo: venv
 	./.venv/bin/python -m harness -m sweeps=demo && ./.venv/bin/python -m analysis report --sweep demo
@@ -36,6 +36,13 @@ docs: venv
 # What README.md and docs/ show of sweeps, from the recorded runs in docs/results/.
 results: venv
 	$(RUN) docs/rebuild.py
+
+# Timings, on a machine that does nothing else: a Markdown table for each question, about 40 minutes.
+bench: venv
+	$(RUN) benchmarks/step.py
+	$(RUN) benchmarks/packs.py
+	$(RUN) benchmarks/many_adapters.py
+	$(RUN) benchmarks/many_runs.py docs/results/reuters_tuned.tar.xz
 
 venv: $(INSTALLED)
 

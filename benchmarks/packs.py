@@ -139,7 +139,7 @@ def laps(marks: Sequence[float]) -> list[float]:
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--cpu-time", action="store_true", help="processor time of one thread in place of wall time")
     options = parser.parse_args()

@@ -183,6 +183,17 @@ def test_points_and_intervals_are_those_of_the_cells(tmp_path: Path) -> None:
     assert "mean of 3 seeds, 95 % interval" in footnote(front)
 
 
+def test_no_interval_reaches_above_an_accuracy_of_one(tmp_path: Path) -> None:
+    """That of three seeds is wide, and symmetric by its formula."""
+    table = grid_cells(tmp_path)
+    table["test_accuracy_ci"] = 0.4
+    figure = draw(paper_figures(table, curves_of(table)), "rank_curves")
+    ends = np.concatenate([segment[:, 1] for segment in figure.axes[0].collections[0].get_segments()])
+    scores = table["test_accuracy"]
+    assert ends.max() == 1.0 and any(np.isclose(ends.min(), scores - 0.4))
+    assert figure.axes[0].get_ylim()[1] < 1.2
+
+
 def test_the_heat_map_prints_and_colours_the_scores(tmp_path: Path) -> None:
     table = grid_cells(tmp_path)
     figure = draw(paper_figures(table, {}), "rank_by_placement")

@@ -60,8 +60,9 @@ def draw_means(
         ranges: on the x axis, how far each reaches below and above.
         look: colour, marker and line style.
     """
-    ys, halves = [cell.displayed(y) for cell in cells], [cell.interval(y) for cell in cells]
-    bars: dict[str, Any] = {"yerr": halves if any(halves) else None, "xerr": ranges}
+    ys = [cell.displayed(y) for cell in cells]
+    reaches = np.abs(np.array([cell.ends(y) for cell in cells]).T - np.array(ys))
+    bars: dict[str, Any] = {"yerr": reaches if reaches.any() else None, "xerr": ranges}
     artists = [*axes.errorbar(xs, ys, **bars, elinewidth=0.7, capsize=1.5, label=label, **look).get_children()]
     both = seeds_at or [(x, x) for x in xs]
     points = [pair for cell, at in zip(cells, both, strict=True) for pair in zip(at, cell.two_seeds(y), strict=False)]
@@ -123,11 +124,11 @@ def draw_references(axes: Axes, panel: Panel, cells: Sequence[PlottedCell], foot
         if is_outlier(cell, panel.with_metrics(panel.test), panel.test):
             footnote.remarks.append(outlier_text(cell, panel.test, footnote))
             continue
-        y, half = cell.displayed(panel.test), cell.interval(panel.test)
+        y = cell.displayed(panel.test)
         look = {key: value for key, value in panel.look_of(cell).items() if key != "marker"}
         axes.axhline(y, label=cell.label, zorder=1, **look)
-        if half:
-            axes.axhspan(y - half, y + half, facecolor=look["color"], alpha=0.15, linewidth=0)
+        if cell.interval(panel.test):
+            axes.axhspan(*cell.ends(panel.test), facecolor=look["color"], alpha=0.15, linewidth=0)
         for seed in cell.two_seeds(panel.test):
             axes.axhline(seed, label=f"{cell.label}: seeds", color=look["color"], linewidth=0.35, alpha=0.6, zorder=1)
         label_end(axes, cell.label, (1, y), look["color"], coordinates=("axes fraction", "data"))
@@ -165,7 +166,7 @@ def limits(cells: Sequence[PlottedCell], name: str, also: Sequence[float] = ()) 
     """From the lowest to the highest mean with its noise, and `also`, with room around them."""
     ends = [*also, *(end for cell in cells for end in cell.two_seeds(name))]
     for cell in cells:
-        ends += [cell.displayed(name) - cell.interval(name), cell.displayed(name) + cell.interval(name)]
+        ends += cell.ends(name)
     room = 0.12 * (max(ends) - min(ends)) or 0.01
     return min(ends) - room, max(ends) + room
 

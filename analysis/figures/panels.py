@@ -57,6 +57,11 @@ class PlottedCell:
             return 0.0
         return float(half) / metric(name).display_divisor
 
+    def ends(self, name: str) -> tuple[float, float]:
+        """Where the interval ends, in the unit in which it is shown; not above the largest value of the metric."""
+        mean, half = self.displayed(name), self.interval(name)
+        return mean - half, max(mean, min(mean + half, metric(name).largest / metric(name).display_divisor))
+
     def two_seeds(self, name: str) -> tuple[float, float] | tuple[()]:
         """The values of a score where it has exactly two, in the unit in which it is shown and the order of seeds."""
         by_seed = self.row["by_seed"].get(name, {})

@@ -28,7 +28,8 @@ class Metric:
     """What one number means.
 
     `label` is the column title of a table; `format` is a format specification applied to the value divided by
-    `display_divisor`, which turns the stored unit into `display_unit`.
+    `display_divisor`, which turns the stored unit into `display_unit`. `largest` is the largest value there can be:
+    figures end intervals there.
     """
 
     unit: str
@@ -37,6 +38,7 @@ class Metric:
     format: str
     display_unit: str = ""
     display_divisor: float = 1.0
+    largest: float = math.inf
 
     def digits(self, value: float) -> str:
         """A value in its stored unit as text in the display unit, without the unit."""
@@ -78,7 +80,7 @@ def _memory(label: str) -> Metric:
 
 
 def _score(label: str) -> Metric:
-    return Metric("1", Direction.HIGHER, label, "z.4f")
+    return Metric("1", Direction.HIGHER, label, "z.4f", largest=1.0)
 
 
 METRICS: dict[str, Metric] = {
