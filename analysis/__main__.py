@@ -112,6 +112,16 @@ def _parser(program: str = "python -m analysis") -> argparse.ArgumentParser:
         metavar="COSINE",
         help="below which a dimension is an intruder, for --intruders; default: %(default)s",
     )
+    adapters.add_argument(
+        "--gradients",
+        type=_examples,
+        nargs="?",
+        const=128,
+        default=0,
+        metavar="EXAMPLES",
+        help="also the gradient of each matrix before training, over so many training examples (128), beside the "
+        "scores of placements; a backward pass for each seed",
+    )
     adapters.set_defaults(command=_adapters)
 
     suggest = commands.add_parser(
@@ -172,6 +182,12 @@ def _margin(text: str) -> float:
     return margin
 
 
+def _examples(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number of training examples, as 128")
+    return int(text)
+
+
 def _cosine(text: str) -> float:
     try:
         cosine = float(text)
@@ -230,6 +246,7 @@ def _adapters(options: argparse.Namespace) -> None:
         truncation=options.truncation,
         intruders=options.intruders,
         epsilon=options.epsilon,
+        gradients=options.gradients,
     )
 
 

@@ -137,6 +137,7 @@ def write_adapter_report(
     truncation: bool = False,
     intruders: bool = False,
     epsilon: float = 0.5,
+    gradients: int = 0,
     console: Console | None = None,
 ) -> Path:
     """Writes what was found in the weights of a sweep's runs, `<sweep>/adapters/` of the reports; returns that folder.
@@ -150,12 +151,14 @@ def write_adapter_report(
         truncation: whether full fine-tuning's differences are cut to ranks and scored.
         intruders: whether runs are scored with less of their intruder dimensions.
         epsilon: of those intruders.
+        gradients: of so many training examples the gradient before training; 0 for none.
         console: where what was found is printed; standard output by default.
 
     Raises:
         LoadError: there are no such runs, or none whose weights can be read.
     """
     from analysis.adapters import scored_tables, scoring
+    from analysis.adapters.gradients import find_gradients, gradient_figure, gradient_tables
     from analysis.adapters.summaries import named_frames
 
     name = _report_name(sweep)
@@ -172,6 +175,12 @@ def write_adapter_report(
         scores = scoring.score_without_intruders(found.cells, seeds, runs_dir, problems, epsilon=epsilon)
         paper_tables.append(scored_tables.intruder_table(scores, found.cells, problems))
         drawn.append(scored_tables.intruder_figure(scores, found.cells))
+    if gradients:
+        before = find_gradients(found.cells, seeds, runs_dir, num_examples=gradients)
+        problems += before.problems
+        paper_tables += gradient_tables(before)
+        drawn.append(gradient_figure(before))
+        frames["gradients"] = before.frame
     report_dir = reports_dir / name / "adapters"
     _write_tables(report_dir / "tables", paper_tables, f"{name}-adapters", summary, small_spread=False)
     _remove_others(report_dir / "figures", figures.write_figures(drawn, report_dir / "figures"))

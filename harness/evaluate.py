@@ -75,7 +75,7 @@ def evaluate(
         ModelError, DataError, LoRAError, PeftMethodError: as training raises them.
     """
     if own_data:
-        _require_own_content(runs)
+        require_own_content(runs)
     scored: dict[tuple[str, str], Scored] = {}
     for group in by_base(runs):
         base = Base(group[0])
@@ -83,7 +83,7 @@ def evaluate(
         for saved in group:
             key = str(to_dict(saved.config)["dataset"])
             if key not in datasets:
-                datasets[key] = _load_data(base, saved.config, splits)
+                datasets[key] = load_own_data(base, saved.config, splits)
             _require_labels(saved, datasets[key])
             for split, found in _evaluate_one(base, saved, datasets[key], splits, folder).items():
                 scored[saved.run_id, split] = found
@@ -107,9 +107,9 @@ def evaluate_changed(
         ConfigError: data that have changed since, or a method that cannot be merged.
         ModelError, DataError, LoRAError, PeftMethodError: as training raises them.
     """
-    _require_own_content([saved])
+    require_own_content([saved])
     base = Base(saved)
-    data = _load_data(base, saved.config, splits)
+    data = load_own_data(base, saved.config, splits)
 
     def put_in(weights: Changed, model: PreTrainedModel) -> None:
         merge_in(model, saved.config)
@@ -122,7 +122,8 @@ def evaluate_changed(
     }
 
 
-def _require_own_content(runs: Sequence[SavedRun]) -> None:
+def require_own_content(runs: Sequence[SavedRun]) -> None:
+    """Raises `ConfigError` where the data of a run are other ones now, with one sentence for each run."""
     problems = []
     for saved in runs:
         found = find_content(saved.config)
@@ -140,7 +141,8 @@ def _require_own_content(runs: Sequence[SavedRun]) -> None:
         raise ConfigError(problems)
 
 
-def _load_data(base: Base, config: RunConfig, splits: Sequence[str]) -> TaskData:
+def load_own_data(base: Base, config: RunConfig, splits: Sequence[str]) -> TaskData:
+    """The data of a config, of which these splits will be used; what the model cannot read is refused."""
     too_long = length_problems(config, configs.max_tokens(base.model_config, base.tokenizer))
     if too_long:
         raise ConfigError(too_long)

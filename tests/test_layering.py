@@ -46,6 +46,7 @@ ROOMS = (
     "harness.saved",
     "harness.deltas",
     "harness.evaluate",
+    "harness.gradients",
     "harness.export",
     "harness.commands",
     "harness.__main__",
@@ -91,7 +92,7 @@ HARNESS_SEEN_BY = {
     # It reads weights, of runs that have ended.
     "analysis.adapters": (
         *("harness.results", "harness.methods", "harness.placement", "harness.config", "harness.content"),
-        *("harness.saved", "harness.deltas", "harness.evaluate"),
+        *("harness.saved", "harness.deltas", "harness.evaluate", "harness.gradients"),
     ),
     # The commands; what they print is worked out in the harness, which alone knows models.
     "analysis.audit": ("harness.results", "harness.forecast"),
@@ -336,7 +337,7 @@ VIOLATIONS = [
         "from harness.training.loop import train",
         "analysis.adapters imports harness.training.loop: "
         "of the harness it may know harness.results, harness.methods, harness.placement, harness.config, "
-        "harness.content, harness.saved, harness.deltas, harness.evaluate",
+        "harness.content, harness.saved, harness.deltas, harness.evaluate, harness.gradients",
     ),
     ("analysis/report.py", "def f():\n    import torch", "analysis.report imports torch: it must not know it"),
     (
