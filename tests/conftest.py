@@ -53,6 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
+    """What the test modules imported."""
     import hypothesis  # noqa: F401 (its plug-ins ask the collector for objects: before they are out of sight)
 
     _freeze()
@@ -60,7 +61,8 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_logfinish() -> None:
-    if len(sys.modules) > _num_modules_frozen + 100:  # a test was the first to use peft, or a family of models
+    # A test was the first to use peft, or a family of models. A process that only hands tests out has frozen nothing.
+    if 0 < _num_modules_frozen < len(sys.modules) - 100:
         _freeze()
 
 
