@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from harness.results.metrics import bytes_text
 
@@ -66,7 +66,7 @@ class Fixed:
     """
 
     target: int
-    is_settled: bool = True
+    is_settled: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.target < 1:
