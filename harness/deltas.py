@@ -46,7 +46,7 @@ class DeltaWeight:
     @property
     def role(self) -> str:
         """Which projection of its block it is."""
-        return self.target.role or self.target.module.rpartition(".")[2]
+        return role_of(self.target)
 
     def matrix(self) -> Tensor:
         """The delta weight as a matrix."""
@@ -54,6 +54,11 @@ class DeltaWeight:
             return self.dense
         assert self.low is not None and self.high is not None
         return self.high @ self.low
+
+
+def role_of(target: Target) -> str:
+    """Which projection of its block a target is; of one that no role names the last part of the module's name."""
+    return target.role or target.module.rpartition(".")[2]
 
 
 def find_each(run_ids: Sequence[str], runs_dir: Path) -> tuple[list[SavedRun], list[str]]:

@@ -92,7 +92,7 @@ def gradients_before(saved: SavedRun, *, num_examples: int) -> list[Gradient]:
     found = []
     for target in targets:
         gradient = _weight(model, target).grad
-        if gradient is not None:  # what the loss does not reach, as a last block's keys of unused tokens
+        if gradient is not None:  # the loss does not reach every matrix of every model
             rows = gradient if isinstance(model.get_submodule(target.module), nn.Linear) else gradient.T
             found.append(Gradient(target, take_rows(rows, target.rows).float().cpu().clone()))
     return found

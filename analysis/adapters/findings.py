@@ -22,7 +22,7 @@ from analysis.comparisons import Cell
 from analysis.load import LoadError
 from analysis.methods import is_full
 from harness.content.errors import ModelError
-from harness.deltas import DeltaWeight, by_untrained_base, find_each, read_deltas
+from harness.deltas import DeltaWeight, by_untrained_base, find_each, read_deltas, role_of
 from harness.placement.select import Target
 from harness.saved import SavedRun
 
@@ -159,17 +159,22 @@ def _of_group(
             rank = len(found.values) if thin else None
             if (shape, rank) not in floors:
                 floors[shape, rank] = measures.random_spectrum(shape, rank, draw)
-            stack = f"{target.stack}." if target.stack else ""
+            role = role_name(target)
             name = {"condition": condition, "seed": seed, "run_id": saved.run_id}
-            name |= {"role": stack + delta.role, "block": target.block}
+            name |= {"role": role, "block": target.block}
             rows.spectra.append({**name, **_spectrum(delta, found, rank, floors[shape, rank])})
             rows.values += [{**name, **line} for line in _values(found.values, floors[shape, rank])]
             rows.amplification += [{**name, **line} for line in _amplifications(delta, bases[target], found, rank)]
             rows.intruders += [{**name, **line} for line in _intruders(delta, bases[target], found, draw)]
-            rows.features[stack + delta.role] = shape[1]
-            right[stack + delta.role, target.block, target.module] = found.right[:, :MOST_DIRECTIONS].float()
+            rows.features[role] = shape[1]
+            right[role, target.block, target.module] = found.right[:, :MOST_DIRECTIONS].float()
         if right:
             yield _Learned(saved, condition, seed, right)
+
+
+def role_name(target: Target) -> str:
+    """What the frames call the role of a target: of an encoder-decoder with its stack, as "decoder.q"."""
+    return f"{target.stack}.{role_of(target)}" if target.stack else role_of(target)
 
 
 def _spectrum(delta: DeltaWeight, found: Decomposition, rank: int | None, random: Tensor) -> dict[str, Any]:

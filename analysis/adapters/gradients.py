@@ -23,7 +23,8 @@ from scipy.stats import spearmanr
 
 from analysis.adapters import measures
 from analysis.adapters.figures import laid_out, page_of_axes
-from analysis.adapters.summaries import over_seeds, text_of
+from analysis.adapters.findings import role_name
+from analysis.adapters.summaries import over_seeds, subject_of, text_of
 from analysis.comparisons import Cell
 from analysis.figures import Figure
 from analysis.figures.style import our_settings
@@ -85,7 +86,7 @@ def find_gradients(cells: Sequence[Cell], seeds: Mapping[str, int], runs_dir: Pa
     beginnings: dict[tuple[Any, ...], list[SavedRun]] = defaultdict(list)
     for number, group in enumerate(by_untrained_base(runs)):
         for saved in group:
-            beginnings[number, _subject(cells[condition_of[saved.run_id]]), seeds[saved.run_id]].append(saved)
+            beginnings[number, subject_of(cells[condition_of[saved.run_id]]), seeds[saved.run_id]].append(saved)
     rows: list[dict[str, Any]] = []
     placed: list[dict[str, Any]] = []
     draw = torch.Generator().manual_seed(_SEED)
@@ -100,16 +101,14 @@ def find_gradients(cells: Sequence[Cell], seeds: Mapping[str, int], runs_dir: Pa
         entries = {str(each.target): each.matrix.numel() for each in gradients}
         energy, num_entries = sum(energies.values()), sum(entries.values())
         for each in gradients:
-            name, target = str(each.target), each.target
+            name = str(each.target)
             shape = (each.matrix.shape[0], each.matrix.shape[1])
             if shape not in floors:
                 floors[shape] = _leading(measures.random_spectrum(shape, None, draw))
             share = energies[name] / energy if energy else 0.0
-            role = f"{target.stack}." if target.stack else ""
-            role += target.role or target.module.rpartition(".")[2]
             rows.append(
                 {
-                    **{"subject": subject, "seed": seed, "role": role, "block": target.block},
+                    **{"subject": subject, "seed": seed, "role": role_name(each.target), "block": each.target.block},
                     **{"num_entries": entries[name], "energy": energies[name], "share": share},
                     "density": share / (entries[name] / num_entries),
                     "leading": _leading(torch.linalg.svdvals(each.matrix.double())),
@@ -138,10 +137,6 @@ def _leading(values: torch.Tensor) -> float:
     squares = values.square()
     total = float(squares.sum())
     return float(squares[:LEADING].sum()) / total if total else 0.0
-
-
-def _subject(cell: Cell) -> str:
-    return f"{cell['model']} on {cell['dataset']}"
 
 
 def _is_plain_lora(cell: Cell) -> bool:
@@ -238,7 +233,7 @@ def _correlations(cells: Sequence[Cell], lines: Sequence[dict[str, Any]]) -> lis
     groups: dict[tuple[str, Any], list[int]] = defaultdict(list)
     for number, cell in enumerate(cells):
         if _value(cell, "val") is not None:
-            groups[_subject(cell), cell["rank"]].append(number)
+            groups[subject_of(cell), cell["rank"]].append(number)
     notes = []
     for (subject, rank), members in groups.items():
         if len({cells[number]["target_layers"] for number in members}) < MIN_PLACEMENTS:

@@ -19,7 +19,7 @@ from analysis.adapters.figures import (
     shared_legend,
 )
 from analysis.adapters.scoring import FIRST, KEPT
-from analysis.adapters.summaries import over_seeds
+from analysis.adapters.summaries import over_seeds, subject_of
 from analysis.comparisons import Cell
 from analysis.figures import Figure
 from analysis.figures.panels import MIN_SEEDS_OF_INTERVAL
@@ -224,7 +224,7 @@ def _draw_ranks(frame: pd.DataFrame, cells: Sequence[Cell]) -> matplotlib.figure
         "adapters of this rank; means over seeds, 95 % interval from three seeds on; rank 0 is all that is no matrix"
     )
     with our_settings():
-        figure, axes = page_of_axes("", [_subject(cells[each]) for each in fulls], footnote, row_inches=2.6)
+        figure, axes = page_of_axes("", [subject_of(cells[each]) for each in fulls], footnote, row_inches=2.6)
         for each, condition in zip(axes, fulls, strict=True):
             name = score(cells[condition], "test")
             own = [line for line in lines if line["condition"] == condition]
@@ -254,7 +254,7 @@ def _draw_kept(frame: pd.DataFrame, cells: Sequence[Cell]) -> matplotlib.figure.
     shown = list(dict.fromkeys(line["condition"] for line in lines))
     subjects: dict[str, list[int]] = {}
     for each in shown:
-        subjects.setdefault(_subject(cells[each]), []).append(each)
+        subjects.setdefault(subject_of(cells[each]), []).append(each)
     footnote = (
         "part of the intruders' singular values that is left, 1 is as trained; dotted: the same of as many other "
         "dimensions; means over seeds, 95 % interval from three seeds on; without intruders nothing is scored"
@@ -276,15 +276,11 @@ def _draw_kept(frame: pd.DataFrame, cells: Sequence[Cell]) -> matplotlib.figure.
         return laid_out(figure)
 
 
-def _subject(cell: Cell) -> str:
-    return f"{cell['model']} on {cell['dataset']}"
-
-
 def _families(cells: Sequence[Cell], full: Cell) -> dict[str, list[Cell]]:
     """The scored conditions with a rank of a model and dataset, by method and placement, in order of rank."""
     found: dict[str, list[Cell]] = {}
     for cell in sorted((cell for cell in cells if cell["rank"] is not None), key=lambda cell: cell["rank"]):
-        if _subject(cell) == _subject(full) and cell.get(f"{score(cell, 'test')}_n", 0):
+        if subject_of(cell) == subject_of(full) and cell.get(f"{score(cell, 'test')}_n", 0):
             found.setdefault(f"{cell['method']} {cell['target_layers']}", []).append(cell)
     return found
 

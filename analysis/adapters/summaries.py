@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.adapters.findings import Findings
-from analysis.comparisons import half_interval
+from analysis.comparisons import Cell, half_interval
 from analysis.select import records
 from analysis.tables.columns import cell_names
 
@@ -55,6 +55,11 @@ def text_of(row: dict[str, Any], name: str, digits: str) -> str | None:
         return None
     sd = row[f"{name}_sd"]
     return f"{row[name]:{digits}}" + ("" if sd is None else f" ± {sd:{digits}}")
+
+
+def subject_of(cell: Cell) -> str:
+    """The model and dataset of a condition, as "minilm on reuters_r8"."""
+    return f"{cell['model']} on {cell['dataset']}"
 
 
 def named(found: Findings, row: Mapping[Any, Any]) -> dict[str, Any]:

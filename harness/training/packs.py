@@ -326,13 +326,10 @@ def _add_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tenso
             continue
         if parameter.grad is None:
             # Laid out as the parameter is, as autograd does it: fused optimizers walk through both side by side.
-            parameter.grad = gradient if gradient.stride() == parameter.stride() else _laid_out_as(parameter, gradient)
+            is_alike = gradient.stride() == parameter.stride()
+            parameter.grad = gradient if is_alike else torch.empty_like(parameter).copy_(gradient)
         else:
             parameter.grad += gradient
-
-
-def _laid_out_as(parameter: Tensor, gradient: Tensor) -> Tensor:
-    return torch.empty_like(parameter).copy_(gradient)
 
 
 @torch.no_grad()
