@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from test_run import _own_cache, rows  # noqa: F401 (fixtures)
 from test_run import config as tiny_config
 
 from harness.config.composing import to_dict
-from harness.config.schema import ModelConfig, RunConfig, TinyModel
+from harness.config.schema import Device, ModelConfig, RunConfig, TinyModel
 from harness.config.validation import ConfigError
 from harness.content.identity import PlannedRun, identify
+from harness.methods.packed import PackedLayer
 from harness.models.loading import load_model
 from harness.models.saving import save_model
 from harness.models.tokenizers import load_tokenizer
@@ -121,6 +123,29 @@ def test_runs_of_a_pack_leave_what_they_leave_alone(rows: Path, tmp_path: Path) 
         assert outcomes[run_id].headline == alone.headline or outcomes[run_id].headline
     # Three are in training at once; that with adapter dropout shares a pass only with batches that are as long as its.
     assert together == [2, 2, 1, 2]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_runs_of_a_pack_on_a_gpu_score_as_they_do_alone(rows: Path, tmp_path: Path, precision: str) -> None:  # noqa: F811
+    def wanted(runs_dir: Path) -> list[RunConfig]:
+        trainer = {"precision": precision}
+        return [
+            replace(
+                config(rows, runs_dir, rank={"rank": rank}, trainer=trainer), device=Device.cuda, allow_busy_device=True
+            )
+            for rank in (1, 4, 8)
+        ]
+
+    compute(wanted(tmp_path / "packed"), size=3)
+    for each in wanted(tmp_path / "alone"):
+        alone = run(each)
+        packed = read_result(tmp_path / "packed" / alone.run_id / "result.json")
+        assert (packed.status, packed.environment["packed"]) == (Status.FINISHED, 3)
+        assert packed.metrics["train_nll"] == pytest.approx(
+            alone.metrics["train_nll"], rel=1e-4 if precision == "fp32" else 0.02
+        )
+        assert packed.metrics["peak_memory_bytes"] == alone.metrics["peak_memory_bytes"]
 
 
 def test_one_that_diverges_and_one_that_cannot_begin_leave_the_others(rows: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -283,3 +308,30 @@ def test_frozen_blocks_are_computed_once_in_training_and_scoring(
     alone = run(replace(wanted[1], runs_dir=str(tmp_path / "alone")))
     require_equal(tmp_path / alone.run_id, tmp_path / "alone" / alone.run_id)
     assert json.loads((tmp_path / alone.run_id / "result.json").read_text())["environment"]["packed"] == 3
+
+
+@pytest.mark.parametrize("model", [{}, {"dtype": "bfloat16"}], ids=["base in float32", "base in bfloat16"])
+def test_runs_in_bf16_share_a_pass_that_computes_in_it(
+    rows: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model: dict[str, Any],
+) -> None:
+    computed_in, forward = set(), PackedLayer.forward
+
+    def recorded(layer: PackedLayer, x: torch.Tensor) -> torch.Tensor:
+        y = forward(layer, x)
+        computed_in.add(y.dtype)
+        return y
+
+    monkeypatch.setattr(PackedLayer, "forward", recorded)
+    wanted = [
+        config(rows, tmp_path / "packed", model=model, trainer={"precision": "bf16"}, rank={"rank": rank})
+        for rank in (2, 4)
+    ]
+    compute(wanted, size=2)
+    assert computed_in == {torch.bfloat16}
+    for each in wanted:
+        packed, alone = result_of(each), run(replace(each, runs_dir=str(tmp_path / "alone")))
+        assert packed.environment["packed"] == 2, (tmp_path / "packed" / packed.run_id / "log.txt").read_text()
+        assert packed.metrics["train_nll"] == pytest.approx(alone.metrics["train_nll"], rel=0.02)

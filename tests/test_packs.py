@@ -31,6 +31,7 @@ from harness.data.blocks import NO_TARGET
 from harness.methods import packed as packed_module
 from harness.methods.adapting import apply_lora
 from harness.methods.counts import is_bias, is_lora, set_trainable
+from harness.methods.lora import MatrixLayer
 from harness.methods.packed import PackedLayer, PackedModel, share_base, why_alone
 from harness.methods.trunk import TrunkMemory
 from harness.models.loading import checkpoint_activations
@@ -69,6 +70,7 @@ class Spec:
     checkpointing: bool = False
     data: int = 0
     model_dropout: float = 0.0
+    device: str = "cpu"
 
 
 SIX = (
@@ -78,6 +80,15 @@ SIX = (
     Spec(rank=64, projections=("q", "v"), rate=1e-2, seed=1),
     Spec(rank=8, projections=("all",), blocks="last_half", rate=2e-2),
     Spec(rank=2, projections=("q",), blocks="last_half", rate=5e-4, seed=1, batch_size=4, size=2),
+)
+
+
+# In batches of as many examples.
+PLACED = (
+    Spec(rank=1),
+    Spec(rank=8, projections=("all",), rate=2e-3, seed=1),
+    Spec(rank=32, projections=("mlp",), rate=1e-3, seed=2),
+    Spec(rank=2, projections=("q",), rate=5e-3, seed=3),
 )
 
 
@@ -139,7 +150,7 @@ class Objective:
     def evaluate(self, model: nn.Module) -> Evaluation:
         model.eval()
         with torch.no_grad():
-            nll = float(self.summed_loss(model, self.val).minimised)
+            nll = float(self.summed_loss(model, self.val.to(next(model.parameters()).device)).minimised)
         model.train()
         return Evaluation({"nll": nll} if math.isfinite(nll) else {}, -nll)
 
@@ -237,7 +248,7 @@ class Run:
             learning_rate=spec.rate, max_steps=spec.num_steps, batch_size=spec.batch_size, weight_decay=0.01
         )
         torch.manual_seed(spec.seed)  # what dropout draws
-        return {"config": config, "accelerator": Accelerator(cpu=True), "callbacks": self.record}
+        return {"config": config, "accelerator": Accelerator(cpu=spec.device == "cpu"), "callbacks": self.record}
 
     def trained(self) -> dict[str, Tensor]:
         return {name: value.detach() for name, value in self.model.named_parameters() if value.requires_grad}
@@ -283,7 +294,14 @@ def furthest(run: Run, other: Run) -> float:
 # ---------------------------------------------------------------- packed equals alone
 
 
-def test_six_different_runs_of_fifty_steps_equal_those_alone() -> None:
+@pytest.fixture(params=[False, True], ids=["one by one", "stacked"])
+def stacked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Adapters computed as on the CPU, and by batched products as on a GPU."""
+    monkeypatch.setattr(packed_module, "stacks_on", lambda device: request.param)
+    return request.param
+
+
+def test_six_different_runs_of_fifty_steps_equal_those_alone(stacked: bool) -> None:
     """Ranks, placements, rates over 100 times, seeds, batch sizes, micro-batches and heads differ."""
     specs = [replace(spec, num_steps=50) for spec in SIX]
     runs = [begin(spec) for spec in specs]
@@ -298,7 +316,17 @@ def test_six_different_runs_of_fifty_steps_equal_those_alone() -> None:
         assert furthest(run, begin(spec)) > 1e-3  # it has learned
 
 
-def test_in_float32_gradients_and_losses_are_equal_to_round_off() -> None:
+@pytest.mark.gpu
+def test_six_different_runs_on_a_gpu_equal_those_alone_there() -> None:
+    specs = [replace(spec, num_steps=20, device="cuda") for spec in (*SIX[:3], *PLACED)]
+    runs = [begin(spec) for spec in specs]
+    pack = together(runs)
+    assert pack.num_alone == len(runs)
+    for run, spec in zip(runs, specs, strict=True):
+        assert furthest(run, alone(spec)) <= 1e-10
+
+
+def test_in_float32_gradients_and_losses_are_equal_to_round_off(stacked: bool) -> None:
     specs = [replace(spec, dtype=torch.float32, num_steps=20) for spec in SIX[:3]]
     for (ours, theirs), spec in zip(gradients_together(specs), specs, strict=True):
         for name in theirs:
@@ -332,7 +360,7 @@ VARIED = {
 
 
 @pytest.mark.parametrize("spec", VARIED.values(), ids=VARIED.keys())
-def test_every_kind_of_run_equals_itself_alone(spec: Spec) -> None:
+def test_every_kind_of_run_equals_itself_alone(spec: Spec, stacked: bool) -> None:
     """In one pack with another rank, rate and seed, and so other batches."""
     specs = [replace(spec, rank=2), replace(spec, rate=1e-2, seed=1)]
     runs = [begin(each) for each in specs]
@@ -343,10 +371,28 @@ def test_every_kind_of_run_equals_itself_alone(spec: Spec) -> None:
         assert furthest(run, alone(run.spec)) <= (1e-10 if spec.dtype is torch.float64 else 1e-4)
 
 
+def test_adapters_of_other_ranks_and_placements_are_one_batched_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In batches of as many rows; alpha is the same, and so their scalings differ."""
+    monkeypatch.setattr(packed_module, "stacks_on", lambda device: True)
+    runs = [begin(replace(spec, num_steps=20)) for spec in PLACED]
+    with monkeypatch.context() as patch:
+        patch.setattr(MatrixLayer, "of_rows", None)
+        patch.setattr(MatrixLayer, "add_update", None)
+        batch = Rows(PLACED[0]).batch(range(8)).inputs
+        shared: packed_module.Shared = {}
+        for run in runs:
+            share_base(run.model, shared)
+        PackedModel([run.model for run in runs]).outputs([batch] * len(runs), [torch.get_rng_state()] * len(runs))
+    pack = together(runs)
+    assert pack.num_alone == len(runs)
+    for run in runs:
+        assert furthest(run, alone(run.spec)) <= 1e-10
+
+
 @pytest.mark.parametrize(
     "spec", [VARIED["head only"], VARIED["Llama language model"], SIX[4]], ids=lambda one: one.kind
 )
-def test_runs_with_the_same_batches_equal_themselves_alone(spec: Spec) -> None:
+def test_runs_with_the_same_batches_equal_themselves_alone(spec: Spec, stacked: bool) -> None:
     runs = [begin(replace(spec, rank=rank, rate=rate)) for rank, rate in ((1, 1e-3), (2, 1e-2), (2, 1e-4))]
     together(runs)
     for run in runs:
@@ -364,13 +410,17 @@ def gradients_together(
     rows = [Rows(replace(spec, data=(changed or {}).get(number, 0))) for number, spec in enumerate(specs)]
     batches = [next(each.epoch(0))[0] for each in rows]
     state = torch.get_rng_state()
-    outputs = PackedModel(models).outputs([batch.inputs for batch in batches], [state] * len(models))
+    pack = PackedModel(models)
+    outputs = pack.outputs([batch.inputs for batch in batches], [state] * len(models))
     objectives = [Objective(spec) for spec in specs]
 
     def loss(number: int, model: Any) -> Tensor:
         return objectives[number].summed_loss(model, batches[number]).minimised / batches[number].num_targets
 
-    torch.stack([loss(number, output) for number, output in enumerate(outputs)]).sum().backward()
+    total = torch.stack([loss(number, output) for number, output in enumerate(outputs)]).sum()
+    trained = [value for model in models for value in model.parameters() if value.requires_grad]
+    for value, gradient in zip(trained, pack.gradients(total, trained), strict=True):
+        value.grad = gradient
     packed = [taken(model) for model in models]
     for number, model in enumerate(models):
         loss(number, model).backward()
@@ -385,7 +435,7 @@ def taken(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_every_parameter_of_every_run_has_a_gradient(checkpointing: bool) -> None:
+def test_every_parameter_of_every_run_has_a_gradient(checkpointing: bool, stacked: bool) -> None:
     """Also with gradient checkpointing on a frozen embedding, where packed adapters are known to go without."""
     specs = [replace(spec, checkpointing=checkpointing) for spec in SIX]
     for ours, theirs in gradients_together(specs):
@@ -394,7 +444,7 @@ def test_every_parameter_of_every_run_has_a_gradient(checkpointing: bool) -> Non
             assert distance(ours[name], gradient) <= 1e-12
 
 
-def test_the_data_of_one_run_change_nothing_for_the_others() -> None:
+def test_the_data_of_one_run_change_nothing_for_the_others(stacked: bool) -> None:
     specs = [replace(spec, dtype=torch.float32, batch_size=8, size=8) for spec in SIX[:3]]
     before, after = gradients_together(specs), gradients_together(specs, changed={1: 1})
     assert not torch.equal(before[1][0]["classifier.weight"], after[1][0]["classifier.weight"])
@@ -403,7 +453,7 @@ def test_the_data_of_one_run_change_nothing_for_the_others() -> None:
             assert torch.equal(gradient, after[number][0][name])
 
 
-def test_a_neighbour_that_diverges_changes_nothing_to_the_bit() -> None:
+def test_a_neighbour_that_diverges_changes_nothing_to_the_bit(stacked: bool) -> None:
     def neighbours(rate: float) -> list[Run]:
         # Of one length, so that its leaving changes nothing but the rows.
         specs = [Spec(num_steps=8), Spec(rate=rate, seed=1, num_steps=8), Spec(rank=1, num_steps=8)]
@@ -560,7 +610,7 @@ def test_what_frozen_blocks_make_of_a_batch_is_kept_for_scoring_alone(kind: str)
     memory = TrunkMemory(budget_bytes=8 * 9 * 64 * 4)
     for model in models:
         memory.attach(model, PackedModel([model]).frozen_blocks(model), name="one base")
-    inputs = {name: value[:, :9] for name, value in Rows(specs[0]).batch(range(8)).inputs.items()}
+    inputs = {name: value[:, :9] for name, value in Rows(PLACED[0]).batch(range(8)).inputs.items()}
     with torch.no_grad():
         expected = [model(**inputs).logits for model in plain]
         for number, (model, logits) in enumerate(zip(models, expected, strict=True)):

@@ -21,17 +21,25 @@ class Batch:
     `inputs`: `input_ids` and the like, each `(examples, tokens)`, padded on the right to the longest example.
     `labels`: `(examples,)`, class index (int64) or target value (float32); for language models `(examples, tokens)`.
     `num_tokens`: real tokens, without padding. `num_targets`: what the loss is averaged over.
+    `collated`: the inputs as they were before they went to another device; None where they did not.
     """
 
     inputs: dict[str, Tensor]
     labels: Tensor
     num_tokens: int
     num_targets: int
+    collated: dict[str, Tensor] | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on `device`."""
         inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
-        return Batch(inputs, self.labels.to(device, non_blocking=True), self.num_tokens, self.num_targets)
+        labels = self.labels.to(device, non_blocking=True)
+        return Batch(inputs, labels, self.num_tokens, self.num_targets, self.collated or self.inputs)
+
+    def has_inputs_of(self, other: Batch) -> bool:
+        """Whether the inputs are the same ones; compared where they were collated, so that no device is waited for."""
+        ours, theirs = self.collated or self.inputs, other.collated or other.inputs
+        return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
 def length_bucketed_batches(lengths: np.ndarray, *, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:

@@ -13,6 +13,9 @@ each computes its own rows with its own module, and a run without an adapter som
 that trains is shared, so a run's gradients are those that it would have alone, up to the rounding of products of more
 rows.
 
+On a GPU a small product takes no longer than its launch. There the factors of all runs of a matrix lie in one tensor,
+and one batched product computes all adapters (`Stack`).
+
 Where all runs have the same batch, the blocks below the lowest one in which they differ are computed once.
 """
 
@@ -30,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from harness.methods.lora import AdaptedLayer, MatrixLayer
+from harness.methods.lora import AdaptedLayer, LoRALayer, MatrixLayer
 from harness.methods.trunk import without_memory
 from harness.placement.architectures import ARCHITECTURES, DROPOUT_FIELDS
 
@@ -161,6 +164,59 @@ def draws(module: nn.Module) -> bool:
     return any(isinstance(inner, nn.Dropout) and inner.p > 0 for inner in module.modules())
 
 
+def stacks_on(device: torch.device) -> bool:
+    """Whether adapters of runs are computed by batched products. On the CPU, of a few cores, these are no faster."""
+    return device.type != "cpu"
+
+
+class Stack:
+    """The factors of several runs' adapters of one matrix in one tensor: narrower ones and absent ones are zero.
+
+    Attributes:
+        low: `(runs, rank, in)`, with a gradient, as `high`.
+        high: `(runs, out, rank)`.
+        slots: the part of `low` or `high` that is each parameter, behind which of the two it is.
+    """
+
+    def __init__(self, adapters: Sequence[LoRALayer | None]) -> None:
+        given = [adapter for adapter in adapters if adapter is not None]
+        rank, (first, *_) = max(adapter.rank for adapter in given), given
+        self.low = first.lora_A.new_zeros(len(adapters), rank, first.in_features)
+        self.high = first.lora_B.new_zeros(len(adapters), first.out_features, rank)
+        self.slots: list[tuple[nn.Parameter, Tensor, tuple[Any, ...]]] = []
+        for run, adapter in enumerate(adapters):
+            if adapter is not None:
+                self.slots.append((adapter.lora_A, self.low, (run, slice(adapter.rank))))
+                self.slots.append((adapter.lora_B, self.high, (run, slice(None), slice(adapter.rank))))
+        scalings = [adapter.scaling if adapter is not None else given[0].scaling for adapter in adapters]
+        self._scaling = scalings[0] if len(set(scalings)) == 1 else None
+        self._scalings = self.low.new_tensor(scalings).view(-1, 1, 1)
+        self.low.requires_grad_()
+        self.high.requires_grad_()
+
+    @staticmethod
+    def takes(module: nn.Module) -> bool:
+        """Whether an adapter is `s B A` with A and B alone."""
+        return (
+            isinstance(module, LoRALayer)
+            and module.row_squares is None
+            and module.initial_A is None
+            and not draws(module)
+            and module.lora_A.requires_grad
+            and module.lora_B.requires_grad
+        )
+
+    def add_updates(self, rows: Tensor, y: Tensor) -> Tensor:
+        """What the adapters make of `(runs * n, in)`, added to what the base module makes of it, `(runs * n, out)`."""
+        num_runs, _, in_features = self.low.shape
+        low_rank = torch.bmm(rows.view(num_runs, -1, in_features), self.low.mT)
+        if self._scaling is None:
+            low_rank = low_rank * self._scalings.to(low_rank.dtype)
+        y = y.view(num_runs, -1, y.shape[-1])
+        alpha = 1.0 if self._scaling is None else self._scaling
+        return torch.baddbmm(y, low_rank, self.high.mT, alpha=alpha).flatten(0, 1)
+
+
 class PackedLayer(nn.Module):
     """One base matrix that several runs adapt, each with its own layer, or not at all."""
 
@@ -172,10 +228,16 @@ class PackedLayer(nn.Module):
         self._layout = layout
         self._adapters = [module if isinstance(module, MatrixLayer) else None for module in modules]
         self._draws = [draws(module) for module in modules]
+        self.stack: Stack | None = None
+        if stacks_on(first.base.weight.device) and all(Stack.takes(layer) for layer in self.layers):
+            self.stack = Stack(cast(list[LoRALayer | None], self._adapters))
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in_features)` to `(..., out_features)`."""
         rows = x.reshape(-1, self.in_features)
+        if self.stack is not None and len(set(self._layout.rows)) == 1:
+            y = self.stack.add_updates(rows, self.base(rows))
+            return y.view(*x.shape[:-1], self.out_features)
         parts = self._layout.split(rows)
         adapted = [(adapter, part) for adapter, part in zip(self._adapters, parts, strict=True) if adapter is not None]
         if all(adapter.takes_one_product(part) for adapter, part in adapted):
@@ -238,6 +300,16 @@ class PackedModel:
         self._layout = Layout()
         self._tree = copy_over_same_tensors(self.models[0])
         self._replaced = list(_combine(self._tree, self._layout, self.models))
+        self._stacks = [
+            module.stack
+            for module in self._tree.modules()
+            if isinstance(module, PackedLayer) and module.stack is not None
+        ]
+        slots = [slot for stack in self._stacks for slot in stack.slots]
+        self._slots = {id(parameter): (whole, part) for parameter, whole, part in slots}
+        self._stacked = [parameter for parameter, _, _ in slots]
+        with torch.no_grad():
+            self._in_stacks = [whole[part] for _, whole, part in slots]
         self._splits_unembedding = self._split_unembedding()
         self._is_same = False
         self._block_names: list[str] = []
@@ -269,6 +341,9 @@ class PackedModel:
             random_states: of each run; what is drawn is drawn from them, and `random_states` has them afterwards.
             is_same: whether all batches are the same one.
         """
+        if self._stacked:
+            with torch.no_grad():
+                torch._foreach_copy_(self._in_stacks, self._stacked)
         layout = self._layout
         layout.rows = [len(batch["input_ids"]) for batch in inputs]
         layout.random_states, layout.widths, layout.hidden = list(random_states), None, None
@@ -285,6 +360,18 @@ class PackedModel:
                 own = own[..., : layout.widths[run]]
             found.append(RunOutputs(model, own, has_unembedding=self._splits_unembedding))
         return found
+
+    def gradients(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+        """The gradients of what was made of the last outputs; None for a parameter that has no part in it."""
+        leaves = [*parameters, *(factor for stack in self._stacks for factor in (stack.low, stack.high))]
+        found = torch.autograd.grad(loss, leaves, allow_unused=True)
+        of_leaves = {id(leaf): gradient for leaf, gradient in zip(leaves, found, strict=True)}
+        gradients = []
+        for parameter in parameters:
+            whole, part = self._slots.get(id(parameter), (None, ()))
+            in_stack = None if whole is None else of_leaves[id(whole)]
+            gradients.append(of_leaves[id(parameter)] if in_stack is None else in_stack[part])
+        return gradients
 
     @property
     def random_states(self) -> list[Tensor]:

@@ -286,7 +286,7 @@ class Pack(Generic[Name, Outcome]):
     ) -> tuple[list[Losses], list[list[Tensor | None]]]:
         """Losses of each run, and the gradients of its parameters; nothing of a run is changed but its random state."""
         inputs = [member.batch.inputs for member in members]
-        is_same = all(_is_same(inputs[0], other) for other in inputs[1:])
+        is_same = all(members[0].batch.has_inputs_of(other.batch) for other in members[1:])
         outputs = packed.outputs(inputs, [member.random_state for member in members], is_same=is_same)
         for member, state in zip(members, packed.random_states, strict=True):
             member.random_state = state
@@ -296,8 +296,7 @@ class Pack(Generic[Name, Outcome]):
             made.append(member.own(lambda at=member.micro_batch, output=output: at.loss_of(output)))
         parameters = [member.parameters for member in members]
         total = torch.stack([minimised for minimised, _ in made]).sum()
-        flat = torch.autograd.grad(total, [one for own in parameters for one in own], allow_unused=True)
-        gradients = iter(flat)
+        gradients = iter(packed.gradients(total, [one for own in parameters for one in own]))
         return (
             [(minimised.detach(), reported) for minimised, reported in made],
             [[next(gradients) for _ in own] for own in parameters],
@@ -315,21 +314,23 @@ def _random_numbers(state: Tensor) -> Iterator[Callable[[], Tensor]]:
         torch.set_rng_state(before)
 
 
-def _is_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
-
-
 @torch.no_grad()
 def _add_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+    laid_out: list[Tensor] = []
+    copied: list[Tensor] = []
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is None:
             continue
-        if parameter.grad is None:
-            # Laid out as the parameter is, as autograd does it: fused optimizers walk through both side by side.
-            is_alike = gradient.stride() == parameter.stride()
-            parameter.grad = gradient if is_alike else torch.empty_like(parameter).copy_(gradient)
-        else:
+        if parameter.grad is not None:
             parameter.grad += gradient
+        elif gradient.stride() == parameter.stride():
+            parameter.grad = gradient
+        else:  # laid out as the parameter is, as autograd does it: fused optimizers walk through both side by side
+            parameter.grad = torch.empty_like(parameter)
+            laid_out.append(parameter.grad)
+            copied.append(gradient)
+    if copied:
+        torch._foreach_copy_(laid_out, copied)
 
 
 @torch.no_grad()
