@@ -11,7 +11,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -251,6 +251,7 @@ def _hours_text(compute: ComputeForecast, rate: Rate) -> str:
 
 
 def _print_memory(options: argparse.Namespace, config: RunConfig, console: Console) -> int:
+    from harness.config.schema import Device
     from harness.forecast.fitting import GPU, largest_micro_batch
     from harness.forecast.memory import load_run_data, predict_memory
     from harness.forecast.request import ForecastError
@@ -262,6 +263,8 @@ def _print_memory(options: argparse.Namespace, config: RunConfig, console: Conso
         )
     if options.largest_batch and (options.gpu is None or options.data):
         raise ForecastError("--largest-batch: of what fits into a GPU, without --data; give its size, as --gpu 24.")
+    if options.gpu is not None:
+        config = replace(config, device=Device.cuda)
     data = load_run_data(config) if options.data else None
     forecast = predict_memory(config, num_labels=options.labels, data=data)
     table = Table(box=None, pad_edge=False)

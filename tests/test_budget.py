@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from analysis.__main__ import main
 from analysis.budget import CANNOT_SAY, DOES_NOT_FIT, FITS, measured_rate, parameters
 from analysis.load import LoadError
-from harness.config.schema import ModelConfig, Quantization, RunConfig, TargetLayersConfig
+from harness.config.schema import Device, ModelConfig, Quantization, RunConfig, TargetLayersConfig
 from harness.forecast import memory
 from harness.forecast.compute import predict_flops
 from harness.forecast.fitting import GPU, largest_micro_batch
@@ -286,6 +286,38 @@ def test_predicted_from_its_data_a_run_measures_the_same(task: str, tmp_path: Pa
     assert full.step_flops >= compute.step_flops
     # Full batches of the longest examples need no less.
     assert predict_memory(config, num_labels=2).step.total_bytes >= forecast.step.total_bytes
+
+
+def test_for_a_gpu_lora_keeps_what_it_keeps_there() -> None:
+    """Autograd's own products keep `x A^T`: of 32 x 32 tokens, rank 8 and 4 adapters, on the CPU recomputed."""
+    wanted = composed(*CLASSIFIER, *LORA, "dataset.max_length=32", "trainer.batch_size=32")
+    on_cpu, on_gpu = (predict_memory(replace(wanted, device=device)) for device in (Device.cpu, Device.cuda))
+    more = on_gpu.step.activations_bytes - on_cpu.step.activations_bytes
+    assert 0 < more <= 32 * 32 * 8 * 4 * 4
+    assert on_gpu.step.weights_bytes == on_cpu.step.weights_bytes
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_predicted_for_a_gpu_is_measured_there(tmp_path: Path, precision: str) -> None:
+    rows = [f"{'some text ' * (number % 5 + 1)}{number},{('good', 'bad')[number % 2]}" for number in range(40)]
+    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *rows, ""]), encoding="utf-8")
+    config = composed(
+        *RUNS["classifier"],
+        f"dataset.train_file={tmp_path}/rows.csv",
+        f"runs_dir={tmp_path}/runs",
+        "trainer=debug",
+        "tracking=off",
+        "device=cuda",
+        "allow_busy_device=true",
+        f"trainer.precision={precision}",
+    )
+    result = run(config)
+    assert result.status is Status.FINISHED, result.error
+    forecast = predict_memory(config, data=load_run_data(config))
+    assert forecast.step.total_bytes == pytest.approx(result.metrics["peak_memory_bytes"], rel=0.01)
+    # What libraries take as their working space is in no prediction.
+    assert 0 <= result.metrics["cuda_peak_allocated_bytes"] - forecast.step.total_bytes < 100 * 2**20
 
 
 def test_nothing_changes_outside_of_a_prediction() -> None:

@@ -71,10 +71,24 @@ def test_a_cpu_collates_between_its_steps() -> None:
         assert taken is steps
 
 
+@pytest.mark.parametrize(("device", "index"), [("cuda", 3), ("cuda:1", 1)])
+def test_the_thread_pins_through_the_device_that_is_computed_on(
+    monkeypatch: pytest.MonkeyPatch, device: str, index: int
+) -> None:
+    """Also where it has no number, as accelerate's of a single process: `set_device` wants one."""
+    chosen: list[object] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    with prefetched(iter([[], []]), torch.device(device)) as steps:
+        assert list(steps) == [[], []]
+    assert chosen == [index]
+
+
 @pytest.mark.gpu
-def test_cuda_takes_pinned_batches() -> None:
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_cuda_takes_pinned_batches(device: str) -> None:
     batch = Batch({"input_ids": torch.arange(4).view(1, 4)}, torch.zeros(1), 4, 1)
-    with prefetched(iter([[batch]]), torch.device("cuda", 0)) as steps:
+    with prefetched(iter([[batch]]), torch.device(device)) as steps:
         ((found,),) = steps
     assert found.inputs["input_ids"].is_pinned() and found.labels.is_pinned()
     assert torch.equal(found.to(torch.device("cuda")).inputs["input_ids"].cpu(), batch.inputs["input_ids"])

@@ -29,6 +29,7 @@ from harness.data.blocks import NO_TARGET
 from harness.forecast.request import ForecastError, explained
 from harness.measure.memory import MemoryPeak
 from harness.measure.without_data import floats_without_data
+from harness.methods.adapting import lora_layers
 from harness.methods.rates import learning_rates
 from harness.methods.registry import during_training
 from harness.models.configs import read_config
@@ -63,7 +64,8 @@ def predict_memory(config: RunConfig, *, num_labels: int = 2, data: TaskData | N
     """The peaks of a run, from its configuration and the shapes of its batches.
 
     Args:
-        config: of the run; its device does not matter. float16 is predicted as bfloat16, which is of the same size.
+        config: of the run. Where it computes on a GPU, LoRA keeps what it keeps there; otherwise the device does not
+            matter. float16 is predicted as bfloat16, which is of the same size.
         num_labels: outputs of a task head, where there are no data to say so.
         data: whose longest step is taken (`load_run_data`). Without them it is a full batch of examples of
             `dataset.max_length` tokens, every one of which is a target of a language model: no step needs more.
@@ -78,13 +80,15 @@ def predict_memory(config: RunConfig, *, num_labels: int = 2, data: TaskData | N
             "a step are not known; measure them with a run of a few steps (trainer.max_steps=2)."
         )
     with explained():
+        on_gpu = config.device in (Device.cuda, Device.mps)
+        on_gpu = on_gpu or (config.device is Device.auto and torch.cuda.is_available())
         config = _on_the_cpu(config)
         data = data or full_batches(config, num_labels)
         with floats_without_data(), warnings.catch_warnings():
             # Who compares where tensors lie, to see which are new, finds all of these at 0.
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
             try:
-                return step_and_scoring(config, data)
+                return step_and_scoring(config, data, as_on_gpu=on_gpu)
             except _NEEDS_VALUES as error:
                 raise ForecastError(
                     f"method={config.method.name}, trainer.optimizer={config.trainer.optimizer}: a step of "
@@ -112,13 +116,18 @@ def _on_the_cpu(config: RunConfig) -> RunConfig:
     return replace(config, model=model, trainer=trainer, device=Device.cpu)
 
 
-def step_and_scoring(config: RunConfig, data: TaskData) -> MemoryForecast:
-    """Both peaks of a run on the CPU; measured, where floating-point tensors have data."""
+def step_and_scoring(config: RunConfig, data: TaskData, *, as_on_gpu: bool = False) -> MemoryForecast:
+    """Both peaks of a run on the CPU; measured, where floating-point tensors have data.
+
+    With `as_on_gpu` LoRA computes by the products that it makes on a GPU.
+    """
     accelerator = build_accelerator(config)
     accelerator.device_placement = False  # a tensor without data is where it is
     base = load_model(config.model, num_labels=data.num_labels, pad_token_id=0, seed=config.seed, with_weights=False)
     require_packing(base.model.config.model_type, config)
     adapt(base.model, config, base.head)
+    for _, layer in lora_layers(base.model):
+        layer.composed = as_on_gpu
     method = during_training(base.model, config, 1)
     if config.trainer.gradient_checkpointing:
         checkpoint_activations(base.model)

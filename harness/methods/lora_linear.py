@@ -35,12 +35,13 @@ from torch import Tensor
 
 
 def is_supported(x: Tensor, *others: Tensor) -> bool:
-    """Whether `lora_linear` computes with these: one floating-point type of 32 or 64 bits, without autocast.
+    """Whether `lora_linear` computes with these: on the CPU, one floating-point type of 32 or 64 bits, no autocast.
 
-    Not on the meta device, which computes nothing, has no autocast, and is where operations are counted.
+    On a GPU autograd's own products are faster while models are small: what they save on in multiply-adds is less than
+    what Python takes in the backward pass, and the device waits for it (LOG.md, "What a GPU takes").
     """
     return (
-        x.device.type != "meta"
+        x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.float64)
         and all(other.dtype is x.dtype for other in others)
         and not torch.is_autocast_enabled(x.device.type)

@@ -366,6 +366,9 @@ class PackedModel:
         leaves = [*parameters, *(factor for stack in self._stacks for factor in (stack.low, stack.high))]
         found = torch.autograd.grad(loss, leaves, allow_unused=True)
         of_leaves = {id(leaf): gradient for leaf, gradient in zip(leaves, found, strict=True)}
+        for stack in self._stacks:  # laid out as parameters are, where all have one rank: once, and not for each run
+            gradient = of_leaves[id(stack.high)]
+            of_leaves[id(stack.high)] = None if gradient is None else gradient.contiguous()
         gradients = []
         for parameter in parameters:
             whole, part = self._slots.get(id(parameter), (None, ()))

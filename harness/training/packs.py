@@ -17,7 +17,7 @@ import contextlib
 import contextvars
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 import torch
@@ -50,13 +50,32 @@ class Ended(Generic[Name, Outcome]):
     error: BaseException | None = None
 
 
+@dataclass(frozen=True)
+class RandomState:
+    """Where the random numbers of this process are: of the CPU, and of the CUDA device that it computes on, if any."""
+
+    cpu: Tensor
+    cuda: Tensor | None
+
+    @staticmethod
+    def now() -> RandomState:
+        """As they are at present."""
+        return RandomState(torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None)
+
+    def restore(self) -> None:
+        """Draws from here on."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda)
+
+
 @dataclass(eq=False)
 class _Member(Generic[Name, Outcome]):
     """A run in a pack, at the micro-batch that it waits for."""
 
     name: Name
     turns: Turns[Outcome]
-    random_state: Tensor
+    random: RandomState
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
     micro_batch: MicroBatch | None = None
     model: nn.Module | None = None
@@ -66,16 +85,12 @@ class _Member(Generic[Name, Outcome]):
     first_own_block: int = 0
     draws: bool = False
     most_together: int = 1
+    parameters: list[nn.Parameter] = field(default_factory=list)
 
     @property
     def batch(self) -> Batch:
         assert self.micro_batch is not None
         return self.micro_batch.batch
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        assert self.model is not None
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def advance(self, step: Callable[[], MicroBatch]) -> None:
         """Lets the run come to its next micro-batch. Raises `StopIteration` at its end."""
@@ -83,11 +98,11 @@ class _Member(Generic[Name, Outcome]):
 
     def own(self, step: Callable[[], Outcome]) -> Outcome:
         """Does something as the run: in its context, drawing its random numbers."""
-        with _random_numbers(self.random_state) as state:
+        with _random_numbers(self.random):
             try:
                 return self.context.run(step)
             finally:
-                self.random_state = state()
+                self.random = RandomState.now()
 
     def stay_alone(self, reason: str) -> None:
         """From here on, the run is computed alone."""
@@ -126,7 +141,7 @@ class Pack(Generic[Name, Outcome]):
         If the caller stops asking, or an error is none of a run's own, the runs in training are closed: their claims
         are released.
         """
-        with _random_numbers(torch.get_rng_state()):
+        with _random_numbers(RandomState.now()):
             try:
                 while True:
                     yield from self._enter()
@@ -144,7 +159,7 @@ class Pack(Generic[Name, Outcome]):
     def _enter(self) -> Iterator[Ended[Name, Outcome]]:
         while len(self._members) < self._size.target and (found := next(self._waiting, None)) is not None:
             name, begin = found
-            member = _Member(name, begin(), torch.get_rng_state())
+            member = _Member(name, begin(), RandomState.now())
             self._members.append(member)
             yield from self._advance(member, lambda member=member: next(member.turns))
 
@@ -223,6 +238,7 @@ class Pack(Generic[Name, Outcome]):
         if member.model is not None:
             return
         member.model = member.micro_batch.model
+        member.parameters = [parameter for parameter in member.model.parameters() if parameter.requires_grad]
         member.draws = draws(member.model)
         reason = why_alone(member.model)
         if reason is None:
@@ -250,13 +266,13 @@ class Pack(Generic[Name, Outcome]):
 
     def _together(self, members: Sequence[_Member[Name, Outcome]]) -> dict[int, Losses | BaseException]:
         """One pass for runs over one base; empty where it fails, and each is computed alone from there on."""
-        before = [member.random_state for member in members]
+        before = [member.random for member in members]
         try:
             packed = self._pack(members)
             losses, gradients = self._pass(packed, members)
         except Exception as error:
             for member, state in zip(members, before, strict=True):
-                member.random_state = state
+                member.random = state
                 member.stay_alone(f"{type(error).__name__}: {error}")
             return {}
         self.num_passes += 1
@@ -268,7 +284,7 @@ class Pack(Generic[Name, Outcome]):
                 _add_gradients(member.parameters, found)
                 answers[id(member)] = own
                 continue
-            member.is_checked, member.random_state = True, state
+            member.is_checked, member.random = True, state
             answers[id(member)] = self._alone(member)
             reason = _why_unequal(member.parameters, found, self._tolerance)
             if reason is not None:
@@ -287,9 +303,9 @@ class Pack(Generic[Name, Outcome]):
         """Losses of each run, and the gradients of its parameters; nothing of a run is changed but its random state."""
         inputs = [member.batch.inputs for member in members]
         is_same = all(members[0].batch.has_inputs_of(other.batch) for other in members[1:])
-        outputs = packed.outputs(inputs, [member.random_state for member in members], is_same=is_same)
+        outputs = packed.outputs(inputs, [member.random.cpu for member in members], is_same=is_same)
         for member, state in zip(members, packed.random_states, strict=True):
-            member.random_state = state
+            member.random = replace(member.random, cpu=state)
         made = []
         for member, output in zip(members, outputs, strict=True):
             assert member.micro_batch is not None
@@ -304,14 +320,14 @@ class Pack(Generic[Name, Outcome]):
 
 
 @contextlib.contextmanager
-def _random_numbers(state: Tensor) -> Iterator[Callable[[], Tensor]]:
+def _random_numbers(state: RandomState) -> Iterator[None]:
     """Draws from `state` inside, and from where it was afterwards."""
-    before = torch.get_rng_state()
-    torch.set_rng_state(state)
+    before = RandomState.now()
+    state.restore()
     try:
-        yield torch.get_rng_state
+        yield
     finally:
-        torch.set_rng_state(before)
+        before.restore()
 
 
 @torch.no_grad()

@@ -30,8 +30,10 @@ def prefetched(steps: Iterator[list[Batch]], device: torch.device) -> AbstractCo
     if device.type != "cuda":
         return nullcontext(steps)
     pinned = ([_pin(batch) for batch in micro_batches] for micro_batches in steps)
-    # A new thread would otherwise pin through the first device, whichever this process computes on.
-    return ahead(pinned, initializer=partial(torch.cuda.set_device, device))
+    # A new thread would otherwise pin through the first device, whichever this process computes on. A device without
+    # a number, which is what accelerate gives a single process, is the one that this thread computes on.
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return ahead(pinned, initializer=partial(torch.cuda.set_device, index))
 
 
 @contextmanager
