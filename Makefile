@@ -1,4 +1,4 @@
-# make demo | demo-lm | test | check | docs | results | bench | venv | clean. Each sets up .venv first: minutes once, nothing afterwards.
+# make demo | demo-lm | test | check | docs | results | bench | bench-gpu | venv | clean. Each sets up .venv first: minutes once, nothing afterwards.
 
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 VENV := .venv
@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 # `make test PYTEST_ARGS=tests/test_lora.py`
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo demo-lm test check docs results bench venv clean
+.PHONY: demo demo-lm test check docs results bench bench-gpu venv clean
 
 demo: venv
 	./.venv/bin/python -m harness -m sweeps=demo && ./.venv/bin/python -m analysis report --sweep demo
@@ -43,6 +43,11 @@ bench: venv
 	$(RUN) benchmarks/packs.py
 	$(RUN) benchmarks/many_adapters.py
 	$(RUN) benchmarks/many_runs.py docs/results/reuters_tuned.tar.xz
+
+# On a GPU, with whatever `python` has PyTorch for it, transformers and accelerate: BENCH_PYTHON=python3.12
+BENCH_PYTHON ?= python3
+bench-gpu:
+	PYTHONPATH=. $(BENCH_PYTHON) benchmarks/gpu.py
 
 venv: $(INSTALLED)
 

@@ -1,6 +1,6 @@
 """On a GPU: what a training step costs, what it holds against the prediction, and what packs gain.
 
-    python benchmarks/gpu.py                          all three tables, some minutes
+    python benchmarks/gpu.py                          all three tables, about six minutes
     python benchmarks/gpu.py --only memory            one of them
     python benchmarks/gpu.py --device cpu --small     that it runs, with tiny models
 
@@ -45,7 +45,7 @@ from harness.models.loading import checkpoint_activations
 from harness.placement.select import select_targets
 from harness.tasks.language import summed_loss
 from harness.training.optimizer import build_optimizer
-from harness.training.packs import Pack
+from harness.training.packs import HALF_TOLERANCE, TOLERANCE, Pack
 from harness.training.turns import MicroBatch, Turns, drive_alone
 
 MIB = 2**20
@@ -384,7 +384,7 @@ def measure_packs(
     for number in sizes:
         of_runs: list[list[Any]] = [[] for _ in range(number)]
         waiting = ((each, partial(run, *runs[each], 1e-5 * (each + 1), marks=of_runs[each])) for each in range(number))
-        pack = Pack(waiting, size=number)
+        pack = Pack(waiting, size=number, tolerance=HALF_TOLERANCE if shape.bf16 else TOLERANCE)
         for ended in pack.run():
             if ended.error is not None:
                 raise ended.error

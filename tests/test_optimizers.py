@@ -404,6 +404,8 @@ def test_8_bits_need_bitsandbytes_and_its_kernel(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", Optimizer)
 def test_every_optimizer_trains_on_cuda(rows: Path, tmp_path: Path, name: str) -> None:  # noqa: F811
+    if name == Optimizer.adamw8bit:
+        pytest.importorskip("bitsandbytes")
     trainer = {"optimizer": name, "learning_rate": RATES[name], "max_steps": 6}
     result = run_module.run(config(rows, tmp_path, "full", device="cuda", trainer=trainer, allow_busy_device=True))
     assert result.status is Status.FINISHED, result.error

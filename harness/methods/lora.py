@@ -247,11 +247,12 @@ class MatrixLayer(AdaptedLayer):
 
     def _is_plain_sum(self, rows: Tensor) -> bool:
         """Whether the layer is `x (W + s B A)^T + b` with a frozen W, and its base module nothing but `x W^T + b`."""
+        if self.composed or not is_supported(rows):  # first, because a GPU waits for whatever Python does here
+            return False
         base = self.base
         factors = (factor for update in self.updates().values() for factor in (update.lora_A, update.lora_B))
-        return is_supported(rows, _weight(base), *factors) and not (
-            self.composed
-            or self.row_squares is not None
+        return all(factor.dtype is rows.dtype for factor in (_weight(base), *factors)) and not (
+            self.row_squares is not None
             or (self.training and self.dropout.p > 0)
             # A subclass may hold W in another form; a hook or a replaced `forward` wants to see the call.
             or (type(base) is not nn.Linear and type(base).__name__ != "Conv1D")

@@ -34,16 +34,15 @@ import torch
 from torch import Tensor
 
 
-def is_supported(x: Tensor, *others: Tensor) -> bool:
-    """Whether `lora_linear` computes with these: on the CPU, one floating-point type of 32 or 64 bits, no autocast.
+def is_supported(x: Tensor) -> bool:
+    """Whether `lora_linear` is for such an input: on the CPU, of a type of 32 or 64 bits, without autocast.
 
-    On a GPU autograd's own products are faster while models are small: what they save on in multiply-adds is less than
-    what Python takes in the backward pass, and the device waits for it (LOG.md, "What a GPU takes").
+    On a GPU autograd's own products are faster while models are small: what this operation saves in multiply-adds is
+    less than what its Python takes, for which the device waits (LOG.md, "the first GPU").
     """
     return (
         x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.float64)
-        and all(other.dtype is x.dtype for other in others)
         and not torch.is_autocast_enabled(x.device.type)
     )
 

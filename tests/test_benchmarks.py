@@ -1,0 +1,39 @@
+"""What benchmarks print, where they can be run small; others are tested beside what they measure."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from scripts import load_script
+
+
+def test_what_is_measured_on_a_gpu_runs_on_a_cpu_with_tiny_models(capsys: pytest.CaptureFixture[str]) -> None:
+    load_script("benchmarks/gpu.py").main(["--device", "cpu", "--small"])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| tiny")]
+    steps, memory, packs = ([row for row in rows if len(row) == width] for width in (6, 9, 7))
+    assert {row[0] for row in steps} == {row[0] for row in packs}
+    assert len(steps) == 21 and len(memory) == 12 and len(packs) == 7
+    assert [float(row[4]) for row in steps if row[2] == "floor"] == [1.0] * 3
+    assert all(float(row[3]) > 0 for row in steps)
+    for row in memory:
+        assert row[4] == row[5], "predicted bytes are followed bytes"
+        assert row[6:] == ["-", "-", "-"]
+    assert all(float(value) > 0 for row in packs for value in row[4:])
+
+
+def test_sweeps_in_packs_are_compared_run_by_run() -> None:
+    module = load_script("benchmarks/packed_sweep.py")
+
+    def run(accuracy: float, **environment: Any) -> SimpleNamespace:
+        return SimpleNamespace(metrics={"test_accuracy": accuracy, "wall_seconds": 3.0}, environment=environment)
+
+    alone = module.Made("1", 30.0, {"a": run(0.5), "b": run(0.8)})
+    packed = module.Made("4", 10.0, {"a": run(0.5, packed=4), "b": run(0.6, packed=2)})
+    other = module.Made("8", 15.0, {"a": run(0.5), "c": run(0.1)})
+    assert module.table([alone, packed, other]).splitlines()[2:] == [
+        "| 1 | 30.0 | 1.00 | 2 | 1 | yes | 0 |",
+        "| 4 | 10.0 | 3.00 | 2 | 3 | yes | 0.25 |",
+        "| 8 | 15.0 | 2.00 | 2 | 1 | 1 of them | 0 |",
+    ]
