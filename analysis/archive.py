@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from analysis.load import LoadError, load_runs
+from analysis.tables.suggestion import SUGGESTIONS_DIR
 from harness.results.files import CURVE_FILE, PREDICTIONS_DIR, RESULT_FILE, write_atomically
 from harness.results.launches import SWEEPS_DIR
 
@@ -48,6 +49,7 @@ def write_archive(runs_dir: Path, sweep: str, path: Path, *, predictions: bool =
     members = [
         *sorted((runs_dir / SWEEPS_DIR / sweep).glob("*.json")),
         runs_dir / SWEEPS_DIR / f"{sweep}.json",
+        runs_dir / SUGGESTIONS_DIR / f"{sweep}.json",
         *(runs_dir / run_id / name for run_id in run_ids for name in (RESULT_FILE, CURVE_FILE)),
     ]
     if predictions:

@@ -11,6 +11,8 @@ from test_analysis_load import save_run, save_sweep
 from test_analysis_tables import measured
 
 from analysis.__main__ import main
+from analysis.archive import opened
+from analysis.tables.suggestion import Adapter, Claim, Hypothesis, Suggestion, read_suggestion, write_suggestion
 
 CURVE = '{"step": 1, "train_nll": 2.0}\n{"step": 2, "train_nll": 1.5}\n'
 
@@ -65,6 +67,18 @@ def test_no_weights_and_nothing_of_others_is_in_it(runs_dir: Path, tmp_path: Pat
             "lora-s0/predictions/test.parquet",
             "full-s0/predictions/test.parquet",
         }
+
+
+def test_what_a_sweep_tests_goes_with_it(runs_dir: Path, tmp_path: Path) -> None:
+    ranks = [Adapter(rank, {}, "qv") for rank in (4, 8)]
+    hypothesis = Hypothesis("fewer", Claim.AS_GOOD, "why", *ranks, num_params=1, parent_num_params=2)
+    for sweep in ("demo", "another"):
+        write_suggestion(runs_dir, Suggestion(sweep, "parent", [hypothesis]))
+    path = tmp_path / "demo.tar.xz"
+    archive(runs_dir, path)
+    with opened(path) as found:
+        assert read_suggestion(found, "demo") == Suggestion("demo", "parent", [hypothesis])
+        assert read_suggestion(found, "another") is None
 
 
 def test_equal_results_give_equal_bytes(runs_dir: Path, tmp_path: Path) -> None:
