@@ -2,8 +2,8 @@
 
 Live tensor bytes are not all that a GPU needs: its context, kernels with scratch space, and an allocator that rounds
 and fragments take more: on an H100 libraries took 65 to 74 MiB, and the allocator reserved up to 20 % more for a small
-model and 1 to 6 % more from 3 GiB on (LOG.md, "the first GPU"). So a part of the device, `headroom`, is left to them; how
-much they take is measured, where a run has been on such a device, as `cuda_peak_reserved_bytes` beside
+model and 1 to 6 % more from 3 GiB on (LOG.md, "the first GPU"). So a part of the device, `headroom`, is left to them;
+how much they take is measured, where a run has been on such a device, as `cuda_peak_reserved_bytes` beside
 `peak_memory_bytes` of its result.
 """
 
