@@ -37,10 +37,11 @@ docs: venv
 results: venv
 	$(RUN) docs/rebuild.py
 
-# Timings, on a machine that does nothing else: a Markdown table for each question, about 40 minutes.
+# Timings, on a machine that does nothing else: a Markdown table for each question, about an hour.
 bench: venv
 	$(RUN) benchmarks/step.py
 	$(RUN) benchmarks/packs.py
+	$(RUN) benchmarks/cells.py
 	$(RUN) benchmarks/many_adapters.py
 	$(RUN) benchmarks/many_runs.py docs/results/reuters_tuned.tar.xz
 
