@@ -360,3 +360,37 @@ def test_a_checkpoint_makes_room_for_what_it_was_kept_for(tmp_path: Path, fits: 
         with pytest.raises(OSError, match="No space left"):
             write_in_its_place(path, write)
         assert path.read_bytes() == b"state"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_run_stopped_on_a_gpu_resumes_there(
+    rows: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+) -> None:
+    """With dropout, whose random numbers are the device's; and with the scaler of fp16."""
+
+    def wanted(runs_dir: Path) -> RunConfig:
+        trainer = {"max_steps": 6, "eval_every": 3, "precision": precision}
+        dropout = {"model": {"dropout": 0.1}, "method": {"adapter_dropout": 0.1}}
+        return test_run.config(rows, runs_dir, device="cuda", allow_busy_device=True, trainer=trainer, **dropout)
+
+    undisturbed = run(wanted(tmp_path / "calm"))
+    assert undisturbed.status is Status.FINISHED, undisturbed.error
+    asked = RunCallbacks.wants_checkpoint
+
+    def stop(self: RunCallbacks, step: int) -> bool:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return asked(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunCallbacks, "wants_checkpoint", stop)
+        with pytest.raises(PreemptedError):
+            run(wanted(tmp_path / "stopped"))
+    result = run(wanted(tmp_path / "stopped"))
+    log = (tmp_path / "stopped" / result.run_id / "log.txt").read_text()
+    assert "resumes from its checkpoint at step 2" in log
+    assert result.metrics["train_nll"] == pytest.approx(undisturbed.metrics["train_nll"], rel=1e-3)
