@@ -26,7 +26,6 @@ from analysis.figures.multiples import grid_of
 from analysis.figures.panels import MIN_SEEDS_OF_INTERVAL, short_name
 from analysis.figures.style import (
     DPI,
-    GREY,
     INK,
     LINES,
     LOOK_OF_FULL,
@@ -42,6 +41,8 @@ from analysis.methods import is_full
 
 # So many lines can be told apart; of more conditions those of the lowest and highest ranks are drawn.
 _MAX_LINES = 12
+# Intervals of more points are drawn as a band: bars would run into one another.
+_MAX_BARS = 20
 
 
 def adapter_figures(found: Findings) -> list[Figure]:
@@ -171,9 +172,13 @@ def _draw_lines(
 ) -> None:
     kept = [row for row in rows if row[name] is not None]
     bars = _bars(kept, name)
+    positions, means = np.array([row[x] for row in kept]), np.array([row[name] for row in kept])
+    if len(kept) > _MAX_BARS and any(bars):
+        axes.fill_between(positions, means - bars, means + bars, color=look["color"], alpha=0.25, linewidth=0)
+        bars = []
     axes.errorbar(
-        [row[x] for row in kept],
-        [row[name] for row in kept],
+        positions,
+        means,
         yerr=bars if any(bars) else None,
         elinewidth=0.7,
         capsize=1.5,
@@ -290,17 +295,18 @@ def _draw_drift(found: Findings, of: Sequence[int], where: str) -> matplotlib.fi
 
 
 def _draw_amplification(found: Findings, of: Sequence[int], where: str) -> matplotlib.figure.Figure:
-    """By role the part of W in the delta weight's directions against their number, and the floor; factors as text."""
+    """By role the amplification by so many directions, a line for each placement, and what random ones would have."""
     frame = found.amplification[found.amplification["condition"].isin(of)]
+    frame = frame.assign(random=frame["factor"] * frame["projected"] / frame["floor"])
     roles = _roles(found, frame, of)
-    rows = over_seeds(frame, ("condition", "role", "rank"), ["projected", "floor", "of_base", "factor"])
+    rows = over_seeds(frame, ("condition", "role", "rank"), ["factor", "random"])
     families: dict[tuple[Any, ...], list[int]] = {}
     for index in dict.fromkeys(frame["condition"]):
         cell = found.cells[index]
         families.setdefault((cell["method"], cell["target_layers"], is_full(cell)), []).append(index)
     footnote = (
-        f"{_MEANS}; norm of W in the directions of the delta weight, dotted in as many random ones, dashed the most "
-        "that is possible; numbers: amplification"
+        f"{_MEANS}; norm of the delta weight over that of W in its first directions; dotted: over that of W in as many "
+        "random ones"
     )
     with our_settings():
         figure, axes = page_of_axes(where, roles, footnote)
@@ -314,27 +320,15 @@ def _draw_amplification(found: Findings, of: Sequence[int], where: str) -> matpl
                 look = {"marker": in_turn(MARKERS, number), "linestyle": "-", "color": f"C{number}"}
                 if full:
                     look |= {"color": LOOK_OF_FULL[0], "marker": LOOK_OF_FULL[1]}
-                _draw_lines(each, own, "rank", "projected", label, look)
-                for row in own:
-                    each.annotate(
-                        f"{row['factor']:.2g}" if row["factor"] is not None else "",
-                        (row["rank"], row["projected"]),
-                        (0, 3 + 7 * number),
-                        textcoords="offset points",
-                        ha="center",
-                        va="bottom",
-                        fontsize=SMALL - 1,
-                        color=look["color"],
-                    )
-            lines = {row["rank"]: row for row in rows if row["role"] == role}
-            for name, style in (("floor", ":"), ("of_base", "--")):
-                points = [(rank, lines[rank][name]) for rank in sorted(lines)]
-                each.plot(*zip(*points, strict=True), color=GREY, linestyle=style, linewidth=0.8)
+                _draw_lines(each, own, "rank", "factor", label, look)
+                points = [(row["rank"], row["random"]) for row in own if row["random"] is not None]
+                if points:
+                    each.plot(*zip(*points, strict=True), color=look["color"], linestyle=":", linewidth=0.8)
             each.set_xscale("log", base=2)
             each.set_yscale("log")
             plain_ticks(each.xaxis)
             plain_ticks(each.yaxis)
-            each.set(xlabel="directions", ylabel="norm of W in them")
+            each.set(xlabel="directions", ylabel="amplification")
         shared_legend(figure, axes)
         return laid_out(figure)
 
@@ -433,6 +427,8 @@ def _draw_blocks(found: Findings, of: Sequence[int], where: str) -> matplotlib.f
     with our_settings():
         figure, axes = page_of_axes(where, roles, footnote)
         mesh = None
+        # Blocks have little in common: on a scale up to 1 all squares would look alike.
+        largest = max(0.1, *(row["phi"] for row in rows))
         blocks = sorted({int(row[name]) for row in rows for name in ("block", "other_block")})
         for each, role in zip(axes, roles, strict=True):
             grid = np.full((len(blocks), len(blocks)), np.nan)
@@ -440,7 +436,9 @@ def _draw_blocks(found: Findings, of: Sequence[int], where: str) -> matplotlib.f
                 if row["role"] == role:
                     one, other = blocks.index(int(row["block"])), blocks.index(int(row["other_block"]))
                     grid[one, other] = grid[other, one] = row["phi"]
-            mesh = each.imshow(np.ma.masked_invalid(grid), cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
+            mesh = each.imshow(
+                np.ma.masked_invalid(grid), cmap="cividis", vmin=0, vmax=largest, interpolation="nearest"
+            )
             each.set(xlabel="block", ylabel="block")
             each.set_xticks(range(len(blocks)), [str(block) for block in blocks])
             each.set_yticks(range(len(blocks)), [str(block) for block in blocks])
