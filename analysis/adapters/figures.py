@@ -42,7 +42,7 @@ from analysis.methods import is_full
 # So many lines can be told apart; of more conditions those of the lowest and highest ranks are drawn.
 _MAX_LINES = 12
 # Intervals of more points are drawn as a band: bars would run into one another.
-_MAX_BARS = 20
+_MAX_BARS = 10
 
 
 def adapter_figures(found: Findings) -> list[Figure]:
