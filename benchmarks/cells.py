@@ -5,7 +5,8 @@
 
 Eight LoRA runs (rank 8 on q,v of all-MiniLM-L6-v2, 2,000 rows of Reuters R8, one epoch in batches of 8, val and test
 scored once) through the launcher, and `benchmarks/trainer_script.py` once for each seed, as it is by default and tuned.
-All have the same rows, rate and schedule. Prints a Markdown table, and which share of the rate of plain matrix products
+All have the same rows, rate and schedule, and the machine to themselves: a cell's seconds are those of the sweep, of
+two workers with a core each, by its runs. Prints a Markdown table, and which share of the rate of plain matrix products
 of its shapes a step of the sweep reaches.
 """
 

@@ -5,8 +5,8 @@
     python benchmarks/gpu.py --device cpu --small     that it runs, with tiny models
 
 For a machine with nothing but PyTorch, transformers and accelerate (peft where its rows are wanted): the models have
-the shapes of real ones and random weights. `bf16` is a base in bfloat16 with adapters in float32, under autocast; else
-everything is in float32, without TF32. Times are medians by the device's own clock, of steps queued one after the
+the shapes of real ones and random weights. `bf16` is a base in bfloat16 with what trains in float32, under autocast;
+else everything is in float32, without TF32. Times are medians by the device's own clock, of steps queued one after the
 other, as in training.
 """
 
@@ -117,8 +117,8 @@ TINY_LLAMA = Shape("tiny Llama", _llama(64, 2, 4, 96, vocabulary=128, groups=4),
 class Trained:
     """What trains.
 
-    `kind` is ours, composed (ours, of autograd's own products), peft, full, head, or floor: nothing, with a gradient of
-    the embedded tokens.
+    `kind` is ours, composed (ours as a GPU computes it, on any device), peft, full, head, or floor: nothing, with a
+    gradient of the embedded tokens.
     """
 
     kind: str
@@ -294,8 +294,10 @@ def measure_memory(
 ) -> Held:
     """The peak of a step, and the prediction, which is made on the CPU."""
     batches = [make_batch(shape, each, torch.device("cpu")) for each in ((1, 4), size)]
+    is_ours_on_gpu = trained.kind == "ours" and device.type != "cpu"
     with floats_without_data():
-        predicted = _peak(shape, trained, batches, torch.device("cpu"), checkpointing)
+        alike = replace(trained, kind="composed") if is_ours_on_gpu else trained
+        predicted = _peak(shape, alike, batches, torch.device("cpu"), checkpointing)
     _give_back(device)
     reset_device_peaks(device)
     live = _peak(shape, trained, [batch.to(device) for batch in batches], device, checkpointing)
@@ -378,10 +380,12 @@ def measure_packs(
         for number in range(max(sizes))
     ]
     run = partial(turns, shape, num_steps=num_steps, queue=queue)
-    marks: list[Any] = []
-    drive_alone(run(*runs[0], 1e-5, marks=marks))
-    alone, packed = median(_laps(marks[NUM_UNTIMED - 1 :], queue)), []
+    alone: list[float] = []
+    packed: list[float] = []
     for number in sizes:
+        marks: list[Any] = []
+        drive_alone(run(*runs[0], 1e-5, marks=marks))
+        alone += _laps(marks[NUM_UNTIMED - 1 :], queue)
         of_runs: list[list[Any]] = [[] for _ in range(number)]
         waiting = ((each, partial(run, *runs[each], 1e-5 * (each + 1), marks=of_runs[each])) for each in range(number))
         pack = Pack(waiting, size=number, tolerance=HALF_TOLERANCE if shape.bf16 else TOLERANCE)
@@ -391,7 +395,7 @@ def measure_packs(
         if pack.num_alone > number:
             raise RuntimeError(f"{shape.label}, {trained.name}: runs were computed alone in a pack of {number}")
         packed.append(median(_laps(of_runs[-1][NUM_UNTIMED - 1 :], queue)))
-    return alone, packed
+    return median(alone), packed
 
 
 def table_of_packs(
@@ -438,8 +442,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{datetime.date.today()}, {environment(options.device)}\n")
     if "step" in options.only:
         peft = (Trained("peft", 8, ALL),) if importlib.util.find_spec("peft") else ()
-        composed = replace(on_all, kind="composed")
-        methods = (FLOOR, qv, on_all, composed, large, *peft, FULL)
+        methods = (FLOOR, qv, on_all, large, *peft, FULL)
         cells = [(bert, short, methods), (bert_bf16, short, methods), (llama, long, methods)]
         table_of_steps(cells, options.device, repetitions=1 if options.small else 5)
     if "memory" in options.only:

@@ -2,9 +2,9 @@
 
     python benchmarks/packed_sweep.py --packs 1 4 auto -- sweeps=reuters_tuned dataset.num_train_examples=200
 
-Makes the sweep once for each size of a pack, in turns, each into a new folder under --runs-dir, start-up included. A
-search that chooses another rate makes other runs, so equal run ids say that the choices are equal. Prints a Markdown
-table.
+Makes the sweep once for each size of a pack, each into a new folder under --runs-dir, start-up included; the first
+finds the caches of the system cold. A search that chooses another rate makes other runs, so equal run ids say that the
+choices are equal. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class Made:
 
 def make(overrides: Sequence[str], pack: str, folder: Path) -> Made:
     """Makes a sweep in a folder of its own. Raises `subprocess.CalledProcessError` where it fails."""
+    folder.mkdir(parents=True)  # never one in which runs have ended already
     command = [sys.executable, "-m", "harness", "-m", *overrides, f"runs_dir={folder}", f"hydra.launcher.pack={pack}"]
     started = time.perf_counter()
     subprocess.run(command, check=True, stdout=sys.stderr)

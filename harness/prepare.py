@@ -208,6 +208,13 @@ def set_threads(config: RunConfig) -> None:
     torch.set_num_threads(config.num_threads or min(torch.get_num_threads(), available_cores()))
 
 
+def computes_on_gpu(device: Device) -> bool:
+    """Whether a run with this `device` computes on a GPU: it asks for one, or takes what there is and finds one."""
+    if device is Device.auto:
+        return torch.cuda.is_available() or torch.backends.mps.is_available()
+    return device is not Device.cpu
+
+
 def build_accelerator(config: RunConfig) -> Accelerator:
     """The device of a run and the precision that it computes in. Raises `ConfigError` for a device that is not here."""
     if config.device is Device.cuda and not torch.cuda.is_available():
@@ -216,11 +223,10 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         raise ConfigError(["device=mps: PyTorch sees no MPS device here; use device=auto or device=cpu."])
     # accelerate keeps one state per process; a second run in this process must not inherit the first one's.
     AcceleratorState._reset_state(reset_partial_state=True)
-    on_cpu = config.device is Device.cpu
-    will_be_cpu = on_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    on_cpu = not computes_on_gpu(config.device)
     precision = config.trainer.precision
-    if precision is Precision.fp16 and will_be_cpu:
+    if precision is Precision.fp16 and on_cpu:
         raise ConfigError(["trainer.precision=fp16 needs a GPU; on the CPU use bf16 or fp32."])
     mixed = "no" if precision is Precision.fp32 else str(precision)
-    # Not on_cpu: of several processes where there is nothing but a CPU, each would take itself for the only one.
-    return Accelerator(cpu=will_be_cpu, mixed_precision=mixed)
+    # Also where device=auto finds nothing else: of several processes each would take itself for the only one.
+    return Accelerator(cpu=on_cpu, mixed_precision=mixed)

@@ -14,7 +14,7 @@ def test_what_is_measured_on_a_gpu_runs_on_a_cpu_with_tiny_models(capsys: pytest
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| tiny")]
     steps, memory, packs = ([row for row in rows if len(row) == width] for width in (6, 9, 7))
     assert {row[0] for row in steps} == {row[0] for row in packs}
-    assert len(steps) == 21 and len(memory) == 12 and len(packs) == 7
+    assert len(steps) == 18 and len(memory) == 12 and len(packs) == 7
     assert [float(row[4]) for row in steps if row[2] == "floor"] == [1.0] * 3
     assert all(float(row[3]) > 0 for row in steps)
     for row in memory:

@@ -14,6 +14,7 @@ from harness.config.schema import RunConfig
 from harness.forecast import latency
 from harness.forecast.latency import BASE, DECODE, FORWARD, MERGED, PREFILL, UNMERGED, Passes, Timing, measure_latency
 from harness.forecast.request import own_configs, read_config
+from harness.methods import packed
 from harness.methods.packed import adapters_side_by_side
 
 LORA = ("rank=r4", "target_layers=qv")
@@ -138,6 +139,20 @@ def test_merged_and_unmerged_agree_and_differ_from_the_base(overrides: tuple[str
         with_weights=False,
     )
     assert all(torch.equal(one, other) for one, other in zip(before, fresh.model.parameters(), strict=True))
+
+
+def test_rows_side_by_side_are_those_of_their_own_adapters_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a pack in training has a copy of all factors that it keeps filled; here nobody does."""
+    monkeypatch.setattr(packed, "stacks_on", lambda device: True)
+    passes = Passes((6,), (6,), num_adapters=3)
+    config, variants = variants_of(*CLASSIFIER, passes=passes)
+    inputs = latency._inputs(config, passes, 6, 6, CPU)
+    with torch.inference_mode():
+        own = [model(**inputs).logits for model in variants._adapted]
+        made = variants.at(6)["3 adapters"](**inputs).logits
+        base = variants._base.model(**inputs).logits
+    torch.testing.assert_close(made, torch.cat([each[2 * run : 2 * run + 2] for run, each in enumerate(own)]))
+    assert (made - base).abs().max() > 1e-5
 
 
 @pytest.mark.parametrize("overrides", [CLASSIFIER, LANGUAGE, ("model=tiny_gpt2", "dataset=friends", *LORA)])

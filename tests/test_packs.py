@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -31,8 +32,8 @@ from harness.data.blocks import NO_TARGET
 from harness.methods import packed as packed_module
 from harness.methods.adapting import apply_lora
 from harness.methods.counts import is_bias, is_lora, set_trainable
-from harness.methods.lora import MatrixLayer
-from harness.methods.packed import PackedLayer, PackedModel, share_base, why_alone
+from harness.methods.lora import LoRALayer, MatrixLayer
+from harness.methods.packed import PackedLayer, PackedModel, Stack, share_base, why_alone
 from harness.methods.trunk import TrunkMemory
 from harness.models.loading import checkpoint_activations
 from harness.placement.select import select_targets
@@ -343,6 +344,40 @@ def test_a_pack_of_one_is_the_run_alone_to_the_bit() -> None:
     expected = alone(spec)
     assert run.record.losses == expected.record.losses
     assert all(torch.equal(value, expected.trained()[name]) for name, value in run.trained().items())
+
+
+def test_an_update_is_scaled_in_a_stack_as_it_is_alone_in_bf16() -> None:
+    """32 / 6 is no bfloat16: rounded to one, every update of a run would be 0.2 % too large beside other scalings."""
+    torch.manual_seed(0)
+    layers = [LoRALayer(nn.Linear(64, 64, bias=False), rank=rank, scaling=32 / rank) for rank in (6, 8)]
+    for layer in layers:
+        nn.init.normal_(layer.lora_A)
+        nn.init.normal_(layer.lora_B)
+    stack = Stack(layers)
+    with torch.no_grad():
+        for parameter, whole, part in stack.slots:
+            whole[part] = parameter
+        rows = torch.randn(400, 64)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            made = stack.add_updates(rows, torch.zeros(400, 64))[:200].double()
+    exact = rows[:200].double() @ layers[0].delta_weight().double().T
+    assert float((made * exact).sum() / (exact * exact).sum()) == pytest.approx(1, abs=4e-4)
+
+
+def test_what_a_pack_holds_beside_its_runs_is_given_up_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, and not when Python next collects cycles: on a GPU it is all factors of all runs."""
+    monkeypatch.setattr(packed_module, "stacks_on", lambda device: True)
+    models = [build(replace(spec, projections=("all", "lm_head"), kind="llama_lm")) for spec in PLACED[:2]]
+    shared: packed_module.Shared = {}
+    for model in models:
+        share_base(model, shared)
+    pack = PackedModel(models)
+    in_tree = [one for one in pack._tree.modules() if isinstance(one, PackedLayer)]
+    assert len(pack._stacks) == len(in_tree) == 14  # seven roles of two blocks; each run has its own unembedding
+    held = [weakref.ref(stack.low) for stack in pack._stacks]
+    pack.release()
+    assert all(each() is None for each in held)
+    assert not PackedModel(models[:1])._stacks  # a run alone is computed by its own model
 
 
 VARIED = {

@@ -2,8 +2,8 @@
 
 Nothing is modelled. `Learner` makes the step that a run rehearses before training, through the same instrument
 (`harness.measure.memory`), on a model built from its configuration, so that on the CPU the prediction is the measured
-figure to the byte. It is what the CPU's kernels hold; those of a GPU hold much the same, and what its allocator adds is
-in no prediction (see `harness.forecast.fitting`).
+figure to the byte. It is what the CPU's kernels hold, with LoRA's products as a GPU makes them where the run is for
+one; those of a GPU hold much the same, and what its allocator adds is in no prediction (`harness.forecast.fitting`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from harness.models.configs import read_config
 from harness.models.loading import checkpoint_activations, load_model
 from harness.models.tokenizers import load_tokenizer
 from harness.plan import adapt, require_packing
-from harness.prepare import build_accelerator
+from harness.prepare import build_accelerator, computes_on_gpu
 from harness.processes.stopping import StopRequest
 from harness.tasks.families import TaskData, find_family
 from harness.training.learner import Learner, TrainingCallbacks
@@ -80,8 +80,7 @@ def predict_memory(config: RunConfig, *, num_labels: int = 2, data: TaskData | N
             "a step are not known; measure them with a run of a few steps (trainer.max_steps=2)."
         )
     with explained():
-        on_gpu = config.device in (Device.cuda, Device.mps)
-        on_gpu = on_gpu or (config.device is Device.auto and torch.cuda.is_available())
+        on_gpu = computes_on_gpu(config.device)
         config = _on_the_cpu(config)
         data = data or full_batches(config, num_labels)
         with floats_without_data(), warnings.catch_warnings():

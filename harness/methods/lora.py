@@ -10,8 +10,8 @@
 B starts at zero, so an adapted model starts as its base model. A starts as in the paper's code, uniform in
 +-1/sqrt(in) (`kaiming_uniform_(a=sqrt(5))`); `harness.methods.inits` has others. The product B A is never kept for the
 backward pass: it would put a matrix of the size of W into the autograd graph, and the memory measured then would not be
-LoRA's. Where all is of one type of 32 or 64 bits, without dropout on A's input and without DoRA, `lora_linear` computes
-the sum and its gradients in the cheapest order.
+LoRA's. On a CPU, where all is of one type of 32 or 64 bits, without dropout on A's input and without DoRA,
+`lora_linear` computes the sum and its gradients in the cheapest order.
 
 Three kinds of `AdaptedLayer` stand in the place of a base module: `LoRALayer` around a matrix; `SlicedLoRALayer` around
 one whose rows are several roles (the queries, keys and values of GPT-2), with A, B and a rank for each adapted role;
@@ -219,7 +219,8 @@ class MatrixLayer(AdaptedLayer):
     in_features: int
     out_features: int
     composed = False
-    """Whether W, A and B are always three products of autograd's own, as they are where operations are counted."""
+    """Whether W, A and B are always three products of autograd's own: where operations are counted, and the memory of a
+    GPU is predicted, which computes so."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in_features)` to `(..., out_features)`."""

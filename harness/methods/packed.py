@@ -7,14 +7,14 @@ tensors (`share_base`). A `PackedModel` is one more module tree over these tenso
        |------------------ W ------------------------------->(+)---> y     one product for all
        |-- A1, B1 --------|-- A2, B2 --------|-- ... ---------^            each run's adapter on its rows
 
-With many rows the product with `W + s B A` is cheaper (`harness.methods.lora_linear`): each run makes its own then, as
-it does alone. Where no adapter is, all rows are computed at once; where a run trains a whole module (a head, a norm),
-each computes its own rows with its own module, and a run without an adapter somewhere adds nothing there. No parameter
-that trains is shared, so a run's gradients are those that it would have alone, up to the rounding of products of more
-rows.
+On a CPU the product with `W + s B A` is cheaper with many rows (`harness.methods.lora_linear`): each run makes its own
+then, as it does alone. Where no adapter is, all rows are computed at once; where a run trains a whole module (a head, a
+norm), each computes its own rows with its own module, and a run without an adapter somewhere adds nothing there. No
+parameter that trains is shared, so a run's gradients are those that it would have alone, up to the rounding of products
+of more rows.
 
 On a GPU a small product takes no longer than its launch. There the factors of all runs of a matrix lie in one tensor,
-and one batched product computes all adapters (`Stack`).
+and one batched product computes all adapters (`Stack`), where all batches have equally many rows.
 
 Where all runs have the same batch, the blocks below the lowest one in which they differ are computed once.
 """
@@ -211,7 +211,7 @@ class Stack:
         num_runs, _, in_features = self.low.shape
         low_rank = torch.bmm(rows.view(num_runs, -1, in_features), self.low.mT)
         if self._scaling is None:
-            low_rank = low_rank * self._scalings.to(low_rank.dtype)
+            low_rank = low_rank * self._scalings  # in float32: a bfloat16 would make another factor of 16 / 3
         y = y.view(num_runs, -1, y.shape[-1])
         alpha = 1.0 if self._scaling is None else self._scaling
         return torch.baddbmm(y, low_rank, self.high.mT, alpha=alpha).flatten(0, 1)
@@ -229,7 +229,10 @@ class PackedLayer(nn.Module):
         self._adapters = [module if isinstance(module, MatrixLayer) else None for module in modules]
         self._draws = [draws(module) for module in modules]
         self.stack: Stack | None = None
-        if stacks_on(first.base.weight.device) and all(Stack.takes(layer) for layer in self.layers):
+
+    def make_stack(self) -> None:
+        """Lets one batched product compute the adapters, where it can, by copies of their factors that are kept equal."""
+        if stacks_on(self.base.weight.device) and all(Stack.takes(layer) for layer in self.layers):
             self.stack = Stack(cast(list[LoRALayer | None], self._adapters))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -300,17 +303,13 @@ class PackedModel:
         self._layout = Layout()
         self._tree = copy_over_same_tensors(self.models[0])
         self._replaced = list(_combine(self._tree, self._layout, self.models))
-        self._stacks = [
-            module.stack
-            for module in self._tree.modules()
-            if isinstance(module, PackedLayer) and module.stack is not None
-        ]
+        self._splits_unembedding = self._split_unembedding()
+        self._stacks = list(self._make_stacks()) if len(self.models) > 1 else []
         slots = [slot for stack in self._stacks for slot in stack.slots]
         self._slots = {id(parameter): (whole, part) for parameter, whole, part in slots}
         self._stacked = [parameter for parameter, _, _ in slots]
         with torch.no_grad():
             self._in_stacks = [whole[part] for _, whole, part in slots]
-        self._splits_unembedding = self._split_unembedding()
         self._is_same = False
         self._block_names: list[str] = []
         self._first_own_block, blocks = self._find_blocks()
@@ -341,11 +340,11 @@ class PackedModel:
             random_states: of each run; what is drawn is drawn from them, and `random_states` has them afterwards.
             is_same: whether all batches are the same one.
         """
-        if self._stacked:
-            with torch.no_grad():
-                torch._foreach_copy_(self._in_stacks, self._stacked)
         layout = self._layout
         layout.rows = [len(batch["input_ids"]) for batch in inputs]
+        if self._stacked and len(set(layout.rows)) == 1:
+            with torch.no_grad():
+                torch._foreach_copy_(self._in_stacks, self._stacked)
         layout.random_states, layout.widths, layout.hidden = list(random_states), None, None
         self._is_same = is_same and self.shares_trunk and len(inputs) > 1
         pad_id = getattr(getattr(self.models[0], "config", None), "pad_token_id", None) or 0
@@ -373,13 +372,35 @@ class PackedModel:
         for parameter in parameters:
             whole, part = self._slots.get(id(parameter), (None, ()))
             in_stack = None if whole is None else of_leaves[id(whole)]
-            gradients.append(of_leaves[id(parameter)] if in_stack is None else in_stack[part])
+            own = of_leaves[id(parameter)]
+            if in_stack is None or own is None:
+                gradients.append(own if in_stack is None else in_stack[part])
+            else:
+                gradients.append(own + in_stack[part])
         return gradients
+
+    def release(self) -> None:
+        """Gives up what it holds beside the models, when no pass will be made any more.
+
+        Hooks make cycles of it, which Python frees at some later time.
+        """
+        for module in self._tree.modules():
+            if isinstance(module, PackedLayer):
+                module.stack = None
+        for held in (self._stacks, self._stacked, self._in_stacks, self._slots):
+            held.clear()
 
     @property
     def random_states(self) -> list[Tensor]:
         """Of each run, after the last pass."""
         return self._layout.random_states
+
+    def _make_stacks(self) -> Iterator[Stack]:
+        for module in self._tree.modules():
+            if isinstance(module, PackedLayer):
+                module.make_stack()
+                if module.stack is not None:
+                    yield module.stack
 
     def _split_unembedding(self) -> bool:
         """Whether each run is to make its own logits or loss from what enters the unembedding of its language model."""

@@ -16,9 +16,9 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -52,21 +52,30 @@ class Ended(Generic[Name, Outcome]):
 
 @dataclass(frozen=True)
 class RandomState:
-    """Where the random numbers of this process are: of the CPU, and of the CUDA device that it computes on, if any."""
+    """Where the random numbers of this process are: of the CPU, and of the GPU that it computes on, if any."""
 
     cpu: Tensor
-    cuda: Tensor | None
+    gpu: Tensor | None
 
     @staticmethod
     def now() -> RandomState:
         """As they are at present."""
-        return RandomState(torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None)
+        gpu = _gpu_in_use()
+        return RandomState(torch.get_rng_state(), None if gpu is None else gpu.get_rng_state())
 
     def restore(self) -> None:
         """Draws from here on."""
         torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda)
+        gpu = _gpu_in_use()
+        if gpu is not None and self.gpu is not None:
+            gpu.set_rng_state(self.gpu)
+
+
+def _gpu_in_use() -> Any:
+    """`torch.cuda` or `torch.mps`; None without a GPU, and before anything was computed on a CUDA device."""
+    if torch.cuda.is_available():
+        return torch.cuda if torch.cuda.is_initialized() else None
+    return torch.mps if torch.backends.mps.is_available() else None
 
 
 @dataclass(eq=False)
@@ -204,7 +213,7 @@ class Pack(Generic[Name, Outcome]):
             if len(together) > 1:
                 compositions.add(tuple(map(id, together)))
                 answers |= self._together(together)
-        self._packed = {key: model for key, model in self._packed.items() if key in compositions}
+        self._release(key for key in list(self._packed) if key not in compositions)
         for member in self._members:
             if id(member) not in answers:
                 answers[id(member)] = self._alone(member)
@@ -226,12 +235,16 @@ class Pack(Generic[Name, Outcome]):
 
     def _leave(self, member: _Member[Name, Outcome]) -> None:
         self._members.remove(member)
-        self._packed.clear()
+        self._release(list(self._packed))
         used = {id(one) for other in self._members if other.model is not None for one in tensors_of(other.model)}
         for known in self._shared.values():
             known[:] = [one for one in known if id(one) in used]
         if all(other.base != member.base for other in self._members):  # whose identity may come again
             self.memory.clear()
+
+    def _release(self, keys: Iterable[tuple[int, ...]]) -> None:
+        for key in keys:
+            self._packed.pop(key).release()
 
     def _know_model(self, member: _Member[Name, Outcome]) -> None:
         assert member.micro_batch is not None

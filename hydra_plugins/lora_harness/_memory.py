@@ -54,7 +54,7 @@ def _shape(config: RunConfig) -> str:
         checkpoint_every=0,
     )
     parts = (base_model(config), config.dataset, config.method, config.rank, config.target_layers, config.variant)
-    return repr((parts, trainer))
+    return repr((parts, trainer, config.device))
 
 
 def unfit(
