@@ -17,8 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from analysis.load import LoadError, load_runs
-from analysis.tables.suggestion import SUGGESTIONS_DIR
-from harness.results.files import CURVE_FILE, PREDICTIONS_DIR, RESULT_FILE, write_atomically
+from harness.results.files import CURVE_FILE, PREDICTIONS_DIR, RESULT_FILE, SUGGESTIONS_DIR, write_atomically
 from harness.results.launches import SWEEPS_DIR
 
 

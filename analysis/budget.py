@@ -11,7 +11,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -251,7 +251,6 @@ def _hours_text(compute: ComputeForecast, rate: Rate) -> str:
 
 
 def _print_memory(options: argparse.Namespace, config: RunConfig, console: Console) -> int:
-    from harness.config.schema import Device
     from harness.forecast.fitting import GPU, largest_micro_batch
     from harness.forecast.memory import load_run_data, predict_memory
     from harness.forecast.request import ForecastError
@@ -263,10 +262,9 @@ def _print_memory(options: argparse.Namespace, config: RunConfig, console: Conso
         )
     if options.largest_batch and (options.gpu is None or options.data):
         raise ForecastError("--largest-batch: of what fits into a GPU, without --data; give its size, as --gpu 24.")
-    if options.gpu is not None:
-        config = replace(config, device=Device.cuda)
     data = load_run_data(config) if options.data else None
-    forecast = predict_memory(config, num_labels=options.labels, data=data)
+    on_gpu = True if options.gpu is not None else None
+    forecast = predict_memory(config, num_labels=options.labels, data=data, on_gpu=on_gpu)
     table = Table(box=None, pad_edge=False)
     table.add_column("bytes at the peak")
     for name in ("of a training step", "of scoring"):
@@ -288,7 +286,7 @@ def _print_memory(options: argparse.Namespace, config: RunConfig, console: Conso
     )
     if options.largest_batch:
         found = largest_micro_batch(
-            config, gpu, at_most=4096, predict=lambda own: predict_memory(own, num_labels=options.labels)
+            config, gpu, at_most=4096, predict=lambda own: predict_memory(own, num_labels=options.labels, on_gpu=True)
         )
         if found.micro_batch_size is None:
             console.print(Text("largest micro-batch: none; not one example fits"))

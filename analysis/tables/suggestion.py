@@ -21,9 +21,7 @@ from analysis.select import records, score
 from analysis.tables.cells import MISSING, show_metric
 from analysis.tables.columns import cell_names, run_ids_of
 from analysis.tables.structure import Column, PaperTable, text_table
-from harness.results.files import write_json_atomically
-
-SUGGESTIONS_DIR = "suggestions"
+from harness.results.files import SUGGESTIONS_DIR, write_json_atomically
 
 
 class Claim(StrEnum):

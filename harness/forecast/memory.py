@@ -60,15 +60,18 @@ class MemoryForecast:
         return max(self.step.total_bytes, self.scoring.total_bytes)
 
 
-def predict_memory(config: RunConfig, *, num_labels: int = 2, data: TaskData | None = None) -> MemoryForecast:
+def predict_memory(
+    config: RunConfig, *, num_labels: int = 2, data: TaskData | None = None, on_gpu: bool | None = None
+) -> MemoryForecast:
     """The peaks of a run, from its configuration and the shapes of its batches.
 
     Args:
-        config: of the run. Where it computes on a GPU, LoRA keeps what it keeps there; otherwise the device does not
-            matter. float16 is predicted as bfloat16, which is of the same size.
+        config: of the run. float16 is predicted as bfloat16, which is of the same size.
         num_labels: outputs of a task head, where there are no data to say so.
         data: whose longest step is taken (`load_run_data`). Without them it is a full batch of examples of
             `dataset.max_length` tokens, every one of which is a target of a language model: no step needs more.
+        on_gpu: whether LoRA makes the products that it makes on a GPU, which keep more; None for those of the device
+            of the run.
 
     Raises:
         ForecastError: quantised weights, what looks at values (`trainer.optimizer=adafactor`), and whatever keeps the
@@ -80,7 +83,7 @@ def predict_memory(config: RunConfig, *, num_labels: int = 2, data: TaskData | N
             "a step are not known; measure them with a run of a few steps (trainer.max_steps=2)."
         )
     with explained():
-        on_gpu = computes_on_gpu(config.device)
+        on_gpu = computes_on_gpu(config.device) if on_gpu is None else on_gpu
         config = _on_the_cpu(config)
         data = data or full_batches(config, num_labels)
         with floats_without_data(), warnings.catch_warnings():

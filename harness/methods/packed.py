@@ -231,7 +231,7 @@ class PackedLayer(nn.Module):
         self.stack: Stack | None = None
 
     def make_stack(self) -> None:
-        """Lets one batched product compute the adapters, where it can, by copies of their factors that are kept equal."""
+        """Lets one batched product compute the adapters where it can, by copies of their factors that are kept up."""
         if stacks_on(self.base.weight.device) and all(Stack.takes(layer) for layer in self.layers):
             self.stack = Stack(cast(list[LoRALayer | None], self._adapters))
 

@@ -20,6 +20,8 @@ GENERATIONS_FILE = "generations.jsonl"
 HYPOTHESES_FILE = "hypotheses.txt"
 REFERENCES_FILE = "references.tsv"
 LABELS_FILE = "labels.json"
+# Of a folder of runs: what a sweep is to test, by its name.
+SUGGESTIONS_DIR = "suggestions"
 # In the place of a whole model: what full fine-tuning changed of its base.
 DIFFERENCE_FILE = "difference.safetensors"
 HEADS_DIR = "heads"
