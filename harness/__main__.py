@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from harness.commands import Request, carry_out, find_request
 from harness.config.composing import compose, from_composed, register
 from harness.config.folders import CONF_DIR, OwnFolders, find_own, use_own
-from harness.config.overrides import came_from_composing, explain_refusal, literal_texts
+from harness.config.overrides import came_from_composing, explain_refusal, literal_texts, require_one_option
 from harness.config.schema import RunConfig
 from harness.config.validation import ConfigError
 from harness.content.identity import Identity, identify
@@ -94,6 +94,12 @@ def main() -> int:
     typed = sys.argv
     is_sweep = not {"-m", "--multirun"}.isdisjoint(typed) or any(word.startswith("sweeps=") for word in typed)
     sys.argv = [typed[0], *literal_texts(typed[1:], multirun=is_sweep)]
+    if not is_sweep:  # of a sweep each run is looked at
+        try:
+            require_one_option(sys.argv[1:])
+        except ConfigError as error:
+            _print_problem(error)
+            return 2
     # Hydra then raises what it would print and exit on: it names a wrong key without saying which keys there are.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:

@@ -82,7 +82,10 @@ def start_head(base: BaseModel, config: RunConfig, data: TaskData) -> None:
         return
     record = _record(source)
     if record is None:
-        base.notes.append(f"The head is drawn from the seed: of {source.weights_dir} no labels are known.")
+        base.notes.append(
+            f"The head is drawn from the seed: {source.weights_dir} is in the folder of no finished run, which would "
+            "say what its head was trained on."
+        )
         return
     if not _has_classes_of(record, config, data):
         base.notes.append(f"The head is drawn from the seed: {record.run_id} had other labels.")

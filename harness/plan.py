@@ -119,11 +119,13 @@ def adapt(model: PreTrainedModel, config: RunConfig, head: tuple[str, ...]) -> l
     adapter = continued_adapter(config)
     if adapter is not None:
         named = "adapter" if config.model.adapter is not None else "from_sweep"
-        start_from_adapter(model, adapter.weights_dir, named=f"model.{named}={getattr(config.model, named)}")
+        setting = f"model.{named}={getattr(config.model, named)}"
+        start_from_adapter(model, adapter.weights_dir, named=setting, head=head)
     if METHODS[config.method.name].peft is not None:
         # Those of `method.peft.target_modules`, too.
-        known = {target.module: target for target in targets}
-        targets = [known.get(name) or Target(name) for name in peft_method.adapted_modules(model)]
+        known, ranks = {target.module: target for target in targets}, peft_method.ranks_of(model)
+        adapted = [known.get(name) or Target(name) for name in peft_method.adapted_modules(model)]
+        targets = [replace(target, rank=ranks.get(target.module, target.rank)) for target in adapted]
     trains_base = METHODS[config.method.name].trains_base
     set_trainable(model, head, is_adapter=is_adapter(model, config), trains_base=trains_base)
     if config.trainer.optimizer is Optimizer.muon and not hidden_matrices(model, learning_rates(config, head)):

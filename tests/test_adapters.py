@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -784,3 +785,23 @@ def test_ten_steps_lower_the_loss_and_change_adapter_and_head_alone(model_type: 
     factors = {f"{name}.lora_B" for name, layer in lora_layers(model) if not isinstance(layer, SlicedLoRALayer)}
     assert factors <= changed
     assert all(is_lora(name) or name.startswith(tuple(f"{module}." for module in head)) for name in changed)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"variant": VariantConfig(init=Init.orthogonal)},
+            "variant.init=orthogonal: the A and B of an embedding begin",
+        ),
+        ({"dropout": 0.1}, "method.adapter_dropout=0.1: the input of an embedding is a token, which is not dropped"),
+    ],
+)
+def test_what_decides_nothing_of_an_embedding_is_refused_where_nothing_else_is_adapted(
+    given: dict[str, Any], message: str
+) -> None:
+    rank = RankConfig(2, alpha=2)
+    model = nn.ModuleDict({"table": nn.Embedding(8, 4), "matrix": nn.Linear(4, 4)})
+    with pytest.raises(LoRAError, match=re.escape(message)):
+        apply_lora(model, ["table"], rank=rank, **given)
+    apply_lora(model, ["table", "matrix"], rank=rank, **given)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_analysis_load import save_run
 from test_analysis_tables import measured
 from test_run import config, exact, rows  # noqa: F401
@@ -244,13 +244,16 @@ def test_classes_that_are_numbers_are_others_under_another_name(tmp_path: Path) 
 def test_content_decides_the_id_and_not_where_it_lies(rows: Path, colours: Path, tmp_path: Path) -> None:  # noqa: F811
     first = finished(config(rows, tmp_path))
     other = finished(config(rows, tmp_path, trainer={"learning_rate": 1e-3}))
+    shutil.copytree(tmp_path / first.run_id, tmp_path / "elsewhere" / "run")
     shutil.copytree(tmp_path / first.run_id / "adapter", tmp_path / "copy")
 
     def run_id(**model: Any) -> str:
         return identify(config(rows, tmp_path, dataset=on(colours, "colours"), model=model)).run_id
 
-    assert run_id(adapter=first.run_id) == run_id(adapter=str(tmp_path / "copy"))
-    assert len({run_id(adapter=first.run_id), run_id(adapter=other.run_id), run_id()}) == 3
+    assert run_id(adapter=first.run_id) == run_id(adapter=str(tmp_path / "elsewhere" / "run" / "adapter"))
+    # Of a copy outside its run nobody knows what the head was trained on: it is drawn, and no earlier task is scored.
+    alone = run_id(adapter=str(tmp_path / "copy"))
+    assert len({run_id(adapter=first.run_id), run_id(adapter=other.run_id), alone, run_id()}) == 4
 
 
 def test_what_does_not_fit_is_refused_before_training(rows: Path, colours: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -289,6 +292,34 @@ def test_what_does_not_fit_is_refused_before_training(rows: Path, colours: Path,
         continuing(variant={"name": "orthogonal", "init": "orthogonal"})
     with pytest.raises(ConfigError, match="score_earlier_tasks=false: is read where"):
         config(rows, tmp_path, score_earlier_tasks=False)
+
+
+@pytest.mark.parametrize(
+    ("beside", "message"),
+    [
+        (
+            {"base_model.model.bert.embeddings.word_embeddings.weight": (300, 64)},
+            r"word_embeddings.weight is \(300, 64\)",
+        ),
+        ({"base_model.model.nonsense.weight": (2, 2)}, "it has nonsense.weight, the model has no such tensor"),
+        (
+            {"base_model.model.bert.encoder.layer.0.attention.self.key.weight": (64, 64)},
+            "key.weight is not that of the base: more than an adapter was trained; merge it into its base",
+        ),
+    ],
+)
+def test_an_adapter_with_a_trained_base_is_not_continued_without_it(
+    beside: dict[str, tuple[int, int]],
+    message: str,
+    rows: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    first = finished(config(rows, tmp_path))
+    shutil.copytree(tmp_path / first.run_id / "adapter", tmp_path / "more")
+    path = tmp_path / "more" / "adapter_model.safetensors"
+    save_file(load_file(path) | {name: torch.zeros(shape) for name, shape in beside.items()}, path)
+    with pytest.raises(LoRAError, match=message):
+        prepare(config(rows, tmp_path, model={"adapter": str(tmp_path / "more")}))
 
 
 def test_a_sweep_that_has_no_such_run_is_refused(rows: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -332,7 +363,10 @@ def test_an_adapter_of_peft_continues_without_a_run(rows: Path, tmp_path: Path) 
     shutil.copytree(tmp_path / "elsewhere" / first.run_id / "adapter", tmp_path / "adapter")
     result = finished(config(rows, tmp_path, model={"adapter": str(tmp_path / "adapter")}))
     assert "chain" not in result.environment and "earlier_tasks" not in result.environment
-    assert any("no labels are known" in note for note in result.environment["model_notes"])
+    assert any("in the folder of no finished run" in note for note in result.environment["model_notes"])
+    # The same adapter of the run itself has a head that is known: another computation, and so another run.
+    own = config(rows, tmp_path, model={"adapter": str(tmp_path / "elsewhere" / first.run_id / "adapter")})
+    assert identify(own).run_id != result.run_id
     damaged = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**damaged, "peft_type": "IA3"}))
     prepared = prepare(config(rows, tmp_path))

@@ -165,3 +165,37 @@ def test_the_plan_shows_brackets_in_a_name(
     Path("[x].csv").write_text("text,label\n")
     composed("-m", *BASE, "dataset.train_file=[x].csv", "hydra.sweeper.dry_run=true")
     assert "dataset.train_file='[x].csv'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            ("method=lora", "rank=r8", "target_layers=[q,v]"),
+            "target_layers=[q,v]: a run has one target_layers, and a list of them would be merged into one; give one "
+            "option, as target_layers=q, or name roles with target_layers.projections=[q,v].",
+        ),
+        (
+            ("method=[full,lora]", "rank=r8", "target_layers=qv"),
+            "method=[full,lora]: a run has one method, and a list of them would be merged into one; give one option, "
+            "as method=full.",
+        ),
+        (
+            ("-m", "method=lora", "rank=r8", "target_layers=[q,v],all", "hydra.sweeper.dry_run=true"),
+            "target_layers=[q,v]: a run has one target_layers,",
+        ),
+    ],
+)
+def test_a_list_of_options_is_refused_where_a_run_has_one(
+    words: tuple[str, ...],
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Hydra would merge them, and the last would win in silence."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LORA_HARNESS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "argv", ["harness", *words, *(word for word in BASE if not word.startswith("method"))])
+    assert main() == 2
+    assert expected in capsys.readouterr().err

@@ -419,6 +419,53 @@ def test_a_type_that_cannot_be_carried_is_refused_with_the_reason(name: str, fol
 
 NOT_PLANNED: list[tuple[Values, str]] = [
     (
+        {"method": {"name": "peft_lora", "peft": {"layers_to_transform": [0]}}, "rank": RANK},
+        "method.peft.layers_to_transform=[0]: decides nothing here: target_layers.blocks chooses the blocks; leave it",
+    ),
+    (
+        {"method": {"name": "peft_lora", "peft": {"rank_pattern": {"nope": 2}}}, "rank": RANK},
+        "method.peft.rank_pattern={'nope': 2}: nope is the end of no adapted module's name; those are dense, key, ",
+    ),
+    (
+        {"method": {"name": "peft_lora", "peft": {"init_lora_weights": "eva"}}, "rank": RANK},
+        "method.peft.init_lora_weights=eva: peft makes this from data in a step of its own, which a run does not make;",
+    ),
+    (
+        {"method": {"name": "peft_lora", "peft": {"use_qalora": True}}, "rank": RANK},
+        "method.peft.use_qalora=True: decides nothing here: bases of GPTQ are not loaded here; leave it out.",
+    ),
+    (
+        {"method": {"name": "adalora", "peft": {"r": 99}}, "rank": RANK},
+        "method.peft.r=99: AdaLoRA reads rank.rank, its target, and method.peft.init_r; leave it out.",
+    ),
+    (
+        {"method": {"name": "adalora", "peft": {"deltaT": 0}}, "rank": RANK},
+        "method.peft.deltaT=0: must be a whole number of at least 1.",
+    ),
+    (
+        {"method": {"name": "adalora", "peft": {"init_r": 2}}, "rank": RANK},
+        "method.peft.init_r=2: must be a whole number of at least the rank that is to be left (4).",
+    ),
+    (
+        {"method": {"name": "vera", "peft": {"r": "two"}}},
+        "method.peft.r=two: VeraConfig has no text there, but a number, list or mapping.",
+    ),
+    (
+        {"method": {"name": "vera", "peft": {"r": 0}}},
+        "method=vera: peft refuses it: ",
+    ),
+    (
+        {"method": {"name": "peft", "peft": {"peft_type": "HRA", "r": 66}}},
+        "method=hra: bert.encoder.layer.0.attention.self.query: rank=66: a 64 -> 64 projection allows 1 to 64.",
+    ),
+    (
+        {
+            "method": {"name": "peft", "peft": {"peft_type": "TRAINABLE_TOKENS", "token_indices": [1, 999]}},
+            "target_layers": None,
+        },
+        "method.peft.token_indices=[1, 999]: must be a list of tokens from 0 to 259, as [0,5].",
+    ),
+    (
         {"method": {"name": "ia3", "peft": {"rr": 3}}},
         f"method.peft.rr=3: IA3Config of peft {peft.__version__} has no such field; it has exclude_modules, ",
     ),

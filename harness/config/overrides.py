@@ -23,6 +23,7 @@ from yaml import MarkedYAMLError
 from harness.config.composing import explain_omegaconf
 from harness.config.folders import options_of
 from harness.config.schema import RunConfig
+from harness.config.validation import ConfigError
 
 # What the grammar reads as one plain word; anything else is quoted.
 _PLAIN = re.compile(r"[A-Za-z0-9_/][A-Za-z0-9_./:+-]*")
@@ -123,6 +124,26 @@ def _is_text(key: str) -> bool:
             return False
         kind = hints[part]
     return kind is str or set(get_args(kind)) == {str, type(None)}
+
+
+# Of these a run has one; of tracking and evaluate_also it may have several.
+_ONE_OPTION = ("model", "dataset", "method", "rank", "target_layers", "variant", "trainer")
+
+
+def require_one_option(overrides: Sequence[str]) -> None:
+    """Raises `ConfigError` where a group gets a list of options: Hydra would merge them, the last one in front."""
+    problems = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        group, text = key.lstrip("+").partition("@")[0], value.strip()
+        if group not in _ONE_OPTION or not text.startswith("["):
+            continue
+        way_out = f"give one option, as {group}={text.strip('[]').split(',')[0].strip() or 'NAME'}"
+        if group == "target_layers":
+            way_out += f", or name roles with target_layers.projections={text}"
+        problems.append(f"{override}: a run has one {group}, and a list of them would be merged into one; {way_out}.")
+    if problems:
+        raise ConfigError(problems)
 
 
 def came_from_composing(error: Exception) -> bool:

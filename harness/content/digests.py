@@ -157,6 +157,8 @@ def _continued_content(config: RunConfig, found: Mapping[str, str]) -> dict[str,
         _require_base(config, adapter, found)
         # Not its config: rank, scaling and targets are the run's own, which must be equal.
         names = [name for name in _ADAPTER_FILES if (adapter.weights_dir / name).is_file()]
+        if adapter.result is None:  # then the labels of its head are not read, and the head is drawn
+            names = [name for name in names if name != LABELS_FILE]
         try:
             content["model.adapter"] = _folder_digest({name: file_digest(adapter.weights_dir / name) for name in names})
         except OSError as error:

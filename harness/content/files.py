@@ -118,7 +118,8 @@ def continued_adapter(config: RunConfig) -> Continued | None:
 def _adapter(config: RunConfig) -> Continued:
     named = f"model.adapter={config.model.adapter}"
     run_dir, folder = Path(config.runs_dir) / str(config.model.adapter), Path(str(config.model.adapter)).expanduser()
-    if run_dir.is_dir() and not (run_dir / _ADAPTER_CONFIG).is_file():
+    is_run = run_dir.is_dir() and run_dir.resolve() != Path(config.runs_dir).resolve()
+    if is_run and not (run_dir / _ADAPTER_CONFIG).is_file():
         result = _finished(run_dir, named, config.runs_dir, "")
         return Continued(_adapter_of(run_dir, result, named), result)
     if not (folder / _ADAPTER_CONFIG).is_file():

@@ -9,7 +9,7 @@ from hydra.errors import HydraException
 
 from harness.config.composing import compose, from_composed, register
 from harness.config.folders import OwnFolders, find_own, options_of, use_own
-from harness.config.overrides import came_from_composing, explain_refusal, literal_texts
+from harness.config.overrides import came_from_composing, explain_refusal, literal_texts, require_one_option
 from harness.config.schema import RunConfig
 from harness.config.validation import ConfigError
 
@@ -62,6 +62,7 @@ def read_config(overrides: Sequence[str]) -> RunConfig:
             )
     words = literal_texts(overrides, multirun=False)
     try:
+        require_one_option(words)
         return from_composed(compose(words))
     except ConfigError as error:
         raise ForecastError(str(error)) from error

@@ -84,6 +84,8 @@ def apply_lora(
             check_variant(modules[target.module], variant)
         except LoRAError as error:
             raise LoRAError(f"{target}: {error}") from None
+    if wanted and all(isinstance(modules[target.module], nn.Embedding) for target in wanted):
+        _require_matrix(variant, dropout)
     biases = _biases(model, wanted, variant.bias, head)
     of_module: dict[str, list[tuple[Target, RankConfig]]] = {}
     for target, own in zip(wanted, at, strict=True):
@@ -93,6 +95,20 @@ def apply_lora(
         start(layer, variant, generator)
         replace_module(model, name, layer.train(modules[name].training))
     replace_biases(model, biases)
+
+
+def _require_matrix(variant: VariantConfig, dropout: float) -> None:
+    """Raises `LoRAError` for what decides nothing where embeddings alone are adapted."""
+    if variant.init is not VariantConfig().init:
+        raise LoRAError(
+            f"variant.init={variant.init}: the A and B of an embedding begin as in the LoRA paper's code, whatever is "
+            "set, and nothing else is adapted; use variant=plain, or adapt a matrix as well."
+        )
+    if dropout:
+        raise LoRAError(
+            f"method.adapter_dropout={dropout:g}: the input of an embedding is a token, which is not dropped, and "
+            "nothing else is adapted; use method.adapter_dropout=0, or adapt a matrix as well."
+        )
 
 
 def _biases(model: nn.Module, targets: Sequence[Target], which: Bias, head: Sequence[str]) -> list[str]:

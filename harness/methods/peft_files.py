@@ -278,14 +278,18 @@ def load_adapter(model: nn.Module, directory: Path) -> list[str]:
     return ordered
 
 
-def start_from_adapter(model: nn.Module, directory: Path, *, named: str) -> None:
+def start_from_adapter(model: nn.Module, directory: Path, *, named: str, head: Sequence[str] = ()) -> None:
     """Gives the LoRA layers that a model has the values of an adapter's file; on the meta device, only checks it.
 
-    `named` is the setting that named the adapter. What the file holds whole (a head) is left where it is.
+    Args:
+        model: with the layers.
+        directory: of the adapter.
+        named: the setting that named it.
+        head: the modules of the task head, of this model or another; what the file holds of one is left where it is.
 
     Raises:
         LoRAError: with the model as it was, when the file cannot be read, or has other modules, rows, ranks or scalings
-            than the layers.
+            than the layers, or more than them: a base that was trained too.
     """
     config, path, tensors, names = _read_adapter(directory)
     layers = dict(lora_layers(model))
@@ -313,6 +317,8 @@ def start_from_adapter(model: nn.Module, directory: Path, *, named: str) -> None
             if not problems and (value is None or tuple(value.shape) != shape):
                 found = "absent" if value is None else tuple(value.shape)
                 problems.append(f"{name}.{leaf} is {found}, this model needs {shape}")
+    if not problems:
+        problems += _beside_the_adapter(model, tensors, names, config, head=head)
     if problems:
         raise LoRAError(f"{named}: {path} does not fit this run: {'; '.join(problems)}.")
     with torch.no_grad():
@@ -320,6 +326,31 @@ def start_from_adapter(model: nn.Module, directory: Path, *, named: str) -> None
             if not any(parameter.is_meta for parameter in layer.parameters()):
                 _fill(layer, {leaf: value for leaf, value in leaves[name].items() if value is not None})
         _fill_biases(model, biases)
+
+
+def _beside_the_adapter(
+    model: nn.Module, tensors: Mapping[str, Tensor], names: set[str], config: Mapping[str, Any], *, head: Sequence[str]
+) -> list[str]:
+    """What a file holds that is neither A, B and biases, nor a head, nor the base as this model has it."""
+    saved, parameters, biases = _saved_modules(config), _base_parameters(model), _biases_in(tensors, config)
+    problems = []
+    for name in sorted(tensors):
+        module = name.rpartition(".")[0]
+        if ".lora_" in name or is_head(name, head):
+            continue
+        own_name = name.replace(".base_layer.", ".") if module.removesuffix(".base_layer") in names else name
+        known = parameters.get(own_name)
+        if own_name in biases or (known is None and _is_saved(module, saved)):  # the head of another kind of model
+            continue
+        if known is None:
+            problems.append(f"it has {name}, the model has no such tensor")
+        elif known.shape != tensors[name].shape:
+            problems.append(f"its {name} is {tuple(tensors[name].shape)}, that of the base {tuple(known.shape)}")
+        elif not known.is_meta and not torch.equal(known.detach().cpu().to(tensors[name].dtype), tensors[name]):
+            problems.append(f"its {name} is not that of the base: more than an adapter was trained")
+    if not problems:
+        return []
+    return [*problems[:3], "merge it into its base and name that with model.path, or continue an adapter alone"]
 
 
 def _biases_in(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -412,7 +443,8 @@ def _differences(name: str, layer: AdaptedLayer, parts: Sequence[tuple[Target, R
         own = theirs[role][1]
         where = f"{name} ({role})" if role else name
         if own.rank != update.rank:
-            return [f"it has rank {own.rank} on {where}, this run {update.rank}: set rank.rank={own.rank}"]
+            way_out = f"set rank.rank={own.rank}, or where its modules differ the rank.pattern that it was trained with"
+            return [f"it has rank {own.rank} on {where}, this run {update.rank}: {way_out}"]
         if not math.isclose(own.scaling, update.scaling, rel_tol=1e-6):
             return [
                 f"it has scaling {own.scaling:g} on {where}, this run {update.scaling:g}: set the alpha that it was "
@@ -524,7 +556,27 @@ def _read_adapter_config(path: Path) -> dict[str, Any]:
     for name in ("r", "lora_alpha"):
         if config.get(name) is None:
             raise LoRAError(f"{path}: {name} is missing.")
+    _check_numbers(config, path)
     return config
+
+
+def _check_numbers(config: Mapping[str, Any], path: Path) -> None:
+    """Raises `LoRAError` for ranks and alphas that are none, alone or by pattern."""
+    for one, several, kinds, words in (
+        ("r", "rank_pattern", (int,), "a whole number of at least 1"),
+        ("lora_alpha", "alpha_pattern", (int, float), "a number above 0"),
+    ):
+        pattern = config.get(several) or {}
+        if not isinstance(pattern, dict):
+            raise LoRAError(f"{path}: {several}={pattern!r} must be a mapping from names of modules.")
+        for name, value in ((one, config[one]), *((f"{several}.{key}", value) for key, value in pattern.items())):
+            if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
+                raise LoRAError(f"{path}: {name}={value!r} must be {words}.")
+        for key in pattern:
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise LoRAError(f"{path}: {several}: {key!r} is no regular expression ({error}).") from error
 
 
 def _read_adapter_tensors(directory: Path) -> tuple[Path, dict[str, Tensor]]:

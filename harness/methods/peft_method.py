@@ -20,7 +20,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from types import UnionType
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from harness.config.schema import AlphaPolicy, Precision, RankConfig, RunConfig
 from harness.config.validation import PEFT_FIELDS_OF_THE_RUN
+from harness.measure.device import is_out_of_memory
 from harness.methods.adapting import check_rank
 from harness.methods.counts import is_head
 from harness.methods.during_training import DuringTraining, Nothing
@@ -53,7 +55,23 @@ _HELD = "_held_by_peft"
 # AdaLoRA's number of ranks, a constant of its forward pass, which peft lets the optimizer change and does not save.
 _FROZEN = {"ranknum"}
 # What peft raises for settings and modules that do not suit a type.
-_REFUSALS = (ValueError, TypeError, NotImplementedError, ImportError, KeyError, AttributeError, AssertionError)
+_REFUSALS = (
+    *(ValueError, TypeError, ArithmeticError, LookupError, AttributeError, AssertionError),
+    *(ImportError, RuntimeError, re.error),  # NotImplementedError is one of the second
+)
+# Fields of peft's configs that decide nothing in a run here, with what does, or why nothing could.
+_WITHOUT_EFFECT = {
+    "layers_to_transform": "target_layers.blocks chooses the blocks",
+    "layers_pattern": "target_layers.blocks chooses the blocks",
+    "target_parameters": "target_layers names modules",
+    "use_qalora": "bases of GPTQ are not loaded here",
+    "qalora_group_size": "bases of GPTQ are not loaded here",
+    "megatron_config": "models are those of transformers",
+    "megatron_core": "models are those of transformers",
+    "runtime_config": "it moves adapters between devices at inference",
+}
+# Initialisations that peft makes from data or gradients, in a step of its own that no run makes.
+_FROM_DATA = ("eva", "lora_ga", "corda", "loftq")
 
 
 class PeftMethodError(ValueError):
@@ -93,6 +111,15 @@ def adapted_modules(model: nn.Module) -> list[str]:
     """The modules that peft adapted, in the order of the model."""
     targeted = set(_held(model).base_model.targeted_module_names)
     return [name for name, _ in model.named_modules() if name in targeted]
+
+
+def ranks_of(model: nn.Module) -> dict[str, int]:
+    """The rank of each adapted module of a type that has ranks and keeps them; AdaLoRA's change in training."""
+    held = _held(model)
+    if held.peft_config[_ADAPTER].peft_type.value == "ADALORA":
+        return {}
+    found = {name: getattr(model.get_submodule(name), "r", None) for name in adapted_modules(model)}
+    return {name: ranks[_ADAPTER] for name, ranks in found.items() if isinstance(ranks, dict) and _ADAPTER in ranks}
 
 
 def during_training(model: nn.Module, config: RunConfig, num_steps: int) -> DuringTraining:
@@ -196,6 +223,7 @@ def _peft_config(peft: Any, model: nn.Module, target_modules: Sequence[str], con
                 f"method.peft.{name}={value}: {config_class.__name__} of peft {peft.__version__} has no such field; it "
                 f"has {', '.join(settable)}."
             )
+    _check_values(config_class, config)
     values: dict[str, Any] = dict(config.method.peft)
     modules = dict(model.named_modules())
     if config.target_layers is not None:
@@ -215,7 +243,12 @@ def _peft_config(peft: Any, model: nn.Module, target_modules: Sequence[str], con
             values["init_r"] = -(-3 * values["target_r"] // 2)
         # The number of steps is known when the data are; `during_training` sets it.
         values["total_step"] = values.get("tinit", 0) + values.get("tfinal", 0) + 2
-    largest = values.get("init_r", values.get(kind.rank)) if kind.alpha is not None else None
+        _check_allocation(values)
+    if kind.name == "TRAINABLE_TOKENS":
+        _check_tokens(model, values.get("token_indices"))
+    # A householder reflection is of a vector of the input: more than it has entries cannot differ.
+    has_largest = kind.alpha is not None or kind.name == "HRA"
+    largest = values.get("init_r", values.get(kind.rank or "r")) if has_largest else None
     for name in target_modules if isinstance(largest, int) else ():
         try:
             check_rank(modules[name], largest)
@@ -223,6 +256,57 @@ def _peft_config(peft: Any, model: nn.Module, target_modules: Sequence[str], con
             raise PeftMethodError(f"method={config.method.name}: {name}: {error}") from None
     with _refusals_explained(config), _noise_left_out():
         return config_class(**values)
+
+
+def _check_values(config_class: Any, config: RunConfig) -> None:
+    """Raises `PeftMethodError` for fields that decide nothing here, or whose values are of another type."""
+    hints = get_type_hints(config_class)
+    for name, value in config.method.peft.items():
+        given = f"method.peft.{name}={value}"
+        if isinstance(value, str) and not _takes_text(hints.get(name, Any)):
+            raise PeftMethodError(f"{given}: {config_class.__name__} has no text there, but a number, list or mapping.")
+        is_default = value in (None, False)
+        beside_targets = name not in ("layers_to_transform", "layers_pattern") or config.target_layers is not None
+        if name in _WITHOUT_EFFECT and not is_default and beside_targets:
+            raise PeftMethodError(f"{given}: decides nothing here: {_WITHOUT_EFFECT[name]}; leave it out.")
+        if name == "init_lora_weights" and str(value).lower().startswith(_FROM_DATA):
+            raise PeftMethodError(
+                f"{given}: peft makes this from data in a step of its own, which a run does not make; choose true, "
+                "false, gaussian, orthogonal or olora, or another type."
+            )
+        if name == "r" and _type_of(config).name == "ADALORA":
+            raise PeftMethodError(
+                f"{given}: AdaLoRA reads rank.rank, its target, and method.peft.init_r; leave it out."
+            )
+
+
+def _takes_text(hint: Any) -> bool:
+    """Whether an annotation allows a text."""
+    if hint in (str, Any) or isinstance(hint, str):
+        return True
+    if isinstance(hint, type) and issubclass(hint, str):
+        return True
+    if get_origin(hint) is Literal:
+        return any(isinstance(each, str) for each in get_args(hint))
+    return get_origin(hint) in (Union, UnionType) and any(_takes_text(each) for each in get_args(hint))
+
+
+def _check_allocation(values: Mapping[str, Any]) -> None:
+    """Raises `PeftMethodError` for a plan of ranks that AdaLoRA cannot follow."""
+    for name, least in (("deltaT", 1), ("tinit", 0), ("tfinal", 0), ("init_r", values["target_r"])):
+        value = values.get(name, least)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            words = f"the rank that is to be left ({least})" if name == "init_r" else str(least)
+            raise PeftMethodError(f"method.peft.{name}={value}: must be a whole number of at least {words}.")
+
+
+def _check_tokens(model: nn.Module, tokens: Any) -> None:
+    """Raises `PeftMethodError` for anything but a list of tokens that the model has."""
+    num_tokens = cast(Any, model).get_input_embeddings().num_embeddings
+    named = f"method.peft.token_indices={tokens}"
+    is_list = isinstance(tokens, list) and tokens and all(type(token) is int for token in tokens)
+    if not is_list or not all(0 <= token < num_tokens for token in tokens):
+        raise PeftMethodError(f"{named}: must be a list of tokens from 0 to {num_tokens - 1}, as [0,5].")
 
 
 def _rank_values(kind: PeftType, rank: RankConfig) -> dict[str, Any]:
@@ -306,6 +390,8 @@ def _refusals_explained(config: RunConfig) -> Iterator[None]:
     try:
         yield
     except _REFUSALS as error:
+        if is_out_of_memory(error):
+            raise
         text = str(error) or type(error).__name__
         raise PeftMethodError(f"method={config.method.name}: peft refuses it: {text}") from error
 
@@ -314,7 +400,6 @@ def _refusals_explained(config: RunConfig) -> Iterator[None]:
 _NOISE = (
     "fan_in_fan_out",
     "is_gradient_checkpointing",
-    "`r` is not used in AdaLora",
     "rank_pattern keys did not match any targeted module",  # AdaLoRA's are of parameters
 )
 
@@ -333,7 +418,15 @@ def _noise_left_out(*, is_planned: bool = False) -> Iterator[None]:
 def _check_honoured(model: nn.Module, held: Any, config: RunConfig) -> None:
     """Where peft changes a field to what it can do and warns, there is no run: a run is what its settings say."""
     settings = held.peft_config[_ADAPTER]
+    adapted = set(held.base_model.targeted_module_names)
     for name, wanted in config.method.peft.items():
+        if name in ("rank_pattern", "alpha_pattern") and isinstance(wanted, Mapping):
+            idle = [key for key in wanted if not any(re.match(rf"(.*\.)?({key})$", each) for each in adapted)]
+            if idle:
+                raise PeftMethodError(
+                    f"method.peft.{name}={wanted}: {', '.join(idle)} is the end of no adapted module's name; those are "
+                    f"{_some({each.rpartition('.')[2] for each in adapted})}."
+                )
         found = getattr(settings, name)
         if name == "boft_n_butterfly_factor":  # peft takes 1 without its extension for CUDA, and leaves its config
             found = next(len(value) for each, value in model.named_parameters() if ".boft_R." in each)

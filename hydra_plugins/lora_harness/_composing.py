@@ -24,6 +24,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, open_dict
 
 from harness.config.composing import from_composed
+from harness.config.overrides import require_one_option
 from harness.config.schema import RunConfig
 from harness.content.identity import PlannedRun, planned
 
@@ -118,6 +119,7 @@ class SweepComposer:
         """
         key = tuple(overrides)
         if key not in self._planned:
+            require_one_option(overrides)
             self._planned[key] = planned(from_composed(self.compose(key)))
         return self._planned[key]
 
