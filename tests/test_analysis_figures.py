@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import matplotlib
@@ -16,6 +17,7 @@ import pytest
 from test_analysis_load import save_run
 
 from analysis.figures import Figure, paper_figures, write_figures
+from analysis.figures.footnote import Footnote
 from analysis.figures.memory import MOST_BARS
 from analysis.figures.multiples import MAX_LINES
 from analysis.figures.tradeoffs import pareto_front
@@ -511,3 +513,14 @@ def test_a_rank_that_all_conditions_share_stands_below(tmp_path: Path) -> None:
     figure = draw(paper_figures(cells(load_runs(tmp_path).frame), {}), "score_by_params")
     assert "rank 8" in texts(figure)
     assert "r8" not in {text.get_text() for text in figure.findobj(matplotlib.text.Text)}
+
+
+def test_a_mark_is_explained_where_it_stands() -> None:
+    """A condition that a figure has no room for would be explained to nobody."""
+    usual, other = SimpleNamespace(row={"differs": None}), SimpleNamespace(row={"differs": ("trainer.num_epochs=9",)})
+    panel: Any = SimpleNamespace(best=[usual, other])
+    footnote = Footnote()
+    footnote.explain_variants(panel, ["lora r8", "full"])
+    assert footnote.text(has_intervals=False) == ""
+    footnote.explain_variants(panel, ["lora r8 (2)", "full"])
+    assert footnote.text(has_intervals=False) == "(2): trainer.num_epochs=9"

@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib.figure
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import SubFigure
+from matplotlib.text import Text
 
 from analysis.figures.footnote import Footnote
 from analysis.figures.labels import place_labels
@@ -79,7 +80,7 @@ def _draw(kind: FigureKind, panels: Sequence[Panel]) -> matplotlib.figure.Figure
             subfigure.suptitle(panel.name)
             footnote.where = f"{panel.name}: " if len(panels) > 1 else ""
             kind.draw(subfigure, panel, footnote)
-            footnote.explain_variants(panel)
+            footnote.explain_variants(panel, [text.get_text() for text in subfigure.findobj(Text)])
         text = textwrap.fill(footnote.text(has_intervals=kind.has_intervals), round(width * 19.5))
         figure.supxlabel(text, x=0.01, ha="left", fontsize=SMALL, color=INK)
         # Labels need to know where everything is, and must not move it again.

@@ -34,12 +34,17 @@ class Footnote:
             elif cell not in shown:
                 self.absent["not measured"].append(self.where + cell.label)
 
-    def explain_variants(self, panel: Panel) -> None:
-        """Says what the numbers behind the names of a panel's cells stand for: "(2)" is a recipe that departs."""
+    def explain_variants(self, panel: Panel, written: Sequence[str]) -> None:
+        """Says what the numbers behind names stand for: "(2)" is a recipe that departs.
+
+        Args:
+            panel: whose cells have the names.
+            written: what stands in the figure; it may not have all of them.
+        """
         self.remarks += [
             f"{self.where}({number}): {short_name(', '.join(settings), 60)}"
             for number, settings in enumerate(variants([cell.row for cell in panel.best]), 1)
-            if number > 1
+            if number > 1 and any(f"({number})" in text for text in written)
         ]
 
     def text(self, *, has_intervals: bool) -> str:

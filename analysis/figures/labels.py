@@ -97,19 +97,21 @@ def _place_point_labels(axes: Axes, renderer: RendererAgg) -> None:
         x, y = _target(axes, label)
         size = Text.get_window_extent(label, renderer)
         choices: list[tuple[float, int, tuple[float, float], Bbox]] = []
-        for distance, (right, up) in product((4.0, 8.0, 13.0), _SIDES):
+        for distance, (right, up) in product(_DISTANCES, _SIDES):
             offset = right * (distance + size.width / 2 / pixels), up * (distance + size.height / 2 / pixels)
             left, bottom = x + offset[0] * pixels - size.width / 2, y + offset[1] * pixels - size.height / 2
             box = Bbox.from_bounds(left, bottom, size.width, size.height)
             covered = ((ink > box.min) & (ink < box.max)).all(axis=1).sum()
             outside = box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1
-            cost = covered + 100 * sum(box.overlaps(other) for other in placed) + 100 * outside + distance
+            cost = covered + 100 * sum(box.overlaps(other) for other in placed) + 400 * outside + distance
             choices.append((float(cost), len(choices), offset, box))
         _, _, best, box = min(choices, key=lambda choice: choice[:2])
         label.set_position(best)
         placed.append(box.padded(2 * pixels, 0))  # or two names side by side would read as one
 
 
+# In points. The far ones are for a long name in a crowd: a thin line leads to its point.
+_DISTANCES = (4.0, 8.0, 13.0, 22.0, 34.0)
 _SIDES = ((0, 1), (1, 0), (0, -1), (-1, 0), (0.7, 0.7), (0.7, -0.7), (-0.7, 0.7), (-0.7, -0.7))
 
 
