@@ -136,7 +136,7 @@ def require_one_option(overrides: Sequence[str]) -> None:
     for override in overrides:
         key, _, value = override.partition("=")
         group, text = key.lstrip("+").partition("@")[0], value.strip()
-        if group not in _ONE_OPTION or not text.startswith("["):
+        if group not in _ONE_OPTION or not (text.startswith("[") and text.endswith("]")):
             continue
         way_out = f"give one option, as {group}={text.strip('[]').split(',')[0].strip() or 'NAME'}"
         if group == "target_layers":
