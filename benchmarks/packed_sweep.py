@@ -43,7 +43,7 @@ class Made:
 
 
 def make(overrides: Sequence[str], pack: str, folder: Path) -> Made:
-    """Makes a sweep in a folder of its own. Raises `subprocess.CalledProcessError` where it fails."""
+    """Makes a sweep in a new folder. Raises `subprocess.CalledProcessError` where it fails."""
     folder.mkdir(parents=True)  # never one in which runs have ended already
     command = [sys.executable, "-m", "harness", "-m", *overrides, f"runs_dir={folder}", f"hydra.launcher.pack={pack}"]
     started = time.perf_counter()

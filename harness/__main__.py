@@ -94,17 +94,13 @@ def main() -> int:
     typed = sys.argv
     is_sweep = not {"-m", "--multirun"}.isdisjoint(typed) or any(word.startswith("sweeps=") for word in typed)
     sys.argv = [typed[0], *literal_texts(typed[1:], multirun=is_sweep)]
-    if not is_sweep:  # of a sweep each run is looked at
-        try:
-            require_one_option(sys.argv[1:])
-        except ConfigError as error:
-            _print_problem(error)
-            return 2
     # Hydra then raises what it would print and exit on: it names a wrong key without saying which keys there are.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
+        if not is_sweep:  # of a sweep each run is looked at
+            require_one_option(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(job)()
-    except ConfigError as error:  # from the sweeper
+    except ConfigError as error:  # of the line above, or from the sweeper
         _print_problem(error)
         return 2
     except KeyboardInterrupt:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_run import _own_cache, rows  # noqa: F401 (fixtures)
+from test_run import _own_cache, rows, stopped_after  # noqa: F401 (fixtures)
 from test_run import config as tiny_config
 
 from harness.config.composing import to_dict
@@ -28,7 +26,6 @@ from harness.results.files import CURVE_FILE
 from harness.results.schema import RunResult, Status, read_result
 from harness.run import run
 from harness.training import packs
-from harness.training.callbacks import RunCallbacks
 from hydra_plugins.lora_harness import _worker as worker
 from hydra_plugins.lora_harness._packs import in_order, pack_key, pack_size, why_alone
 
@@ -168,19 +165,10 @@ def test_one_that_diverges_and_one_that_cannot_begin_leave_the_others(rows: Path
 def test_a_pack_that_is_stopped_resumes_where_its_runs_were(
     rows: Path,  # noqa: F811
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """SIGTERM at step 3 of one: all keep a checkpoint, waiting ones do not begin; then packed otherwise, or alone."""
     wanted = [replace(each, runs_dir=str(tmp_path / "stopped")) for each in varied(rows, tmp_path)]
-    asked = RunCallbacks.wants_checkpoint
-
-    def stop(self: RunCallbacks, step: int) -> bool:
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return asked(self, step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunCallbacks, "wants_checkpoint", stop)
+    with stopped_after(2):
         outcomes = compute(wanted, size=3)
     assert {outcome.status for outcome in outcomes.values()} == {worker.NOT_FINISHED}
     folders = [tmp_path / "stopped" / identify(each).run_id for each in wanted]

@@ -15,7 +15,7 @@ import pytest
 import test_run
 import test_run_language
 import torch
-from test_run import exact, rows  # noqa: F401
+from test_run import exact, rows, stopped_after  # noqa: F401
 from test_run_language import data  # noqa: F401
 
 from harness import base_scores, prepare, save
@@ -367,7 +367,6 @@ def test_a_checkpoint_makes_room_for_what_it_was_kept_for(tmp_path: Path, fits: 
 def test_a_run_stopped_on_a_gpu_resumes_there(
     rows: Path,  # noqa: F811
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     precision: str,
 ) -> None:
     """With dropout, whose random numbers are the device's; and with the scaler of fp16."""
@@ -379,17 +378,8 @@ def test_a_run_stopped_on_a_gpu_resumes_there(
 
     undisturbed = run(wanted(tmp_path / "calm"))
     assert undisturbed.status is Status.FINISHED, undisturbed.error
-    asked = RunCallbacks.wants_checkpoint
-
-    def stop(self: RunCallbacks, step: int) -> bool:
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return asked(self, step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunCallbacks, "wants_checkpoint", stop)
-        with pytest.raises(PreemptedError):
-            run(wanted(tmp_path / "stopped"))
+    with stopped_after(2), pytest.raises(PreemptedError):
+        run(wanted(tmp_path / "stopped"))
     result = run(wanted(tmp_path / "stopped"))
     log = (tmp_path / "stopped" / result.run_id / "log.txt").read_text()
     assert "resumes from its checkpoint at step 2" in log

@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,21 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("LORA_HARNESS_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     yield
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def stopped_after(step: int) -> Iterator[None]:
+    """Inside, a run that has made so many steps gets SIGTERM."""
+    asked = RunCallbacks.wants_checkpoint
+
+    def stop(self: RunCallbacks, now: int) -> bool:
+        if now == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return asked(self, now)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunCallbacks, "wants_checkpoint", stop)
+        yield
 
 
 def config(rows: Path, runs_dir: Path, method: str = "lora", /, **overrides: Any) -> RunConfig:

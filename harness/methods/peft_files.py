@@ -8,7 +8,7 @@ import math
 import pickle
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -338,7 +338,7 @@ def _beside_the_adapter(
         module = name.rpartition(".")[0]
         if ".lora_" in name or is_head(name, head):
             continue
-        own_name = name.replace(".base_layer.", ".") if module.removesuffix(".base_layer") in names else name
+        own_name = _name_in_base(name, names)
         known = parameters.get(own_name)
         if own_name in biases or (known is None and _is_saved(module, saved)):  # the head of another kind of model
             continue
@@ -351,6 +351,12 @@ def _beside_the_adapter(
     if not problems:
         return []
     return [*problems[:3], "merge it into its base and name that with model.path, or continue an adapter alone"]
+
+
+def _name_in_base(name: str, adapted: Container[str]) -> str:
+    """What the base model calls a tensor that a file holds beside A and B: an adapted module is inside its layer."""
+    module = name.rpartition(".")[0]
+    return name.replace(".base_layer.", ".") if module.removesuffix(".base_layer") in adapted else name
 
 
 def _biases_in(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -499,12 +505,17 @@ def _fill(layer: AdaptedLayer, values: Mapping[str, Tensor]) -> None:
             update.lora_magnitude.copy_(take_rows(each, update.rows))
 
 
+def is_named_by(key: str, module: str) -> bool:
+    """Whether a key of PEFT's `rank_pattern` or `alpha_pattern` is for a module: its name ends with it."""
+    return re.match(rf"(.*\.)?({key})$", module) is not None
+
+
 def _rank_of(name: str, config: Mapping[str, Any]) -> RankConfig:
     """Rank and alpha of a module, as `peft` finds them: those of the first key that its name ends with."""
 
     def own(pattern: str, otherwise: str) -> Any:
         keys: Mapping[str, Any] = config.get(pattern) or {}
-        fitting = (value for key, value in keys.items() if re.match(rf"(.*\.)?({key})$", name))
+        fitting = (value for key, value in keys.items() if is_named_by(key, name))
         return next(fitting, config[otherwise])
 
     return RankConfig(
@@ -689,7 +700,7 @@ def _check_fits(
     for name in sorted(tensors.keys() - expected.keys()):
         module = name.rpartition(".")[0]
         # `peft` saves the base weight of an adapted unembedding, and embeddings of another size, beside the adapter.
-        own_name = name.replace(".base_layer.", ".") if module.removesuffix(".base_layer") in ranks else name
+        own_name = _name_in_base(name, ranks.keys())
         known = parameters.get(own_name)
         expected[name] = None if known is None else tuple(known.shape)
         if own_name == name and known is not None and _is_saved(module, _saved_modules(config)):

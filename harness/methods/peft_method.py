@@ -35,7 +35,7 @@ from harness.methods.counts import is_head
 from harness.methods.during_training import DuringTraining, Nothing
 from harness.methods.lora import LoRAError, features_of, is_linear
 from harness.methods.norms_method import is_norm
-from harness.methods.peft_files import ADAPTER_FILE, head_state, save_tensors
+from harness.methods.peft_files import ADAPTER_FILE, head_state, is_named_by, save_tensors
 from harness.methods.registry import TrainedModel
 from harness.models.configs import head_of
 from harness.placement.architectures import ARCHITECTURES
@@ -70,7 +70,7 @@ _WITHOUT_EFFECT = {
     "megatron_core": "models are those of transformers",
     "runtime_config": "it moves adapters between devices at inference",
 }
-# Initialisations that peft makes from data or gradients, in a step of its own that no run makes.
+# Initialisations that peft makes from data or gradients, in a step before training that no run makes.
 _FROM_DATA = ("eva", "lora_ga", "corda", "loftq")
 
 
@@ -421,7 +421,7 @@ def _check_honoured(model: nn.Module, held: Any, config: RunConfig) -> None:
     adapted = set(held.base_model.targeted_module_names)
     for name, wanted in config.method.peft.items():
         if name in ("rank_pattern", "alpha_pattern") and isinstance(wanted, Mapping):
-            idle = [key for key in wanted if not any(re.match(rf"(.*\.)?({key})$", each) for each in adapted)]
+            idle = [key for key in wanted if not any(is_named_by(key, each) for each in adapted)]
             if idle:
                 raise PeftMethodError(
                     f"method.peft.{name}={wanted}: {', '.join(idle)} is the end of no adapted module's name; those are "
