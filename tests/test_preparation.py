@@ -39,6 +39,25 @@ for seed in (0, 1):
 """
 
 
+LOCKED = """
+import multiprocessing
+from harness.processes.preparation import once, preparation_of_a_run
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("forkserver")  # as in the runs of a sweep
+    multiprocessing.Lock()  # which has what looks for leaks started
+    with preparation_of_a_run():
+        once(lambda: globals().update(lock=multiprocessing.Lock()))
+"""
+
+
+def test_a_lock_that_was_made_is_given_up(tmp_path: Path) -> None:
+    """Progress bars make one; a warning of a leaked semaphore was the last thing that a first sweep said."""
+    (tmp_path / "locked.py").write_text(LOCKED, encoding="utf-8")
+    made = subprocess.run([sys.executable, str(tmp_path / "locked.py")], capture_output=True, text=True)
+    assert (made.returncode, made.stderr) == (0, "")
+
+
 def test_the_first_run_has_the_time_and_memory_of_the_second(tmp_path: Path) -> None:
     lines = [f"row {number} of a file with some more words,{number % 2}" for number in range(10_000)]
     (tmp_path / "rows.csv").write_text("\n".join(["text,label", *lines, ""]))

@@ -7,6 +7,7 @@ with the others, neither the time nor the memory of this work is in its own numb
 
 from __future__ import annotations
 
+import multiprocessing.util
 import os
 import pickle
 import signal
@@ -126,4 +127,6 @@ def _work_and_report(work: Callable[[], object], parent: int, writer: int) -> No
         message = pickle.dumps(RuntimeError("".join(traceback.format_exception(error))))
     with open(writer, "wb") as pipe:
         pipe.write(message)
+    # Gives up what this process alone has made, a progress bar's lock among it, whose leak would be said at the end.
+    multiprocessing.util._run_finalizers()  # type: ignore[attr-defined]
     os._exit(0)
