@@ -12,6 +12,7 @@ import statistics
 import sys
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,6 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="for --rate-of; default: %(default)s"
     )
+    parser.add_argument(
+        "--pack", type=_pack, default=1, metavar="K", help="with --memory and --gpu: of K such runs that train together"
+    )
     parser.add_argument("--gpu", type=float, metavar="GB", help="whether it fits; exit code 0 it does, 1 it does not")
     parser.add_argument(
         "--headroom",
@@ -113,6 +117,12 @@ def _rate(text: str) -> float:
     if not 0 < rate < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r}: must be floating-point operations a second, as 2e12")
     return rate
+
+
+def _pack(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number of runs, as 8 (hydra.launcher.pack)")
+    return int(text)
 
 
 @dataclass(frozen=True)
@@ -212,7 +222,11 @@ def _print(options: argparse.Namespace, console: Console) -> int:
     _print_compute(options, config, console)
     if solved is not None:
         _print_solution(solved, overrides, console)
-    return _print_memory(options, config, console) if options.memory or options.gpu is not None else FITS
+    if options.memory or options.gpu is not None:
+        return _print_memory(options, config, console)
+    if options.pack > 1:
+        raise ForecastError(f"--pack {options.pack}: is of a forecast of memory; add --memory, or --gpu GB.")
+    return FITS
 
 
 def _print_compute(options: argparse.Namespace, config: RunConfig, console: Console) -> None:
@@ -252,7 +266,7 @@ def _hours_text(compute: ComputeForecast, rate: Rate) -> str:
 
 def _print_memory(options: argparse.Namespace, config: RunConfig, console: Console) -> int:
     from harness.forecast.fitting import GPU, largest_micro_batch
-    from harness.forecast.memory import load_run_data, predict_memory
+    from harness.forecast.memory import load_run_data, predict_pack_memory
     from harness.forecast.request import ForecastError
 
     if options.gpu is not None and not (options.gpu > 0 and 0 <= options.headroom < 1):
@@ -264,10 +278,12 @@ def _print_memory(options: argparse.Namespace, config: RunConfig, console: Conso
         raise ForecastError("--largest-batch: of what fits into a GPU, without --data; give its size, as --gpu 24.")
     data = load_run_data(config) if options.data else None
     on_gpu = True if options.gpu is not None else None
-    forecast = predict_memory(config, num_labels=options.labels, data=data, on_gpu=on_gpu)
+    predict = partial(predict_pack_memory, num_runs=options.pack, num_labels=options.labels, on_gpu=on_gpu)
+    forecast = predict(config, data=data)
     table = Table(box=None, pad_edge=False)
     table.add_column("bytes at the peak")
-    for name in ("of a training step", "of scoring"):
+    step = "of a training step" if options.pack == 1 else f"of a step of {options.pack} runs"
+    for name in (step, "of scoring"):
         table.add_column(name, justify="right")
     of_step, of_scoring = forecast.step.as_metrics(), forecast.scoring.as_metrics()
     for name, value in of_step.items():
@@ -285,9 +301,7 @@ def _print_memory(options: argparse.Namespace, config: RunConfig, console: Conso
         )
     )
     if options.largest_batch:
-        found = largest_micro_batch(
-            config, gpu, at_most=4096, predict=lambda own: predict_memory(own, num_labels=options.labels, on_gpu=True)
-        )
+        found = largest_micro_batch(config, gpu, at_most=4096, predict=predict)
         if found.micro_batch_size is None:
             console.print(Text("largest micro-batch: none; not one example fits"))
         else:

@@ -244,14 +244,89 @@ CELLS = [
 ]
 
 
+def _short(task: tuple[str, ...], overrides: tuple[str, ...]) -> RunConfig:
+    """A run of few tokens; of two values of a setting the last one holds."""
+    words = (*task, "dataset.max_length=32", "trainer.eval_batch_size=4", *overrides)
+    return composed(*{word.partition("=")[0]: word for word in words}.values())
+
+
 @pytest.mark.parametrize(("task", "overrides"), CELLS)
 def test_predicted_bytes_are_measured_bytes(task: tuple[str, ...], overrides: tuple[str, ...]) -> None:
-    words = [word for word in task if word.partition("=")[0] not in {own.partition("=")[0] for own in overrides}]
-    config = composed(*words, "dataset.max_length=32", "trainer.eval_batch_size=4", *overrides)
+    config = _short(task, overrides)
     # The same steps with data, on a model of random weights.
     found = memory.step_and_scoring(config, memory.full_batches(config, 3))
     assert predict_memory(config, num_labels=3) == found
     assert found.step.weights_bytes > 0 and found.step.activations_bytes > 0
+
+
+# The runs of a pack, and what each overrides.
+PACKS = {
+    "rates": (CLASSIFIER, LORA, [[], [], []]),
+    "seeds": (CLASSIFIER, LORA, [["seed=1"], ["seed=2"], ["seed=3"], ["seed=4"]]),
+    "ranks": (
+        CLASSIFIER,
+        ("rank=r1", "target_layers=all"),
+        [[], ["rank=r8", "seed=1"], ["rank=r16", "target_layers=q"]],
+    ),
+    "batches": (CLASSIFIER, LORA, [["trainer.batch_size=2"], ["trainer.batch_size=8", "trainer.micro_batch_size=4"]]),
+    "heads": (CLASSIFIER, ("method=head_only",), [["trainer.learning_rate=1e-2"], ["trainer.learning_rate=1e-3"]]),
+    "upper half": (CLASSIFIER, (*LORA, "target_layers.blocks=last_half"), [[], ["trainer.optimizer=lion"]]),
+    "language": (LANGUAGE, (*LORA, "trainer.batch_size=2"), [["rank=r2"], ["seed=5"]]),
+    "checkpointing": (LANGUAGE, (*LORA, "trainer.gradient_checkpointing=true", "trainer.batch_size=2"), [[], []]),
+    "bfloat16": (LANGUAGE, (*LORA, "trainer.precision=bf16", "trainer.batch_size=2"), [["seed=1"], ["seed=2"]]),
+}
+
+
+@pytest.mark.parametrize("as_on_gpu", [False, True], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("name", PACKS)
+def test_predicted_bytes_of_a_pack_are_measured_bytes(name: str, as_on_gpu: bool) -> None:
+    task, shared, own = PACKS[name]
+    configs = [_short(task, (*shared, *each)) for each in own]
+    data = [memory.full_batches(config, 3) for config in configs]
+    measured_peak = memory.pack_peak(configs, data, as_on_gpu=as_on_gpu)
+    with floats_without_data():
+        assert memory.pack_peak(configs, data, as_on_gpu=as_on_gpu) == measured_peak
+    alone = [memory.step_and_scoring(*each, as_on_gpu=as_on_gpu).step for each in zip(configs, data, strict=True)]
+    # One base for all, and the optimizers' states of all.
+    assert measured_peak.weights_bytes < sum(each.weights_bytes for each in alone)
+    assert measured_peak.total_bytes > max(each.total_bytes for each in alone)
+
+
+def test_a_pack_of_equal_runs() -> None:
+    config = _short(CLASSIFIER, LORA)
+    alone, pack = predict_memory(config), memory.predict_pack_memory(config, 4)
+    assert memory.predict_pack_memory(config, 1) == alone
+    more = pack.step.weights_bytes - alone.step.weights_bytes
+    assert more % 3 == 0 and more // 3 >= 4 * size_of(config).counts.num_trainable_params
+    # One scores, and what the others keep is there as well.
+    assert pack.scoring.optimizer_bytes == 4 * alone.step.optimizer_bytes > 0
+    assert pack.scoring.activations_bytes == alone.scoring.activations_bytes
+    assert pack.peak_bytes < 4 * alone.peak_bytes
+    for refused in (("method=full",), (*LORA, "model.dropout=0.1")):
+        with pytest.raises(ForecastError, match=r"computed alone in its pack: .*; leave the pack out"):
+            memory.predict_pack_memory(_short(CLASSIFIER, refused), 2)
+
+
+def test_a_pack_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["budget", *CLASSIFIER, *LORA, "trainer.batch_size=4", "trainer.eval_batch_size=4", "dataset.max_length=32"]
+    pack = memory.predict_pack_memory(composed(*words[1:]), 3, on_gpu=True)
+    fitting = ["--pack", "3", "--headroom", "0", "--gpu"]
+    assert main([*words, *fitting, str(pack.peak_bytes / 1e9)]) == FITS
+    printed = capsys.readouterr().out
+    assert "of a step of 3 runs" in printed and f"{pack.step.total_bytes:,}" in printed
+    assert main([*words, *fitting, str((pack.peak_bytes - 1) / 1e9), "--largest-batch"]) == DOES_NOT_FIT
+    assert "trainer.micro_batch_size=3" in capsys.readouterr().out
+    assert main([*words, "--pack", "3"]) == CANNOT_SAY
+    assert "--pack 3: is of a forecast of memory" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*words, "--memory", "--pack", "none"])
+    assert "'none': must be a number of runs" in capsys.readouterr().err
+
+
+def test_a_pack_whose_pass_fails_is_no_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.methods.packed.PackedModel.outputs", lambda *_, **__: 1 / 0)
+    with pytest.raises(ForecastError, match="computed alone in its pack: ZeroDivisionError"):
+        memory.predict_pack_memory(_short(CLASSIFIER, LORA), 2)
 
 
 RUNS = {

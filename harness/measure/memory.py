@@ -93,14 +93,14 @@ class LiveTensors(TorchDispatchMode):
     Raises `NotImplementedError` on touching a tensor that is not strided (sparse, mkldnn).
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
         """Nothing is followed before the `with` statement."""
         super().__init__()
         self.peak = MemoryPeak(0, 0, 0, 0)
         # Collected once: going through the modules at every new peak would take longer than the step itself.
         self._parameters = list(model.parameters())
         self._buffers = [*model.buffers(), *_quantisation_tensors(model)]
-        self._optimizer = optimizer
+        self._optimizers = optimizers
         self._devices = _devices_of(model)
         # id(storage) -> (weak reference, bytes). PyTorch keeps the Python object of a storage as long as the storage
         # itself lives, so the id is stable and the reference dies with the memory.
@@ -153,7 +153,8 @@ class LiveTensors(TorchDispatchMode):
         """Weights, gradients and optimizer state as they are now; whatever is alive besides is activations."""
         weights = [*self._parameters, *self._buffers]
         gradients = [weight.grad for weight in self._parameters if weight.grad is not None]
-        return weights, gradients, _tensors_in(list(self._optimizer.state.values()))
+        state = [list(optimizer.state.values()) for optimizer in self._optimizers]
+        return weights, gradients, _tensors_in(state)
 
     def _note_peak(self) -> None:
         # Gradients and optimizer state come and go, so the parts are worked out at each new peak, and only then.

@@ -49,10 +49,11 @@ Shared = dict[tuple[str, torch.Size, torch.dtype, torch.device], list[Tensor]]
 """The frozen tensors of models so far, by name and shape."""
 
 
-def share_base(model: nn.Module, shared: Shared) -> None:
+def share_base(model: nn.Module, shared: Shared, *, is_equal: Callable[[Tensor, Tensor], bool] = torch.equal) -> None:
     """Puts tensors that earlier models have in the place of a model's own, where these are frozen and bitwise equal.
 
-    What no earlier model has is kept in `shared` for later ones. So nobody has to say which models have one base.
+    What no earlier model has is kept in `shared` for later ones. So nobody has to say which models have one base. Where
+    tensors have no data to compare, `is_equal` says which are alike.
     """
     for name, module in model.named_modules():
         path = ".".join(part for part in name.split(".") if part != "base")  # as it is called without an adapter
@@ -61,7 +62,7 @@ def share_base(model: nn.Module, shared: Shared) -> None:
                 if tensor is None or tensor.requires_grad or tensor.layout is not torch.strided:
                     continue
                 known = shared.setdefault((f"{path}.{leaf}", tensor.shape, tensor.dtype, tensor.device), [])
-                same = next((one for one in known if one is tensor or torch.equal(one, tensor)), None)
+                same = next((one for one in known if one is tensor or is_equal(one, tensor)), None)
                 if same is None:
                     known.append(tensor)
                 elif not is_parameter or isinstance(same, nn.Parameter):
@@ -232,7 +233,9 @@ class PackedLayer(nn.Module):
 
     def make_stack(self) -> None:
         """Lets one batched product compute the adapters where it can, by copies of their factors that are kept up."""
-        if stacks_on(self.base.weight.device) and all(Stack.takes(layer) for layer in self.layers):
+        if not all(Stack.takes(layer) for layer in self.layers):
+            return
+        if stacks_on(self.base.weight.device) or all(cast(LoRALayer, layer).composed for layer in self.layers):
             self.stack = Stack(cast(list[LoRALayer | None], self._adapters))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -376,6 +376,13 @@ class Learner:
             self._objective.rehearse(self._model)
 
 
+def follow(learners: Sequence[Learner]) -> LiveTensors:
+    """Follows the tensors of learners that are in one process, each a base tensor once where they share it."""
+    return LiveTensors(
+        nn.ModuleList(learner._bare_model for learner in learners), *(learner._optimizer for learner in learners)
+    )
+
+
 def step_sizes(micro_batches: Sequence[Batch]) -> list[float]:
     """Real tokens, computed tokens, the sum over examples of padded length squared, targets."""
     shapes = [batch.inputs["input_ids"].shape for batch in micro_batches]

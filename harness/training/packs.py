@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
@@ -113,11 +114,6 @@ class _Member(Generic[Name, Outcome]):
             finally:
                 self.random = RandomState.now()
 
-    def stay_alone(self, reason: str) -> None:
-        """From here on, the run is computed alone."""
-        self.why_alone = reason
-        self.context.run(logger.warning, "%s: computed alone in its pack: %s", self.name, reason)
-
 
 class Pack(Generic[Name, Outcome]):
     """Runs that share a process.
@@ -125,7 +121,14 @@ class Pack(Generic[Name, Outcome]):
     Args:
         waiting: names and beginnings of runs, in the order in which they enter.
         size: how many are in training at once; a number, or what decides it (`harness.training.pack_size`).
-        tolerance: how far gradients may be from those alone, relative to their norm.
+        tolerance: how far gradients may be from those alone, relative to their norm; infinite where they have no values
+            to compare.
+
+    Attributes:
+        why_alone: of each run that is computed alone from some pass on, the reason.
+        memory: what frozen blocks make of splits that are scored.
+        num_passes: that several runs shared.
+        num_alone: passes of one run, those for comparison among them.
     """
 
     def __init__(
@@ -140,6 +143,7 @@ class Pack(Generic[Name, Outcome]):
         self._members: list[_Member[Name, Outcome]] = []
         self._shared: Shared = {}
         self._packed: dict[tuple[int, ...], PackedModel] = {}
+        self.why_alone: dict[Name, str] = {}
         self.memory = TrunkMemory()
         self.num_passes = 0
         self.num_alone = 0
@@ -233,6 +237,11 @@ class Pack(Generic[Name, Outcome]):
         else:
             self._know_model(member)
 
+    def _stay_alone(self, member: _Member[Name, Outcome], reason: str) -> None:
+        """From here on, the run is computed alone."""
+        member.why_alone = self.why_alone[member.name] = reason
+        member.context.run(logger.warning, "%s: computed alone in its pack: %s", member.name, reason)
+
     def _leave(self, member: _Member[Name, Outcome]) -> None:
         self._members.remove(member)
         self._release(list(self._packed))
@@ -265,7 +274,7 @@ class Pack(Generic[Name, Outcome]):
             except Exception as error:  # whatever a model does when it is copied
                 reason = f"{type(error).__name__}: {error}"
         if reason is not None:
-            member.stay_alone(reason)
+            self._stay_alone(member, reason)
 
     # ------------------------------------------------------------ passes
 
@@ -286,7 +295,7 @@ class Pack(Generic[Name, Outcome]):
         except Exception as error:
             for member, state in zip(members, before, strict=True):
                 member.random = state
-                member.stay_alone(f"{type(error).__name__}: {error}")
+                self._stay_alone(member, f"{type(error).__name__}: {error}")
             return {}
         self.num_passes += 1
         for member in members:
@@ -301,7 +310,7 @@ class Pack(Generic[Name, Outcome]):
             answers[id(member)] = self._alone(member)
             reason = _why_unequal(member.parameters, found, self._tolerance)
             if reason is not None:
-                member.stay_alone(reason)
+                self._stay_alone(member, reason)
         return answers
 
     def _pack(self, members: Sequence[_Member[Name, Outcome]]) -> PackedModel:
@@ -367,6 +376,8 @@ def _why_unequal(
     parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None], tolerance: float
 ) -> str | None:
     """Says that gradients differ from those on the parameters by more than rounding; None where they do not."""
+    if tolerance == math.inf:
+        return None
     alone = [one.grad if one.grad is not None else torch.zeros_like(one) for one in parameters]
     packed = [
         torch.zeros_like(one) if found is None else found for one, found in zip(parameters, gradients, strict=True)
