@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 from analysis.comparisons import CONFIDENCE
 
@@ -37,6 +36,8 @@ def interquartile_mean(scores: Sequence[Sequence[float]]) -> InterquartileMean |
     """
     if len(set(map(len, scores))) != 1:
         return None
+    from scipy import stats  # late, because it takes a second
+
     values = np.array(scores)
     num_datasets, num_runs = values.shape
     mean = float(stats.trim_mean(values.ravel(), _TRIMMED))

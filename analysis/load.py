@@ -347,18 +347,17 @@ def _as_code(character: str) -> str:
 
 def _flatten(name: str, value: dict[str, Any], row: dict[str, Any]) -> None:
     """Adds the leaves of nested objects to a row, under dotted names."""
-    for part, inner in value.items():
-        dotted = _dotted(name, part)
+    for dotted, inner in zip(_dotted(name, tuple(value)), value.values(), strict=True):
         if isinstance(inner, dict):
             _flatten(dotted, inner, row)
         else:
-            row[dotted] = _leaf(inner)
+            row[dotted] = _leaf(inner) if isinstance(inner, str | list) else inner
 
 
 # Thousands of runs have the same names and share most values: each is looked at, and held, once.
 @lru_cache(maxsize=65536)
-def _dotted(name: str, part: str) -> str:
-    return f"{name}.{_as_text(part)}"
+def _dotted(name: str, parts: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{name}.{_as_text(part)}" for part in parts)
 
 
 @lru_cache(maxsize=65536)
@@ -451,10 +450,13 @@ def _frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
         *_leaves([name for name in names if name.startswith("environment")]),
     ]
     # Objects keep a rank 8 an 8 beside rows that have none; pandas would make it 8.0.
-    came_later = [(column, CAME_LATER.get(column)) for column in columns]
-    values = [[row.get(column, value) for column, value in came_later] for row in rows]
-    frame = pd.DataFrame(values, columns=columns, dtype=object)
-    return with_dtypes(frame, dict.fromkeys(METRICS, "float64"))
+    values = {
+        column: pd.Series(
+            [row.get(column, CAME_LATER.get(column)) for row in rows], dtype="float64" if column in METRICS else object
+        )
+        for column in columns
+    }
+    return pd.DataFrame(values, columns=columns)
 
 
 def _leaves(names: Sequence[str]) -> list[str]:

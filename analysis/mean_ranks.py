@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from scipy import stats
-
 from analysis.axes import axes_of
 from analysis.comparisons import CONFIDENCE, Cell, holm, share_of_scale
 from analysis.interquartile import InterquartileMean, interquartile_mean
@@ -119,6 +117,8 @@ def _interquartile(line: Line, datasets: Sequence[str]) -> InterquartileMean | N
 
 
 def _mean_ranks(model: str, datasets: tuple[str, ...], lines: Sequence[Line]) -> MeanRanks:
+    from scipy import stats  # late, because it takes a second
+
     values = [[_value(line[dataset]) for dataset in datasets] for line in lines]
     by_dataset = [stats.rankdata([-row[place] for row in values]) for place in range(len(datasets))]
     means = [float(sum(ranks[index] for ranks in by_dataset)) / len(datasets) for index in range(len(lines))]
@@ -139,6 +139,8 @@ def _mean_ranks(model: str, datasets: tuple[str, ...], lines: Sequence[Line]) ->
 def _friedman(values: Sequence[Sequence[float]]) -> float:
     if all(row == values[0] for row in values):
         return 1.0  # the statistic divides by the spread of the ranks
+    from scipy import stats
+
     return float(stats.friedmanchisquare(*values).pvalue)
 
 
@@ -146,4 +148,6 @@ def _wilcoxon(first: Sequence[float], second: Sequence[float]) -> float:
     differences = [one - other for one, other in zip(first, second, strict=True)]
     if not any(differences):
         return 1.0
+    from scipy import stats
+
     return float(stats.wilcoxon(differences).pvalue)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -10,7 +11,7 @@ from analysis.comparisons import Cell
 from harness.results.methods import METHODS, Method
 
 
-def method_name(run: pd.Series[Any]) -> str:
+def method_name(run: Mapping[Any, Any] | pd.Series[Any]) -> str:
     """What the method of a run is called in tables: by its name, and that of its variant, as in `lora dora`."""
     name, variant = str(run["config.method.name"]), run.get("config.variant.name")
     return name if variant in (None, "plain") else f"{name} {variant}"

@@ -75,9 +75,8 @@ def with_names(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([pd.DataFrame(names, frame.index, dtype=object), others], axis="columns")
 
 
-def name_notes(frame: pd.DataFrame) -> Iterator[str]:
-    """What stands behind the names that are not those of the configs, in words."""
-    named = with_names(frame)
+def name_notes(frame: pd.DataFrame, named: pd.DataFrame) -> Iterator[str]:
+    """What stands behind the names that are not those of the configs, in words; `named` has them (`with_names`)."""
     origins: dict[str, None] = {}
     for group, settings in (("model", MODEL_SOURCE), ("dataset", DATA_SOURCE)):
         sources = zip(*(_settings(frame, f"config.{group}.{setting}") for setting in settings), strict=True)

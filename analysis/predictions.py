@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from analysis.comparisons import CONFIDENCE
 from harness.results.files import PREDICTIONS_DIR
@@ -112,6 +111,8 @@ def mcnemar_p_value(only_first: Sequence[int], only_second: Sequence[int]) -> fl
         only_first: by seed, the rows that the first alone has right.
         only_second: likewise.
     """
+    from scipy import stats  # late, because it takes a second
+
     discordant = np.add(only_first, only_second)
     sides = [float(stats.binom.cdf(only, discordant, 0.5).mean()) for only in (only_first, only_second)]
     return min(1.0, 2 * min(sides) * (2 if len(only_first) > 1 else 1))

@@ -11,7 +11,8 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import zip_longest
 from multiprocessing import get_context
 from pathlib import Path
@@ -82,6 +83,14 @@ def write_report(
     frame = select.at_last_step(runs.frame) if scores == "last" else runs.frame
     cells = select.cells(frame)
     searches = searches_of(runs.launches, runs.trials)
+    report_dir = reports_dir / name
+    curves = load_curves(runs_dir, runs.frame["run_id"])
+    drawn = figures.paper_figures(cells, curves, searches=searches)
+    in_weights: list[PaperTable] = []
+    if adapters:
+        _, in_weights, more = _in_weights(frame, cells, runs_dir)
+        drawn = [*drawn, *more]
+    write_others = _begin_figures(drawn, report_dir / "figures", num_runs=len(frame))
     with table_style(style):
         paper_tables = tables.paper_tables(
             frame,
@@ -95,16 +104,12 @@ def write_report(
             sweep=sweep,
         )
         choices = tables.choices(select.best_cells(cells), margin=margin)
+    paper_tables = [*paper_tables, *in_weights]
     summary = list(_summary(runs, scores))
-    report_dir = reports_dir / name
-    curves = load_curves(runs_dir, runs.frame["run_id"])
-    drawn = figures.paper_figures(cells, curves, searches=searches)
-    if adapters:
-        _, own_tables, own_figures = _in_weights(frame, cells, runs_dir)
-        paper_tables, drawn = [*paper_tables, *own_tables], [*drawn, *own_figures]
+    # In a file or a pipe nothing has to fold: wide enough for the table in one piece.
+    console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    _print(name, summary, paper_tables[0], console)
     _write_tables(report_dir / "tables", paper_tables, name, summary, small_spread=style == "paper")
-    pictures = _write_figures(drawn, report_dir / "figures", num_runs=len(frame))
-    _remove_others(report_dir / "figures", pictures)
     _write(report_dir / "runs.csv", writers.to_csv(_without_empty_metrics(runs.frame)))
     _write(
         report_dir / "report.md",
@@ -121,11 +126,11 @@ def write_report(
         curves=curves,
         environment=list(_environment(runs.frame)),
         failures=notes.failures(runs.frame),
-        figures=[(one.name, one.title, (report_dir / "figures" / f"{one.name}.png").read_bytes()) for one in drawn],
+        figures=_pngs(drawn, report_dir / "figures", write_others),
         choices=choices,
     )
     _write(report_dir / "report.html", html)
-    _print(name, summary, paper_tables[0], report_dir, console)
+    console.print(Text(f"\nwritten to {report_dir}/: report.html report.md runs.csv tables/ figures/"))
     return report_dir
 
 
@@ -212,9 +217,7 @@ def _seeds(frame: pd.DataFrame) -> dict[str, int]:
     return dict(zip(frame["run_id"], frame["config.seed"], strict=True))
 
 
-def _print(name: str, summary: Sequence[str], table: PaperTable, report_dir: Path, console: Console | None) -> None:
-    # In a file or a pipe nothing has to fold: wide enough for the table in one piece.
-    console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+def _print(name: str, summary: Sequence[str], table: PaperTable, console: Console) -> None:
     console.print(Text(f"\n{name}", style="bold"))
     for line in summary:
         console.print(Text(line))
@@ -225,7 +228,6 @@ def _print(name: str, summary: Sequence[str], table: PaperTable, report_dir: Pat
     for note in table.notes:
         # Indented, so that a folded note does not look like two.
         console.print(Padding(Text(note), (0, 0, 0, 2)))
-    console.print(Text(f"\nwritten to {report_dir}/: report.html report.md runs.csv tables/ figures/"))
 
 
 def _report_name(sweep: str | None) -> str:
@@ -268,10 +270,13 @@ def _preview(paper_tables: Sequence[PaperTable]) -> str:
 _MANY_RUNS = 500
 
 
-def _write_figures(drawn: Sequence[figures.Figure], directory: Path, *, num_runs: int) -> list[Path]:
-    """Writes the figures; of many runs in two processes, where the system can fork one."""
+def _begin_figures(drawn: Sequence[figures.Figure], directory: Path, *, num_runs: int) -> Callable[[], list[Path]]:
+    """Begins to write the figures, and gives what writes the others and waits for all of them.
+
+    Of many runs a second process draws from here on, where the system can fork one, beside whatever this one does.
+    """
     if num_runs < _MANY_RUNS or sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2:
-        return figures.write_figures(drawn, directory)
+        return partial(figures.write_figures, drawn, directory)
     context = get_context("fork")
     # Each process takes the next figure: some take a hundred times as long as others.
     taken, written = context.Value("i", 0), context.Array("b", len(drawn))
@@ -289,14 +294,25 @@ def _write_figures(drawn: Sequence[figures.Figure], directory: Path, *, num_runs
     # Forked, because what is drawn is here and nothing that could be sent.
     other = context.Process(target=write_some, daemon=True)
     other.start()
-    try:
-        write_some()
-    finally:
-        other.join()
-    paths = [directory / f"{figure.name}.{suffix}" for figure in drawn for suffix in ("pdf", "png")]
-    if other.exitcode != 0:  # here its error is raised, or what it had no memory for is drawn
-        figures.write_figures([figure for number, figure in enumerate(drawn) if not written[number]], directory)
-    return paths
+
+    def write_others() -> list[Path]:
+        try:
+            write_some()
+        finally:
+            other.join()
+        if other.exitcode != 0:  # here its error is raised, or what it had no memory for is drawn
+            figures.write_figures([figure for number, figure in enumerate(drawn) if not written[number]], directory)
+        return [directory / f"{figure.name}.{suffix}" for figure in drawn for suffix in ("pdf", "png")]
+
+    return write_others
+
+
+def _pngs(
+    drawn: Sequence[figures.Figure], directory: Path, write_others: Callable[[], list[Path]]
+) -> Iterator[tuple[str, str, bytes]]:
+    """Name, title and content of each figure, once all are written and no other file is in their folder."""
+    _remove_others(directory, write_others())
+    yield from ((one.name, one.title, (directory / f"{one.name}.png").read_bytes()) for one in drawn)
 
 
 def _in_markdown(table: PaperTable) -> str:

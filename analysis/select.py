@@ -111,12 +111,14 @@ def cells(frame: pd.DataFrame) -> pd.DataFrame:
     values_of_searched = {name: frame[f"config.{name}"].tolist() for name in searched}
     search_edges = frame[SEARCH_EDGE].tolist() if SEARCH_EDGE in frame else [None] * len(frame)
     rows: list[dict[str, Any]] = []
-    for cell_id, index in frame.groupby("cell_id", sort=False).indices.items():
+    runs_of_cells = frame.groupby("cell_id", sort=False).indices
+    firsts = records(frame.iloc[[index[0] for index in runs_of_cells.values()]])
+    for (cell_id, index), first in zip(runs_of_cells.items(), firsts, strict=True):
         runs = np.asarray(index)
         used = runs[finished[runs]]
         rows.append(
             {
-                **_name(frame.iloc[runs[0]]),
+                **_name(first),
                 **{setting: values_of_runs[runs[0]] for setting, values_of_runs in on_axes.items()},
                 "search_edge": search_edges[runs[0]],
                 "searched": tuple(
@@ -215,7 +217,7 @@ def generation_scores(table: pd.DataFrame) -> list[str]:
     return [name for name in names if name in table and table[f"{name}_n"].any()]
 
 
-def _name(run: pd.Series[Any]) -> dict[str, Any]:
+def _name(run: Cell) -> dict[str, Any]:
     return {
         "cell_id": run["cell_id"],
         "model": run["model"],

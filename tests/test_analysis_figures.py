@@ -520,7 +520,7 @@ def test_a_mark_is_explained_where_it_stands() -> None:
     usual, other = SimpleNamespace(row={"differs": None}), SimpleNamespace(row={"differs": ("trainer.num_epochs=9",)})
     panel: Any = SimpleNamespace(best=[usual, other])
     footnote = Footnote()
-    footnote.explain_variants(panel, ["lora r8", "full"])
+    footnote.explain_variants(panel, lambda: ["lora r8", "full"])
     assert footnote.text(has_intervals=False) == ""
-    footnote.explain_variants(panel, ["lora r8 (2)", "full"])
+    footnote.explain_variants(panel, lambda: ["lora r8 (2)", "full"])
     assert footnote.text(has_intervals=False) == "(2): trainer.num_epochs=9"

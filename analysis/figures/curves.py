@@ -57,7 +57,8 @@ def _draw_training(subfigure: SubFigure, panel: Panel, footnote: Footnote) -> No
         footnote.remarks.append("band: from the lowest to the highest seed")
     if len(groups) > 1:
         footnote.remarks += multiples_remarks(groups, _curve_cells(panel))
-    footnote.remarks += [_curve_remark([panel]).strip(" ()")] if _curve_remark([panel]) else []
+    remark = _curve_remark([panel])
+    footnote.remarks += [remark.strip(" ()")] if remark else []
 
 
 def _draw_curves(

@@ -80,16 +80,22 @@ def _draw(kind: FigureKind, panels: Sequence[Panel]) -> matplotlib.figure.Figure
             subfigure.suptitle(panel.name)
             footnote.where = f"{panel.name}: " if len(panels) > 1 else ""
             kind.draw(subfigure, panel, footnote)
-            footnote.explain_variants(panel, [text.get_text() for text in subfigure.findobj(Text)])
+            footnote.explain_variants(panel, partial(_texts_in, subfigure))
         text = textwrap.fill(footnote.text(has_intervals=kind.has_intervals), round(width * 19.5))
         figure.supxlabel(text, x=0.01, ha="left", fontsize=SMALL, color=INK)
         # Labels need to know where everything is, and must not move it again.
-        figure.draw_without_rendering()
+        engine = figure.get_layout_engine()
+        assert engine is not None
+        engine.execute(figure)
         figure.set_layout_engine(None)  # with a placeholder every format would be drawn twice
         renderer: RendererAgg = canvas.get_renderer()  # type: ignore[no-untyped-call]
         for axes in figure.axes:
             place_labels(axes, renderer)
     return figure
+
+
+def _texts_in(subfigure: SubFigure) -> list[str]:
+    return [text.get_text() for text in subfigure.findobj(Text)]
 
 
 def write_figures(figures: Sequence[Figure], directory: Path) -> list[Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from analysis.figures.panels import MIN_SEEDS_OF_INTERVAL, Panel, PlottedCell, short_name, variants
@@ -34,17 +34,19 @@ class Footnote:
             elif cell not in shown:
                 self.absent["not measured"].append(self.where + cell.label)
 
-    def explain_variants(self, panel: Panel, written: Sequence[str]) -> None:
+    def explain_variants(self, panel: Panel, written: Callable[[], Sequence[str]]) -> None:
         """Says what the numbers behind names stand for: "(2)" is a recipe that departs.
 
         Args:
             panel: whose cells have the names.
-            written: what stands in the figure; it may not have all of them.
+            written: gives what stands in the figure, which may not have all of them.
         """
+        numbered = list(enumerate(variants([cell.row for cell in panel.best]), 1))[1:]
+        texts = written() if numbered else ()
         self.remarks += [
             f"{self.where}({number}): {short_name(', '.join(settings), 60)}"
-            for number, settings in enumerate(variants([cell.row for cell in panel.best]), 1)
-            if number > 1 and any(f"({number})" in text for text in written)
+            for number, settings in numbered
+            if any(f"({number})" in text for text in texts)
         ]
 
     def text(self, *, has_intervals: bool) -> str:

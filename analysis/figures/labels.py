@@ -121,11 +121,15 @@ def _ink(axes: Axes) -> np.ndarray[Any, Any]:
     for collection in axes.collections:
         if isinstance(collection, LineCollection):
             paths += [collection.get_transform().transform(segment) for segment in collection.get_segments()]
-    found = [np.array([point]) + np.array([step]) * 4 for path in paths for point in path for step in _MARKER_STEPS]
+    paths = [path for path in paths if len(path)]
+    if not paths:
+        return np.empty((0, 2))
+    points = np.concatenate(paths)
+    found = [(points[:, None] + _MARKER_STEPS).reshape(-1, 2)]
     for path in paths:
         for start, end in pairwise(path):
             found.append(np.linspace(start, end, max(2, int(np.hypot(*(end - start)) / 4))))
-    return np.concatenate(found) if found else np.empty((0, 2))
+    return np.concatenate(found)
 
 
-_MARKER_STEPS = tuple(product((-1, 0, 1), (-1, 0, 1)))
+_MARKER_STEPS = 4 * np.array([*product((-1, 0, 1), (-1, 0, 1))])

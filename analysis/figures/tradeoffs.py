@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
@@ -108,10 +110,27 @@ def _draw_front(subfigure: SubFigure, panel: Panel, footnote: Footnote, *, cost:
     cells = panel.with_metrics(cost, panel.test)
     costs, scores = ([cell.displayed(name) for cell in cells] for name in (cost, panel.test))
     front = pareto_front(costs, scores, panel.test)
+    beaten: defaultdict[str, list[PlottedCell]] = defaultdict(list)
     for index, cell in enumerate(cells):
-        beaten = {"color": GREY, "markerfacecolor": "white", "markersize": 3.5, "zorder": 1}
-        look = panel.look_of(cell) | {"linestyle": "none"} | ({} if index in front else beaten)
-        draw_points(axes, [cell], cost, panel.test, cell.label, **look)
+        look = panel.look_of(cell) | {"linestyle": "none"}
+        if index in front:
+            draw_points(axes, [cell], cost, panel.test, cell.label, **look)
+        else:
+            beaten[look["marker"]].append(cell)
+    hollow: dict[str, Any] = {
+        "color": GREY,
+        "markerfacecolor": "white",
+        "markersize": 3.5,
+        "linestyle": "none",
+        "zorder": 1,
+    }
+    is_crowded = _is_crowded(panel)
+    for marker, members in beaten.items():
+        if is_crowded:
+            at_means = [(cell.displayed(cost), cell.displayed(panel.test)) for cell in members]
+            axes.plot(*zip(*at_means, strict=True), label="beaten", marker=marker, **hollow)
+        else:
+            draw_points(axes, members, cost, panel.test, "beaten", marker=marker, **hollow)
     at = [(costs[index], scores[index]) for index in front]
     corners = [corner for (x, y), (right, up) in pairwise(at) for corner in ((x, y), (right, y), (right, up))] or at
     axes.plot(*zip(*corners, strict=True), color=INK, linewidth=0.7, zorder=0.5, label="front")
@@ -125,7 +144,8 @@ def _draw_front(subfigure: SubFigure, panel: Panel, footnote: Footnote, *, cost:
         label_point(axes, cells[index].label + away, costs[index], min(max(scores[index], low), high))
     footnote.account_for(panel.best, cells, panel.test)
     footnote.remarks += [outlier_text(cell, panel.test, footnote) for cell in cells if cell not in near]
-    footnote.remarks.append("line: what nothing beats in both; hollow: beaten")
+    without = ", without its noise" if is_crowded and beaten else ""
+    footnote.remarks.append(f"line: what nothing beats in both; hollow: beaten{without}")
     footnote.remarks += ["time: median and range"] if f"{cost}_min" in cells[0].row else []
     axes.set(xlabel=axis_label(cost, "x"), ylabel=axis_label(panel.test, "y"))
 

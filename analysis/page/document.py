@@ -84,7 +84,7 @@ def page(
     curves: Mapping[str, Sequence[Mapping[str, float]]],
     environment: Sequence[str],
     failures: Sequence[str],
-    figures: Sequence[tuple[str, str, bytes]] = (),
+    figures: Iterable[tuple[str, str, bytes]] = (),
     choices: Sequence[Choice] = (),
 ) -> str:
     """The whole page.
@@ -99,11 +99,14 @@ def page(
         curves: the records of a run's `metrics.jsonl`, by run id.
         environment: sentences about where the runs ran.
         failures: sentences about runs that did not finish.
-        figures: name, title and PNG bytes of the static figures.
+        figures: name, title and PNG bytes of the static figures; asked for when all else is made.
         choices: which conditions are best on val and what cannot be told from them, before the summary.
     """
     best = best_cells(cells)
     detailed = detailed_runs(frame, best)
+    leading = {choice.best["cell_id"] for choice in choices}
+    found = cells_data(cells, best, leading) | runs_data(detailed, curves) | bands_data(cells, best, curves)
+    data = json.dumps(found, allow_nan=False, separators=(",", ":"))
     sections = [
         ("figures", "Figures", _figures_html(len(detailed), len(frame))),
         ("tables", "Tables", "".join(map(_table_html, tables))),
@@ -113,9 +116,6 @@ def page(
         ("paper", "Paper figures", "".join(_paper_figure(*figure) for figure in figures)),
     ]
     sections = [section for section in sections if section[2]]
-    leading = {choice.best["cell_id"] for choice in choices}
-    found = cells_data(cells, best, leading) | runs_data(detailed, curves) | bands_data(cells, best, curves)
-    data = json.dumps(found, allow_nan=False, separators=(",", ":"))
     scripts = [_as_hashed(get_plotlyjs()), _own_script()]
     text = Template(_read("page.html")).substitute(
         policy=_policy(scripts),

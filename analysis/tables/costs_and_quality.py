@@ -69,6 +69,7 @@ _RATIOS = {"peak_memory_bytes": "memory", "step_seconds_median": "time", "train_
 def tradeoff(best: pd.DataFrame, frame: pd.DataFrame, *, scores: str = "best") -> PaperTable:
     """Cost and quality of every condition, with ratios to full fine-tuning."""
     rows = records(best)
+    named = with_names(frame)
     keys = [*key_columns(rows), *learning_rate_columns(rows)]
     costs = [name for name in _TRADEOFF_COSTS if name in best]
     for name in ("train_tokens_per_second", TUNING_FLOPS):
@@ -92,8 +93,8 @@ def tradeoff(best: pd.DataFrame, frame: pd.DataFrame, *, scores: str = "best") -
         notes=[
             *_definitions(rows, frame),
             *axes_notes(rows),
-            *_following_notes(frame),
-            *name_notes(frame),
+            *_following_notes(named),
+            *name_notes(frame, named),
             *forgetting_notes(rows),
             *_generation_notes(score_names, frame, scores),
             *bold_notes(rows, score_names, any_bold=bool(text.bold)),
@@ -125,9 +126,9 @@ def _generation_notes(names: Sequence[str], frame: pd.DataFrame, scores: str) ->
         yield "Texts were generated at the best step alone, so the last step has no score of them."
 
 
-def _following_notes(frame: pd.DataFrame) -> Iterator[str]:
+def _following_notes(named: pd.DataFrame) -> Iterator[str]:
     """What differs along with the own axes and has no column."""
-    following = own_axes(with_names(frame)).following
+    following = own_axes(named).following
     if following:
         yield f"Along with these axes: {'. '.join(following.values())}."
 

@@ -232,8 +232,19 @@ def to_csv(frame: pd.DataFrame) -> str:
 
 def _csv_column(column: pd.Series[Any]) -> list[Any]:
     values = column.tolist()
-    # By the column and not by the cell: a column of numbers of thousands of runs has no texts to look for.
-    return list(map(_csv_number if pd.api.types.is_float_dtype(column.dtype) else _csv_cell, values))
+    # By the column and not by the cell: a column of thousands of runs has few kinds of values, and few texts.
+    if pd.api.types.is_float_dtype(column.dtype):
+        return list(map(_csv_number, values))
+    kinds = set(map(type, values))
+    if kinds <= _AS_THEY_ARE:
+        return values
+    if kinds <= _AS_THEY_ARE | {str}:
+        texts = {value: _csv_cell(value) for value in set(values) if isinstance(value, str)}
+        return [texts.get(value, value) if type(value) is str else value for value in values]
+    return list(map(_csv_cell, values))
+
+
+_AS_THEY_ARE = {int, bool, type(None)}
 
 
 def _csv_number(value: float) -> float | int | None:
