@@ -6,20 +6,22 @@
 The floor is the same model with every weight frozen and a gradient for its embedded input: the products that no method
 can leave out. All others pass forward and backward, clip nothing and make a step of AdamW, as `harness.training` does.
 Batches are 16 x 64 tokens without padding, in float32, on all-MiniLM-L6-v2 (embedded, no download); dropout is off
-unless --dropout says otherwise.
+unless --dropout says otherwise, which the floor never has, and peft's is PyTorch's.
 
-Prints one Markdown table: medians, their ratio to that of the floor, and between which values 80 % of the ratios of
-single repetitions lie.
+Prints one Markdown table: medians, their ratio to that of the floor, between which values 80 % of the ratios of single
+repetitions lie, and the live tensor bytes at the peak of a step.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from unittest import mock
 
 import peft
 import torch
@@ -28,9 +30,11 @@ from torch.nn import functional
 
 from harness.config.schema import ModelConfig, RankConfig, TrainerConfig
 from harness.measure.environment import environment
+from harness.measure.memory import LiveTensors
 from harness.methods.adapting import apply_lora, lora_layers
 from harness.methods.counts import set_trainable
 from harness.methods.lora import MatrixLayer
+from harness.models import loading
 from harness.models.loading import load_model
 from harness.models.tokenizers import load_tokenizer
 from harness.placement.select import select_targets
@@ -71,16 +75,40 @@ VARIANTS = (
 )
 
 
-def build_step(variant: Variant, *, dropout: float, num_examples: int = NUM_EXAMPLES) -> Callable[[], None]:
-    """A function that makes one training step of a variant.
+@dataclass(frozen=True)
+class Step:
+    """One training step of a variant."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer | None
+    compute: Callable[[], None]
+
+    def __call__(self) -> None:
+        """Makes it."""
+        self.compute()
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def peak_bytes(self) -> int:
+        """Of live tensors, in a step after another one."""
+        with LiveTensors(self.model, *([] if self.optimizer is None else [self.optimizer])) as live:
+            self()
+        return live.peak.total_bytes
+
+
+def build_step(variant: Variant, *, dropout: float, num_examples: int = NUM_EXAMPLES) -> Step:
+    """The training step of a variant.
 
     Args:
         variant: what trains.
         dropout: of the base model and of the adapters' input.
         num_examples: of a batch.
     """
-    base = ModelConfig(name="minilm", asset="minilm", dropout=dropout)
-    loaded = load_model(base, num_labels=NUM_LABELS, pad_token_id=load_tokenizer(base).pad_token_id, seed=0)
+    base = ModelConfig(name="minilm", asset="minilm", dropout=0.0 if variant.kind == FLOOR else dropout)
+    theirs = mock.patch.object(loading, "use_own_dropout", lambda model: None)
+    with theirs if variant.kind == "peft" else contextlib.nullcontext():
+        loaded = load_model(base, num_labels=NUM_LABELS, pad_token_id=load_tokenizer(base).pad_token_id, seed=0)
     model: nn.Module = loaded.model
     if variant.rank:
         names = [name for name, _ in model.named_modules()]
@@ -129,20 +157,17 @@ def build_step(variant: Variant, *, dropout: float, num_examples: int = NUM_EXAM
     has_parameters = any(parameter.requires_grad for parameter in model.parameters())
     optimizer = build_optimizer(model, TrainerConfig(learning_rate=1e-4)) if has_parameters else None
 
-    def step() -> None:
+    def compute() -> None:
         logits: Tensor = model(**batch).logits
         functional.cross_entropy(logits, labels).backward()
-        if optimizer is not None:
-            optimizer.step()
-            optimizer.zero_grad()
 
-    return step
+    return Step(model, optimizer, compute)
 
 
 def measure(
     variants: tuple[Variant, ...], *, repetitions: int, clock: Callable[[], float], dropout: float
-) -> dict[str, list[float]]:
-    """Seconds of each repetition of a step, by variant; one step of each in every repetition, in turns."""
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """By variant the seconds of each repetition of a step, of which all make one in turn, and the bytes of its peak."""
     steps = {variant.name: build_step(variant, dropout=dropout) for variant in variants}
     names = list(steps)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -153,18 +178,19 @@ def measure(
             steps[name]()
             if repetition >= 2:
                 seconds[name].append(clock() - started)
-    return seconds
+    return seconds, {name: step.peak_bytes() for name, step in steps.items()}
 
 
-def table(seconds: dict[str, list[float]]) -> str:
+def table(seconds: dict[str, list[float]], peaks: dict[str, int]) -> str:
     """One Markdown row for each variant."""
-    lines = ["| trains | ms | ratio to the floor | 10 % to 90 % |", "|---|---|---|---|"]
+    lines = ["| trains | ms | ratio to the floor | 10 % to 90 % | peak (MiB) |", "|---|---|---|---|---|"]
     for name, own in seconds.items():
         ratios = sorted(mine / floor for mine, floor in zip(own, seconds[FLOOR], strict=True))
         low, high = ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]
         lines.append(
             f"| {name} | {1e3 * statistics.median(own):.0f} | "
-            f"{statistics.median(own) / statistics.median(seconds[FLOOR]):.3f} | {low:.2f} to {high:.2f} |"
+            f"{statistics.median(own) / statistics.median(seconds[FLOOR]):.3f} | {low:.2f} to {high:.2f} | "
+            f"{peaks[name] / 2**20:.1f} |"
         )
     return "\n".join(lines)
 
@@ -185,11 +211,11 @@ def main() -> None:
         if variant.kind == FLOOR or not options.only or variant.name.startswith(tuple(options.only))
     )
     clock = time.process_time if options.cpu_time else time.perf_counter
-    seconds = measure(chosen, repetitions=options.repetitions, clock=clock, dropout=options.dropout)
+    seconds, peaks = measure(chosen, repetitions=options.repetitions, clock=clock, dropout=options.dropout)
     machine = environment(torch.device("cpu"))
     print(f"{datetime.date.today()}, {machine}")
     kind = "processor time, one thread" if options.cpu_time else f"wall time, {torch.get_num_threads()} threads"
-    print(f"{kind}, {options.repetitions} repetitions, dropout {options.dropout:g}\n\n{table(seconds)}")
+    print(f"{kind}, {options.repetitions} repetitions, dropout {options.dropout:g}\n\n{table(seconds, peaks)}")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from harness.methods.lora_linear import is_supported, lora_linear, takes_one_product
+from harness.models.dropout import Dropout
 from harness.placement.architectures import PlacementError, Rows
 
 
@@ -100,7 +101,7 @@ class AdaptedLayer(nn.Module):
     def attach(self, base: nn.Module, *, dropout: float) -> None:
         """Takes a base module, which is frozen, and the dropout on the input of its updates."""
         self.base = base.requires_grad_(False)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         # A tuple, because a parameter in an attribute would count as one of the model's.
         self._unmerged: tuple[nn.Parameter, ...] = ()
         self.register_buffer("row_squares", None, persistent=False)

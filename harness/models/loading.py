@@ -37,6 +37,7 @@ from harness.models.configs import (
     source_arguments,
     task_head,
 )
+from harness.models.dropout import use_own_dropout
 from harness.models.quantization import quantization_arguments
 from harness.placement.architectures import ARCHITECTURES
 
@@ -104,6 +105,9 @@ def load_model(
             "harness/placement/architectures.py does not know; add it to dropout_fields of its record. What has that "
             f"value in its config.json: {', '.join(named) or 'nothing'}."
         )
+    if config.dropout:
+        with quiet_transformers():
+            use_own_dropout(model)
     return BaseModel(model, head, notes, own_settings, *_resolvable_name(config))
 
 
