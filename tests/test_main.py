@@ -142,6 +142,18 @@ def test_a_config_is_refused_before_torch_is_imported(arguments: list[str], tmp_
     assert_refused(Outcome(2, completed.stderr), tmp_path, "seed=-1: allowed is 0 to 4294967295.")
 
 
+@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_wait_without_a_core_unless_another_policy_is_set(given: str | None, expected: str) -> None:
+    program = (
+        "import os, sys; sys.argv = ['harness', 'seed=-1']; from harness.__main__ import main; main();"
+        "print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    )
+    variables = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    variables |= {} if given is None else {"OMP_WAIT_POLICY": given}
+    completed = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert completed.stdout == f"{expected} False\n"
+
+
 # ---------------------------------------------------------------- what Hydra and the schema refuse
 
 
