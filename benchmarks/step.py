@@ -165,10 +165,15 @@ def build_step(variant: Variant, *, dropout: float, num_examples: int = NUM_EXAM
 
 
 def measure(
-    variants: tuple[Variant, ...], *, repetitions: int, clock: Callable[[], float], dropout: float
+    variants: tuple[Variant, ...],
+    *,
+    repetitions: int,
+    clock: Callable[[], float],
+    dropout: float,
+    num_examples: int = NUM_EXAMPLES,
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """By variant the seconds of each repetition of a step, of which all make one in turn, and the bytes of its peak."""
-    steps = {variant.name: build_step(variant, dropout=dropout) for variant in variants}
+    steps = {variant.name: build_step(variant, dropout=dropout, num_examples=num_examples) for variant in variants}
     names = list(steps)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for repetition in range(repetitions + 2):  # the first two warm up
@@ -179,6 +184,34 @@ def measure(
             if repetition >= 2:
                 seconds[name].append(clock() - started)
     return seconds, {name: step.peak_bytes() for name, step in steps.items()}
+
+
+# Processor time of one thread to the floor's, 4 x 64 tokens, by dropout: what `exceeded` compares with. The medians of
+# four measurements beside other work on 2026-11-26 at cc6b7d1, 1.13 to 1.17, 0.99 to 1.04 and 1.55 to 1.65.
+RECORDED = {
+    0.0: {Variant("ours", 8, ALL): 1.15, Variant("ours", 8, QUERY_VALUE): 1.0},
+    0.1: {Variant("ours", 8, ALL): 1.6},
+}
+ALLOWED = 1.15
+
+
+def exceeded(*, repetitions: int = 5) -> list[str]:
+    """What takes more than `ALLOWED` times the recorded ratio to the floor, measured now; as sentences."""
+    found = []
+    for dropout, recorded in RECORDED.items():
+        seconds, _ = measure(
+            (Variant(FLOOR), *recorded),
+            repetitions=repetitions,
+            clock=time.process_time,
+            dropout=dropout,
+            num_examples=4,
+        )
+        floor = statistics.median(seconds[FLOOR])
+        for variant, before in recorded.items():
+            ratio = statistics.median(seconds[variant.name]) / floor
+            if ratio > ALLOWED * before:
+                found.append(f"{variant.name}, dropout {dropout:g}: {ratio:.2f} of the floor, recorded {before:.2f}")
+    return found
 
 
 def table(seconds: dict[str, list[float]], peaks: dict[str, int]) -> str:

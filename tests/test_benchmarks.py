@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from scripts import load_script
 
 
@@ -21,6 +22,28 @@ def test_what_is_measured_on_a_gpu_runs_on_a_cpu_with_tiny_models(capsys: pytest
         assert row[4] == row[5], "predicted bytes are followed bytes"
         assert row[6:] == ["-", "-", "-"]
     assert all(float(value) > 0 for row in packs for value in row[4:])
+
+
+@pytest.mark.slow
+def test_a_step_has_not_become_slower() -> None:
+    """By processor time, which others on the machine change by some hundredths, in the best of three measurements."""
+    module = load_script("benchmarks/step.py")
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        found = [module.exceeded()]
+        while found[-1] and len(found) < 3:
+            found.append(module.exceeded())
+    finally:
+        torch.set_num_threads(num_threads)
+    assert not found[-1], found
+
+
+def test_a_step_that_has_become_slower_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load_script("benchmarks/step.py")
+    seconds = {"floor": [1.0, 1.1, 1.2]} | {f"ours, rank 8 on {of}": [1.2, 1.3, 1.4] for of in ("all", "q, v")}
+    monkeypatch.setattr(module, "measure", lambda *_, **__: (seconds, {}))
+    assert module.exceeded() == ["ours, rank 8 on q, v, dropout 0: 1.18 of the floor, recorded 1.00"]
 
 
 def test_sweeps_in_packs_are_compared_run_by_run() -> None:
