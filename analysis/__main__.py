@@ -251,7 +251,7 @@ def _adapters(options: argparse.Namespace) -> None:
 
 
 def _suggest(options: argparse.Namespace) -> None:
-    from analysis.adapters.suggesting import suggest
+    from analysis.adapters.suggesting import command_of, suggest
 
     path, suggestion = suggest(options.runs_dir, options.sweep, to=options.to, num_seeds=options.seeds)
     for one in suggestion.hypotheses:
@@ -260,7 +260,7 @@ def _suggest(options: argparse.Namespace) -> None:
             f"{one.name}: rank {one.proposal.rank}{f' ({ranks})' if ranks else ''} on {one.proposal.target_layers}, "
             f"{one.num_params:,} adapter parameters (parent {one.parent_num_params:,}): {one.claim}"
         )
-    print(f"written to {path}; run it: python -m harness -m sweeps={path.stem}")
+    print(f"written to {path}; run it: {command_of(path, options.runs_dir)}")
 
 
 def _status(options: argparse.Namespace) -> None:

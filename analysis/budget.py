@@ -28,7 +28,9 @@ from harness.results.schema import Status
 if TYPE_CHECKING:
     from harness.config.schema import RunConfig
     from harness.forecast.compute import ComputeForecast
+    from harness.forecast.fitting import LargestBatch
     from harness.forecast.parameters import RunSize, Solution
+    from harness.tasks.families import TaskData
 
 FITS, DOES_NOT_FIT, CANNOT_SAY = 0, 1, 2
 MISSING = "\N{EN DASH}"
@@ -93,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="with --audit: where it is written as CSV")
     parser.add_argument(
-        "--labels", type=int, default=2, metavar="N", help="outputs of a task head; default: %(default)s"
+        "--labels", type=_num_outputs, default=2, metavar="N", help="outputs of a task head; default: %(default)s"
     )
 
 
@@ -117,6 +119,12 @@ def _rate(text: str) -> float:
     if not 0 < rate < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r}: must be floating-point operations a second, as 2e12")
     return rate
+
+
+def _num_outputs(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number of outputs, as 2")
+    return int(text)
 
 
 def _pack(text: str) -> int:
@@ -194,14 +202,72 @@ def _print_audit(options: argparse.Namespace) -> int:
 
     if options.overrides:
         raise ForecastError(f"--audit {options.audit}: takes no overrides; leave out {' '.join(options.overrides)}.")
+    others = [given for given in _given(options) if given.split()[0] not in ("--audit", "--csv")]
+    if others:
+        raise ForecastError(f"--audit {options.audit}: is of parameter counts alone; leave out {' '.join(others)}.")
     return print_audit(options.audit, options.csv)
 
 
-def _print(options: argparse.Namespace, console: Console) -> int:
-    from harness.forecast.request import ForecastError, names, read_config, without
+def _given(options: argparse.Namespace) -> list[str]:
+    """The options that were given, as they are typed."""
+    typed = {
+        "--parameters": options.parameters,
+        "--per-role": options.per_role,
+        "--placements": None if options.placements is None else ",".join(options.placements),
+        "--memory": options.memory,
+        "--data": options.data,
+        "--compute": options.compute,
+        "--rate": options.rate,
+        "--rate-of": options.rate_of,
+        "--pack": None if options.pack == 1 else options.pack,
+        "--gpu": None if options.gpu is None else f"{options.gpu:g}",
+        "--largest-batch": options.largest_batch,
+        "--audit": options.audit,
+        "--csv": options.csv,
+    }
+    return [name if value is True else f"{name} {value}" for name, value in typed.items() if value not in (None, False)]
 
-    if options.csv is not None:
-        raise ForecastError(f"--csv {options.csv}: is of an audit; give its file, as --audit FILE.yaml.")
+
+# What each option is of, at least one of which has to be given with it.
+_NEEDS = {
+    "--csv": ("--audit",),
+    "--per-role": ("--parameters",),
+    "--data": ("--memory", "--gpu", "--compute", "--rate", "--rate-of"),
+    "--pack": ("--memory", "--gpu"),
+    "--largest-batch": ("--gpu",),
+}
+_NOT_OF_PLACEMENTS = ("--memory", "--gpu", "--pack", "--largest-batch")
+
+
+def _require_used(options: argparse.Namespace) -> None:
+    """Raises `ForecastError` for an option that would say nothing."""
+    from harness.forecast.request import ForecastError
+
+    given = {text.split()[0]: text for text in _given(options)}
+    for name, needed in _NEEDS.items():
+        if name in given and not set(needed) & set(given):
+            raise ForecastError(
+                f"{given[name]}: is of {' or '.join(needed)}, not given here; add it, or leave this out."
+            )
+    unused = [given[name] for name in _NOT_OF_PLACEMENTS if name in given]
+    if "--placements" in given and unused:
+        raise ForecastError(
+            f"{given['--placements']}: a table over placements has counts and operations, and no memory; leave out "
+            f"{' '.join(unused)}, or ask for one placement, as target_layers=qv."
+        )
+    if options.gpu is not None and not (0 < options.gpu < float("inf") and 0 <= options.headroom < 1):
+        raise ForecastError(
+            f"--gpu {options.gpu:g} --headroom {options.headroom:g}: a GPU has more than 0 GB, and a headroom is a "
+            "part of it from 0 to below 1, as 0.1."
+        )
+    if options.largest_batch and options.data:
+        raise ForecastError("--largest-batch: is of full batches; leave out --data.")
+
+
+def _print(options: argparse.Namespace, console: Console) -> int:
+    from harness.forecast.request import names, read_config, without
+
+    _require_used(options)
     overrides = list(options.overrides)
     solved: Solution | None = None
     if options.parameters is not None:
@@ -212,32 +278,36 @@ def _print(options: argparse.Namespace, console: Console) -> int:
         return _print_placements(options, overrides, console)
     config = read_config(overrides)
     # Only now, as for a run: what is wrong in the overrides is said without waiting for torch.
+    from harness.forecast.memory import load_run_data
     from harness.forecast.parameters import size_of, solve_rank
 
     if options.parameters is not None:
         solved = solve_rank(config, options.parameters, per_role=options.per_role, num_labels=options.labels)
         overrides += solved.overrides
         config = read_config(overrides)
-    _print_size(size_of(config, num_labels=options.labels), console)
-    _print_compute(options, config, console)
+    data = load_run_data(config) if options.data else None
+    num_labels = _num_labels(options, data)
+    _print_size(size_of(config, num_labels=num_labels), console)
+    _print_compute(options, config, data, console)
     if solved is not None:
         _print_solution(solved, overrides, console)
     if options.memory or options.gpu is not None:
-        return _print_memory(options, config, console)
-    if options.pack > 1:
-        raise ForecastError(f"--pack {options.pack}: is of a forecast of memory; add --memory, or --gpu GB.")
+        return _print_memory(options, config, data, console)
     return FITS
 
 
-def _print_compute(options: argparse.Namespace, config: RunConfig, console: Console) -> None:
+def _num_labels(options: argparse.Namespace, data: TaskData | None) -> int:
+    """Outputs of a head: of the data, where they were read."""
+    return options.labels if data is None or data.num_labels is None else data.num_labels
+
+
+def _print_compute(options: argparse.Namespace, config: RunConfig, data: TaskData | None, console: Console) -> None:
     from harness.forecast.compute import predict_flops
-    from harness.forecast.memory import load_run_data
 
     rate = _asked_rate(options)
     if not options.compute and rate is None:
         return
-    data = load_run_data(config) if options.data else None
-    compute = predict_flops(config, num_labels=options.labels, data=data)
+    compute = predict_flops(config, num_labels=_num_labels(options, data), data=data)
     table = _rows()
     longest = "largest" if compute.is_exact else "full"
     table.add_row(f"operations of a {longest} step", _flops_text(compute.step_flops))
@@ -264,19 +334,10 @@ def _hours_text(compute: ComputeForecast, rate: Rate) -> str:
     return MISSING if hours is None else f"{hours:.3g}"
 
 
-def _print_memory(options: argparse.Namespace, config: RunConfig, console: Console) -> int:
+def _print_memory(options: argparse.Namespace, config: RunConfig, data: TaskData | None, console: Console) -> int:
     from harness.forecast.fitting import GPU, largest_micro_batch
-    from harness.forecast.memory import load_run_data, predict_pack_memory
-    from harness.forecast.request import ForecastError
+    from harness.forecast.memory import predict_pack_memory
 
-    if options.gpu is not None and not (options.gpu > 0 and 0 <= options.headroom < 1):
-        raise ForecastError(
-            f"--gpu {options.gpu:g} --headroom {options.headroom:g}: a GPU has more than 0 GB, and a headroom is a "
-            "part of it from 0 to below 1, as 0.1."
-        )
-    if options.largest_batch and (options.gpu is None or options.data):
-        raise ForecastError("--largest-batch: of what fits into a GPU, without --data; give its size, as --gpu 24.")
-    data = load_run_data(config) if options.data else None
     on_gpu = True if options.gpu is not None else None
     predict = partial(predict_pack_memory, num_runs=options.pack, num_labels=options.labels, on_gpu=on_gpu)
     forecast = predict(config, data=data)
@@ -302,11 +363,21 @@ def _print_memory(options: argparse.Namespace, config: RunConfig, console: Conso
     )
     if options.largest_batch:
         found = largest_micro_batch(config, gpu, at_most=4096, predict=predict)
-        if found.micro_batch_size is None:
-            console.print(Text("largest micro-batch: none; not one example fits"))
-        else:
-            console.print(Text(f"largest micro-batch: trainer.micro_batch_size={found.micro_batch_size}"))
+        console.print(Text(f"largest micro-batch: {_largest_text(found, config)}"))
+        if forecast.scoring.total_bytes > gpu.usable_bytes:
+            console.print(Text(f"scoring does not fit; lower trainer.eval_batch_size={config.trainer.eval_batch_size}"))
     return FITS if fits else DOES_NOT_FIT
+
+
+def _largest_text(found: LargestBatch, config: RunConfig) -> str:
+    """How many examples fit, and the setting by which the run's batches consist of no more."""
+    size, batch_size = found.micro_batch_size, config.trainer.batch_size
+    if size is None:
+        return "none; not one example fits"
+    if size > batch_size:
+        return f"{size} examples; as one batch trainer.batch_size={size}, of this run's {batch_size} all"
+    divisor = max(number for number in range(1, size + 1) if batch_size % number == 0)
+    return f"{size} examples; of this run's {batch_size} trainer.micro_batch_size={divisor}"
 
 
 def _print_size(size: RunSize, console: Console) -> None:
@@ -372,12 +443,12 @@ def _print_placements(options: argparse.Namespace, overrides: list[str], console
             if options.parameters is not None:
                 solved = solve_rank(config, options.parameters, per_role=options.per_role, num_labels=options.labels)
                 config = read_config([*own, *solved.overrides])
-            size = size_of(config, num_labels=options.labels)
+            if options.data and data is None:  # the same at every placement
+                data = load_run_data(config)
+            size = size_of(config, num_labels=_num_labels(options, data))
             costs: list[str] = []
             if options.compute or rate is not None:
-                if options.data and data is None:  # the same at every placement
-                    data = load_run_data(config)
-                compute = predict_flops(config, num_labels=options.labels, data=data)
+                compute = predict_flops(config, num_labels=_num_labels(options, data), data=data)
                 shown = compute.step_flops if compute.run_flops is None else compute.run_flops
                 costs = [f"{shown:,}{' a step' if compute.run_flops is None else ''}"]
                 costs += [_hours_text(compute, rate)] if rate is not None else []

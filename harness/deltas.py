@@ -91,10 +91,22 @@ def read_deltas(group: Sequence[SavedRun], problems: list[str]) -> Iterator[tupl
     for saved in group:
         try:
             found = _of_run(base, saved)
+            _require_finite(found)
         except (ConfigError, ModelError, LoRAError, PeftMethodError) as error:
             problems.append(f"{saved.run_id}: {error}")
         else:
             yield saved, found
+
+
+def _require_finite(deltas: Sequence[DeltaWeight]) -> None:
+    """Raises `ModelError`: numbers that are none come of a damaged file, and nothing can be decomposed with them."""
+    for delta in deltas:
+        parts = (delta.low, delta.high) if delta.low is not None and delta.high is not None else (delta.matrix(),)
+        if not all(bool(part.isfinite().all()) for part in parts):
+            raise ModelError(
+                f"its weights of {delta.target.module} are not all finite numbers; the file is damaged: delete the run "
+                "and make it again."
+            )
 
 
 @torch.no_grad()

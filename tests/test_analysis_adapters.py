@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 from test_run import config, rows  # noqa: F401
 
 from analysis import select
@@ -294,14 +295,20 @@ def test_a_suggestion_is_written_run_and_judged(
     runs_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(runs_dir, tmp_path / "runs")
-    path = tmp_path / "own.yaml"
+    path = tmp_path / "sweeps" / "own.yaml"
     command = ["suggest", "--sweep", "small", "--runs-dir", str(tmp_path / "runs"), "--to", str(path)]
     assert main(command) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
     suggestion = read_suggestion(tmp_path / "runs", "own")
     assert suggestion is not None and suggestion.parent_sweep == "small" and suggestion.hypotheses
     assert main(command) == 2 and "is there already" in capsys.readouterr().err
-    assert path.read_text().startswith("# @package _global_\n") and "written to" in printed
+    # It says where it is, and its runs go where the hypotheses are kept.
+    launch = f"python -m harness -m sweeps=own --config-dir {tmp_path} runs_dir={tmp_path / 'runs'}\n"
+    assert printed.endswith(f"run it: {launch}") and f"# Command: {launch}" in path.read_text()
+    assert path.read_text().startswith("# @package _global_\n")
+    for wrong in ("own.txt", "p q.yaml", "../own.yaml"):
+        assert main([*command[:-1], str(path.parent / wrong)]) == 2
+        assert "must be a file NAME.yaml in a folder called sweeps" in capsys.readouterr().err
 
     # Every run of the file is the parent or a proposal, with the count that was predicted, on seeds that are new.
     register()
@@ -333,6 +340,40 @@ def test_a_suggestion_is_written_run_and_judged(
     assert after is not None
     assert after.text.rows[0][-1] in ("held", "did not hold", "not shown")
     assert after.numbers["num_adapter_params"][0] == suggestion.hypotheses[0].num_params
+
+
+def test_no_other_parent_takes_the_place_of_the_best(
+    runs_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(runs_dir, tmp_path / "runs")
+    frame = load_runs(tmp_path / "runs", sweep="small").frame
+    cells = [cell for cell in select.records(select.best_cells(select.cells(frame))) if cell["method"] == "lora"]
+    best = max(cells, key=lambda cell: cell["val_accuracy"])
+    for run_id in best["run_ids"]:
+        shutil.rmtree(tmp_path / "runs" / run_id / "adapter")
+    path = tmp_path / "sweeps" / "own.yaml"
+    assert main(["suggest", "--sweep", "small", "--runs-dir", str(tmp_path / "runs"), "--to", str(path)]) == 2
+    printed = capsys.readouterr().err
+    assert "is the best LoRA on val, and its weights cannot be read" in printed and best["run_ids"][0] in printed
+    assert not path.exists()
+
+
+def test_numbers_that_are_none_are_a_problem_of_their_run(runs_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs_dir, tmp_path / "runs")
+    frame = load_runs(tmp_path / "runs", sweep="small").frame
+    cells = select.records(select.best_cells(select.cells(frame)))
+    damaged = next(cell["run_ids"][0] for cell in cells if cell["method"] == "lora")
+    file = next((tmp_path / "runs" / damaged / "adapter").glob("*.safetensors"))
+    tensors = load_file(file)
+    name = next(name for name in tensors if "lora_A" in name)
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    seeds = dict(zip(frame["run_id"], frame["config.seed"], strict=True))
+    found = find_in_weights(cells, seeds, tmp_path / "runs")
+    assert [text for text in found.problems if text.startswith(damaged)] == [
+        text for text in found.problems if "are not all finite numbers; the file is damaged" in text
+    ]
+    assert damaged not in set(found.spectra["run_id"]) and len(found.spectra)
 
 
 def leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -14,16 +14,16 @@ import torch
 from test_analysis_load import ENVIRONMENT, save_run, save_sweep
 from test_analysis_tables import measured
 from test_placement import CLASSIFIERS, CONFIGS, WITH_ALL
-from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from analysis.__main__ import main
-from analysis.budget import CANNOT_SAY, DOES_NOT_FIT, FITS, measured_rate, parameters
+from analysis.budget import CANNOT_SAY, DOES_NOT_FIT, FITS, _largest_text, measured_rate, parameters
 from analysis.load import LoadError
 from harness.config.schema import Device, ModelConfig, Quantization, RunConfig, TargetLayersConfig
 from harness.forecast import memory
 from harness.forecast.compute import predict_flops
-from harness.forecast.fitting import GPU, largest_micro_batch
+from harness.forecast.fitting import GPU, LargestBatch, largest_micro_batch
 from harness.forecast.memory import MemoryForecast, load_run_data, predict_memory
 from harness.forecast.parameters import size_of, solve_rank
 from harness.forecast.request import ForecastError, UnmetError, own_configs, read_config
@@ -31,6 +31,7 @@ from harness.measure.memory import MemoryPeak
 from harness.measure.without_data import floats_without_data
 from harness.methods.counts import is_lora
 from harness.models.configs import head_of
+from harness.models.dropout import draw_key, dropped
 from harness.placement.architectures import ARCHITECTURES
 from harness.plan import adapt
 from harness.results.schema import Status
@@ -224,6 +225,9 @@ CELLS = [
     (CLASSIFIER, (*LORA, "trainer.batch_size=16", "trainer.micro_batch_size=2", "dataset.max_length=64")),
     (CLASSIFIER, (*LORA, "target_layers.blocks=last_half", "dataset.max_length=16")),
     (CLASSIFIER, (*LORA, "model.attention=eager", "model.dropout=0.1", "method.adapter_dropout=0.1")),
+    (CLASSIFIER, (*LORA, "model.dropout=0.1", "method.adapter_dropout=0.1")),
+    (LANGUAGE, (*LORA, "model.dropout=0.1", "trainer.batch_size=2", "trainer.gradient_checkpointing=true")),
+    (LANGUAGE, (*LORA, "method.adapter_dropout=0.1", "trainer.batch_size=2", "trainer.precision=bf16")),
     (CLASSIFIER, (*LORA, "variant=dora", "trainer.batch_size=3")),
     (CLASSIFIER, (*LORA, "variant=bias_all", "trainer.max_gradient_norm=null")),
     (CLASSIFIER, ("method=full", "trainer.gradient_checkpointing=true", "dataset.max_length=64")),
@@ -273,6 +277,7 @@ PACKS = {
     "upper half": (CLASSIFIER, (*LORA, "target_layers.blocks=last_half"), [[], ["trainer.optimizer=lion"]]),
     "language": (LANGUAGE, (*LORA, "trainer.batch_size=2"), [["rank=r2"], ["seed=5"]]),
     "checkpointing": (LANGUAGE, (*LORA, "trainer.gradient_checkpointing=true", "trainer.batch_size=2"), [[], []]),
+    "dropout": (CLASSIFIER, (*LORA, "method.adapter_dropout=0.1"), [[], ["seed=2"]]),
     "bfloat16": (LANGUAGE, (*LORA, "trainer.precision=bf16", "trainer.batch_size=2"), [["seed=1"], ["seed=2"]]),
 }
 
@@ -302,9 +307,16 @@ def test_a_pack_of_equal_runs() -> None:
     assert pack.scoring.optimizer_bytes == 4 * alone.step.optimizer_bytes > 0
     assert pack.scoring.activations_bytes == alone.scoring.activations_bytes
     assert pack.peak_bytes < 4 * alone.peak_bytes
-    for refused in (("method=full",), (*LORA, "model.dropout=0.1")):
-        with pytest.raises(ForecastError, match=r"computed alone in its pack: .*; leave the pack out"):
-            memory.predict_pack_memory(_short(CLASSIFIER, refused), 2)
+    refused = {
+        ("method=full",): "trains the base",
+        (*LORA, "model.dropout=0.1"): "draws one mask for all rows",
+        (*LORA, "trainer.precision=fp16"): "scales the loss of each run",
+        ("target_layers=qv", "method=ia3"): "is computed by the peft package",
+        (*LORA, "method.adapter_dropout=0.1"): "keeps a random state for each run on the CPU alone",
+    }
+    for overrides, reason in refused.items():
+        with pytest.raises(ForecastError, match=rf"computed alone in its pack: .*{reason}.*; leave the pack out"):
+            memory.predict_pack_memory(_short(CLASSIFIER, overrides), 2, on_gpu=True)
 
 
 def test_a_pack_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -315,12 +327,66 @@ def test_a_pack_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "of a step of 3 runs" in printed and f"{pack.step.total_bytes:,}" in printed
     assert main([*words, *fitting, str((pack.peak_bytes - 1) / 1e9), "--largest-batch"]) == DOES_NOT_FIT
-    assert "trainer.micro_batch_size=3" in capsys.readouterr().out
-    assert main([*words, "--pack", "3"]) == CANNOT_SAY
-    assert "--pack 3: is of a forecast of memory" in capsys.readouterr().err
+    assert "largest micro-batch: 3 examples; of this run's 4 trainer.micro_batch_size=2" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main([*words, "--memory", "--pack", "none"])
     assert "'none': must be a number of runs" in capsys.readouterr().err
+
+
+# What is given beside an ordinary run, and what is said of it.
+UNUSED = {
+    ("--pack", "3"): "--pack 3: is of --memory or --gpu, not given here",
+    ("--largest-batch",): "--largest-batch: is of --gpu, not given here",
+    ("--data",): "--data: is of --memory or --gpu or --compute or --rate or --rate-of, not given here",
+    ("--per-role",): "--per-role: is of --parameters, not given here",
+    ("--placements", "q,qv", "--gpu", "24", "--pack", "2"): "leave out --gpu 24 --pack 2, or ask for one placement",
+    ("--gpu", "inf"): "--gpu inf --headroom 0.1: a GPU has more than 0 GB",
+    ("--audit", "a.yaml", "--memory"): "",
+}
+
+
+@pytest.mark.parametrize("options", UNUSED)
+def test_no_option_is_ignored(options: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = [] if "--audit" in options else [*CLASSIFIER, *LORA]
+    assert main(["budget", *overrides, *options]) == CANNOT_SAY
+    printed = capsys.readouterr()
+    assert UNUSED[options] in printed.err and printed.out == ""
+
+
+def test_counts_are_those_of_the_data(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*CLASSIFIER, *LORA, "dataset.num_train_examples=60", "dataset.num_eval_examples=60"]
+    assert main(["budget", *words, "--memory", "--data"]) == FITS
+    counts = size_of(composed(*words), num_labels=8).counts
+    assert f"{counts.num_head_params:,}" in capsys.readouterr().out.splitlines()[1]
+    with pytest.raises(SystemExit):
+        main(["budget", *words, "--labels", "0"])
+    assert "'0': must be a number of outputs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (None, "none; not one example fits"),
+        (3, "3 examples; of this run's 16 trainer.micro_batch_size=2"),
+        (16, "16 examples; of this run's 16 trainer.micro_batch_size=16"),
+        (94, "94 examples; as one batch trainer.batch_size=94, of this run's 16 all"),
+    ],
+)
+def test_what_is_printed_of_the_largest_batch_can_be_set(size: int | None, text: str) -> None:
+    config = composed(*CLASSIFIER, *LORA, "trainer.batch_size=16")
+    assert _largest_text(LargestBatch(size, None, 4096), config) == text
+
+
+def test_a_gpu_too_small_for_scoring_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["budget", *CLASSIFIER, *LORA, "trainer.batch_size=1", "trainer.eval_batch_size=512"]
+    assert main([*words, "--gpu", "0.02", "--largest-batch"]) == DOES_NOT_FIT
+    assert "scoring does not fit; lower trainer.eval_batch_size=512" in capsys.readouterr().out
+
+
+def test_a_mask_without_data_makes_nothing_with_data() -> None:
+    with floats_without_data():
+        x = torch.empty(8, 8)
+        assert isinstance(dropped(x, 0.5, draw_key()), FakeTensor)
 
 
 def test_a_pack_whose_pass_fails_is_no_prediction(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from torch.nn import functional
 from harness.config.schema import TinyModel
 from harness.models import dropout
 from harness.models.dropout import Dropout, attention_with_dropout, draw_key, dropped
+from harness.models.loading import checkpoint_activations
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -158,7 +159,7 @@ def test_attention_with_dropped_weights(monkeypatch: pytest.MonkeyPatch) -> None
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
 
 
-def test_attention_draws_nothing_without_dropout_and_under_autocast() -> None:
+def test_attention_is_pytorchs_without_dropout_under_autocast_in_16_bits_and_of_odd_masks() -> None:
     tensors = [tensor.detach().float() for tensor in _tensors()]
     state = torch.get_rng_state()
     expected = functional.scaled_dot_product_attention(*tensors)
@@ -166,6 +167,15 @@ def test_attention_draws_nothing_without_dropout_and_under_autocast() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     with torch.autocast("cpu", torch.bfloat16):
         assert attention_with_dropout(*tensors, dropout_p=0.5).dtype == torch.bfloat16
+    for dtype in (torch.float16, torch.bfloat16):
+        halves = [tensor.to(dtype) for tensor in tensors]
+        found = []
+        for attend in (attention_with_dropout, functional.scaled_dot_product_attention):
+            torch.manual_seed(0)
+            found.append(attend(*halves, dropout_p=0.5))
+        assert torch.equal(*found)
+    with pytest.raises(RuntimeError):
+        attention_with_dropout(*tensors, torch.ones(5, 7, dtype=torch.bool), dropout_p=0.5, is_causal=True)
 
 
 @pytest.mark.parametrize("family", [TinyModel.bert, TinyModel.gpt2, TinyModel.llama])
@@ -195,7 +205,7 @@ def test_a_model_trains_by_it_and_is_the_same_in_evaluation(family: TinyModel, m
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_activations(model)
         model.zero_grad()
         torch.manual_seed(3)
         model(**inputs).logits.square().mean().backward()

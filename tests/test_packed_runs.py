@@ -18,6 +18,7 @@ from harness.config.composing import to_dict
 from harness.config.schema import Device, ModelConfig, RunConfig, TinyModel
 from harness.config.validation import ConfigError
 from harness.content.identity import PlannedRun, identify
+from harness.methods.packable import why_alone
 from harness.methods.packed import PackedLayer
 from harness.models.loading import load_model
 from harness.models.saving import save_model
@@ -27,7 +28,7 @@ from harness.results.schema import RunResult, Status, read_result
 from harness.run import run
 from harness.training import packs
 from hydra_plugins.lora_harness import _worker as worker
-from hydra_plugins.lora_harness._packs import in_order, pack_key, pack_size, why_alone
+from hydra_plugins.lora_harness._packs import in_order, pack_key, pack_size
 
 # What is a figure of the whole process, and so of no run in a pack.
 OF_THE_PROCESS = {"wall_seconds", "peak_rss_bytes", "train_seconds"}

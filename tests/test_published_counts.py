@@ -206,7 +206,7 @@ def test_an_audit_is_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert main(["budget", "rank=r8", "--audit", str(tmp_path / "own.yaml")]) == CANNOT_SAY
     assert "takes no overrides; leave out rank=r8." in capsys.readouterr().err
     assert main(["budget", "rank=r8", "--csv", "a.csv"]) == CANNOT_SAY
-    assert "--csv a.csv: is of an audit" in capsys.readouterr().err
+    assert "--csv a.csv: is of --audit, not given here" in capsys.readouterr().err
     assert main(["budget", "--audit", str(tmp_path / "none.yaml")]) == CANNOT_SAY
     assert "none.yaml: No such file or directory." in capsys.readouterr().err
 

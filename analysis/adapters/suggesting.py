@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,11 @@ def suggest(runs_dir: Path, sweep: str, *, to: Path | None = None, num_seeds: in
     path = to or Path("sweeps") / f"{sweep}_suggested.yaml"
     if path.exists():
         raise LoadError(f"--to {path}: is there already; name another file, or delete it.")
+    if path.suffix != ".yaml" or not re.fullmatch(r"\w[\w.-]*", path.stem) or path.absolute().parent.name != "sweeps":
+        raise LoadError(
+            f"--to {path}: must be a file NAME.yaml in a folder called sweeps, where sweeps=NAME finds it; a name has "
+            "letters, digits, _ - and dots."
+        )
     if num_seeds < 2:
         raise LoadError(f"--seeds {num_seeds}: a test needs two seeds at least, and three are usual.")
     runs = load_runs(runs_dir, sweep=sweep)
@@ -51,7 +58,7 @@ def suggest(runs_dir: Path, sweep: str, *, to: Path | None = None, num_seeds: in
     candidates = _candidates(cells, sweep)
     seeds = dict(zip(runs.frame["run_id"], runs.frame["config.seed"], strict=True))
     found = find_in_weights(candidates, seeds, runs_dir)
-    parent = _parent(found)
+    parent = _parent(candidates, found)
     roles = roles_of(found.spectra[found.spectra["condition"] == parent])
     cell = found.cells[parent]
     ranks = {role: each.rank for role, each in roles.items()}
@@ -78,10 +85,22 @@ def suggest(runs_dir: Path, sweep: str, *, to: Path | None = None, num_seeds: in
     fresh = fresh_seeds([*runs.frame["config.seed"], *runs.trials.get("config.seed", [])], num_seeds)
     tested = zip([base, *adapters], [None, *proposals], strict=True)
     grids = [_grid(config, adapter, proposal, fresh) for adapter, proposal in tested]
-    text = _sweep_file(suggestion, config, grids, is_searched=_is_searched(runs), parent=cell_name(cell))
+    is_searched = _is_searched(runs)
+    command = command_of(path, runs_dir)
+    text = _sweep_file(suggestion, config, grids, is_searched=is_searched, parent=cell_name(cell), command=command)
     write_atomically(path, text.encode())
     write_suggestion(runs_dir, suggestion)
     return path, suggestion
+
+
+def command_of(path: Path, runs_dir: Path) -> str:
+    """What runs a sweep file, with its runs where the hypotheses are kept."""
+    words = ["python -m harness -m", f"sweeps={path.stem}"]
+    if path.parent != Path("sweeps"):
+        words.append(f"--config-dir {shlex.quote(str(path.parent.parent))}")
+    if runs_dir != Path("runs"):
+        words.append(shlex.quote(f"runs_dir={runs_dir}"))
+    return " ".join(words)
 
 
 def _candidates(cells: Sequence[Cell], sweep: str) -> list[Cell]:
@@ -97,12 +116,16 @@ def _candidates(cells: Sequence[Cell], sweep: str) -> list[Cell]:
     return own
 
 
-def _parent(found: Findings) -> int:
-    """The condition that is best on val, of those whose weights were read."""
-    there = [int(index) for index in dict.fromkeys(found.spectra["condition"])]
-    cells = [found.cells[index] for index in there]
-    ranked = ranked_by(cells, select.score(cells[0], "val"))
-    return there[ranked[0]]
+def _parent(candidates: Sequence[Cell], found: Findings) -> int:
+    """The condition that is best on val. Raises `LoadError` where its weights could not be read."""
+    best = candidates[ranked_by(candidates, select.score(candidates[0], "val"))[0]]
+    for index in dict.fromkeys(found.spectra["condition"]):
+        if found.cells[int(index)]["cell_id"] == best["cell_id"]:
+            return int(index)
+    raise LoadError(
+        f"{cell_name(best)}: is the best LoRA on val, and its weights cannot be read; suggest proposes what they say."
+        + "".join(f"\n  {problem}" for problem in found.problems)
+    )
 
 
 def _adapter(proposal: Proposal, parent: Adapter, ranks: Mapping[str, int]) -> Adapter:
@@ -146,6 +169,7 @@ def _sweep_file(
     *,
     is_searched: bool,
     parent: str,
+    command: str,
 ) -> str:
     num_runs = sum(len(grid["seed"]) for grid in grids)
     sweeper: dict[str, Any] = {"grids": [dict(grid) for grid in grids]}
@@ -159,7 +183,7 @@ def _sweep_file(
         "# @package _global_",
         f"# Which table: what the weights of {suggestion.parent_sweep} suggest, against its best adapter ({parent}),",
         f"#   {how}, on fresh seeds. Its report says whether each proposal has held.",
-        f"# Command: python -m harness -m sweeps={suggestion.sweep}",
+        f"# Command: {command}",
         f"# Runs: {num_runs}",
         "# Proposals:",
         *(

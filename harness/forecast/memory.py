@@ -34,6 +34,7 @@ from harness.forecast.request import ForecastError, explained
 from harness.measure.memory import MemoryPeak, garbage_collected_before
 from harness.measure.without_data import floats_without_data
 from harness.methods.adapting import lora_layers
+from harness.methods.packable import base_is_drawn, why_alone
 from harness.methods.packed import Shared, share_base
 from harness.methods.rates import learning_rates
 from harness.methods.registry import during_training
@@ -110,9 +111,14 @@ def predict_pack_memory(
     alone = predict_memory(config, num_labels=num_labels, data=data, on_gpu=on_gpu)
     if num_runs == 1:
         return alone
+    as_on_gpu = computes_on_gpu(config.device) if on_gpu is None else on_gpu
+    reason = why_alone(config, on_gpu=as_on_gpu)
+    if reason is not None:
+        raise _not_packed(config, reason)
     with _without_data(config):
-        own, as_on_gpu = _on_the_cpu(config), computes_on_gpu(config.device) if on_gpu is None else on_gpu
-        configs = [replace(own, seed=own.seed + number) for number in range(num_runs)]
+        own = _on_the_cpu(config)
+        step_of_seeds = 0 if base_is_drawn(config) else 1  # runs of other seeds have other bases then
+        configs = [replace(own, seed=own.seed + number * step_of_seeds) for number in range(num_runs)]
         step = pack_peak(configs, [data or full_batches(one, num_labels) for one in configs], as_on_gpu=as_on_gpu)
     # One run scores while the others wait with their weights and the state of their optimizers.
     optimizers = num_runs * alone.scoring.optimizer_bytes
@@ -185,12 +191,15 @@ def pack_peak(configs: Sequence[RunConfig], data: Sequence[TaskData], *, as_on_g
             if ended.error is not None:
                 raise ended.error
     for number, reason in pack.why_alone.items():
-        config = runs[number].config
-        raise ForecastError(
-            f"method={config.method.name}: a run of {config.model.name} is computed alone in its pack: {reason}; leave "
-            "the pack out."
-        )
+        raise _not_packed(runs[number].config, reason)
     return live.peak
+
+
+def _not_packed(config: RunConfig, reason: str) -> ForecastError:
+    return ForecastError(
+        f"method={config.method.name}: a run of {config.model.name} is computed alone in its pack: {reason}; leave the "
+        "pack out."
+    )
 
 
 @dataclass(frozen=True)

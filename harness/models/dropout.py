@@ -73,7 +73,7 @@ def is_drawn_from_keys(x: Tensor, p: float) -> bool:
 
 def draw_key() -> int:
     """What the bits of a mask start from, from the random state of the CPU."""
-    return int(torch.randint(2**63 - 1, (), dtype=torch.int64))
+    return int(torch.empty((), dtype=torch.int64).random_(0, None))  # has a value also where floats have no data
 
 
 def dropped(x: Tensor, p: float, key: int) -> Tensor:
@@ -97,7 +97,8 @@ def _masked(x: Tensor, p: float, key: int) -> Tensor:
     share_kept, whole = _STEPS - round(p * _STEPS), _WHOLE[x.dtype]
     # -1, which has all bits, where an entry is kept, and 0 where it is dropped.
     mask = _bits(x.numel(), key).sub_(share_kept).bitwise_right_shift_(15).to(whole).view(x.shape)
-    return mask.bitwise_and_(x.contiguous().view(whole)).view(x.dtype).mul_(_STEPS / share_kept)
+    kept = x.contiguous().view(whole) & mask  # and not in place: a tensor without data gives another one
+    return kept.view(x.dtype).mul_(_STEPS / share_kept)
 
 
 def _bits(number: int, key: int) -> Tensor:
@@ -134,11 +135,14 @@ def attention_with_dropout(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`functional.scaled_dot_product_attention`, of which the arguments are; PyTorch's own where it draws nothing here.
+    """`functional.scaled_dot_product_attention`, of which the arguments are.
 
+    PyTorch's own where nothing is drawn here, and of 16 bits, whose products it makes in 32.
     Kept for the backward pass are the weights before dropout, where PyTorch keeps those after it and the mask as well.
     """
-    if not is_drawn_from_keys(query, dropout_p) or torch.is_autocast_enabled("cpu"):
+    is_half = query.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled("cpu")
+    is_odd = attn_mask is not None and (is_causal or attn_mask.dtype not in (torch.bool, query.dtype))
+    if is_half or is_odd or not is_drawn_from_keys(query, dropout_p):
         return functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )

@@ -1,6 +1,6 @@
 """Which runs of a sweep can be trained in one pack, from their configs alone.
 
-What a config cannot say, the pack finds out from the models (`harness.methods.packed.why_alone`).
+Those that can be in none: `harness.methods.packable`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from harness.config.composing import to_dict
-from harness.config.schema import Precision, Quantization, RunConfig
+from harness.config.schema import RunConfig
 from harness.config.validation import ConfigError
 from harness.content.identity import PlannedRun
+from harness.methods.packable import base_is_drawn
 from harness.placement.architectures import EMBEDDING
 from harness.results.methods import METHODS
 
@@ -33,38 +34,19 @@ def pack_size(pack: int | str) -> int | None:
     )
 
 
-def why_alone(config: RunConfig) -> str | None:
-    """Why a run can be in no pack, as a sentence's end; None where it can."""
-    method = METHODS[config.method.name]
-    if method.trains_base:
-        return f"method={config.method.name} trains the base that a pack shares"
-    if method.peft is not None:
-        return f"method={config.method.name} is computed by the peft package"
-    if config.model.dropout > 0:
-        return f"model.dropout={config.model.dropout} draws one mask for all rows"
-    if config.model.quantization is not Quantization.none:
-        return f"model.quantization={config.model.quantization}"
-    if config.trainer.precision is Precision.fp16:
-        return "trainer.precision=fp16 scales the loss of each run by another factor"
-    if config.shard_model:
-        return "shard_model=true"
-    return None
-
-
 def pack_key(config: RunConfig) -> str:
     """Equal for runs that may share a pack: one base, data, precision, and lowest block with an adapter.
 
     Ranks, scalings, projections, learning rates and schedules, batch sizes, seeds and periods may differ.
     """
     values = to_dict(config)
-    trainer, model = config.trainer, config.model
-    is_drawn = (model.tiny is not None or model.scratch is not None) and model.path is None  # the base, from the seed
+    trainer = config.trainer
     return json.dumps(
         [
             [values[name] for name in ("model", "dataset", "device", "num_threads", "allow_busy_device")],
             [trainer.precision, trainer.gradient_checkpointing],
             _depth(config),
-            config.seed if is_drawn else None,
+            config.seed if base_is_drawn(config) else None,
         ],
         sort_keys=True,
         default=str,

@@ -31,13 +31,14 @@ from harness.config.schema import Device, RunConfig
 from harness.config.validation import ConfigError
 from harness.content.identity import PlannedRun
 from harness.folder import kept_result, result_stamp, run_dir
+from harness.methods.packable import why_alone
 from harness.processes.cores import asked_threads, available_cores
 from harness.results.claims import current_owner
 from harness.results.files import LOG_FILE, RESULT_FILE
 from harness.results.schema import ResultError, Status, read_result
 from hydra_plugins.lora_harness import _worker as worker
 from hydra_plugins.lora_harness._composing import compose_run
-from hydra_plugins.lora_harness._packs import in_order, pack_key, pack_size, why_alone
+from hydra_plugins.lora_harness._packs import in_order, pack_key, pack_size
 from hydra_plugins.lora_harness._screen import RunningRun, Screen, open_screen
 from hydra_plugins.lora_harness._worker import Outcome, outcome_of
 
