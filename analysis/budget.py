@@ -85,9 +85,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--headroom",
         type=float,
-        default=0.1,
         metavar="FRACTION",
-        help="the part of a GPU that is left to its context and allocator; default: %(default)s",
+        help="the part of a GPU that is left to its context and allocator; default: 0.1",
     )
     parser.add_argument("--largest-batch", action="store_true", help="with --gpu: the largest micro-batch that fits")
     parser.add_argument(
@@ -221,11 +220,16 @@ def _given(options: argparse.Namespace) -> list[str]:
         "--rate-of": options.rate_of,
         "--pack": None if options.pack == 1 else options.pack,
         "--gpu": None if options.gpu is None else f"{options.gpu:g}",
+        "--headroom": None if options.headroom is None else f"{options.headroom:g}",
         "--largest-batch": options.largest_batch,
         "--audit": options.audit,
         "--csv": options.csv,
     }
-    return [name if value is True else f"{name} {value}" for name, value in typed.items() if value not in (None, False)]
+    return [
+        name if value is True else f"{name} {value}"
+        for name, value in typed.items()
+        if value is not None and value is not False
+    ]
 
 
 # What each option is of, at least one of which has to be given with it.
@@ -234,6 +238,7 @@ _NEEDS = {
     "--per-role": ("--parameters",),
     "--data": ("--memory", "--gpu", "--compute", "--rate", "--rate-of"),
     "--pack": ("--memory", "--gpu"),
+    "--headroom": ("--gpu",),
     "--largest-batch": ("--gpu",),
 }
 _NOT_OF_PLACEMENTS = ("--memory", "--gpu", "--pack", "--largest-batch")
@@ -255,10 +260,10 @@ def _require_used(options: argparse.Namespace) -> None:
             f"{given['--placements']}: a table over placements has counts and operations, and no memory; leave out "
             f"{' '.join(unused)}, or ask for one placement, as target_layers=qv."
         )
-    if options.gpu is not None and not (0 < options.gpu < float("inf") and 0 <= options.headroom < 1):
+    if options.gpu is not None and not (0 < options.gpu < float("inf") and 0 <= (options.headroom or 0) < 1):
+        shown = " ".join(given[name] for name in ("--gpu", "--headroom") if name in given)
         raise ForecastError(
-            f"--gpu {options.gpu:g} --headroom {options.headroom:g}: a GPU has more than 0 GB, and a headroom is a "
-            "part of it from 0 to below 1, as 0.1."
+            f"{shown}: a GPU has more than 0 GB, and a headroom is a part of it from 0 to below 1, as 0.1."
         )
     if options.largest_batch and options.data:
         raise ForecastError("--largest-batch: is of full batches; leave out --data.")
@@ -353,7 +358,7 @@ def _print_memory(options: argparse.Namespace, config: RunConfig, data: TaskData
     console.print(table)
     if options.gpu is None:
         return FITS
-    gpu = GPU(options.gpu, options.headroom)
+    gpu = GPU(options.gpu) if options.headroom is None else GPU(options.gpu, options.headroom)
     fits = gpu.fits(forecast)
     console.print(
         Text(

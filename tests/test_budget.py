@@ -338,9 +338,10 @@ UNUSED = {
     ("--pack", "3"): "--pack 3: is of --memory or --gpu, not given here",
     ("--largest-batch",): "--largest-batch: is of --gpu, not given here",
     ("--data",): "--data: is of --memory or --gpu or --compute or --rate or --rate-of, not given here",
+    ("--memory", "--headroom", "0.2"): "--headroom 0.2: is of --gpu, not given here",
     ("--per-role",): "--per-role: is of --parameters, not given here",
     ("--placements", "q,qv", "--gpu", "24", "--pack", "2"): "leave out --gpu 24 --pack 2, or ask for one placement",
-    ("--gpu", "inf"): "--gpu inf --headroom 0.1: a GPU has more than 0 GB",
+    ("--gpu", "inf"): "--gpu inf: a GPU has more than 0 GB",
     ("--audit", "a.yaml", "--memory"): "",
 }
 

@@ -201,7 +201,7 @@ def test_a_model_trains_by_it_and_is_the_same_in_evaluation(family: TinyModel, m
     assert not torch.equal(model(**inputs).logits, first)
     torch.manual_seed(0)
     assert torch.equal(model(**inputs).logits, first)
-    # The masks of a pass that is made again are those of the first one.
+    # A recomputed pass has the masks of the first one.
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
