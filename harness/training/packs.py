@@ -90,7 +90,6 @@ class _Member(Generic[Name, Outcome]):
     micro_batch: MicroBatch | None = None
     model: nn.Module | None = None
     is_checked: bool = False
-    why_alone: str | None = None
     base: frozenset[int] = frozenset()
     first_own_block: int = 0
     draws: bool = False
@@ -213,7 +212,7 @@ class Pack(Generic[Name, Outcome]):
             groups.setdefault((member.base, member.first_own_block, length), []).append(member)
         compositions = set()
         for group in groups.values():
-            together = [member for member in group if member.why_alone is None]
+            together = [member for member in group if member.name not in self.why_alone]
             if len(together) > 1:
                 compositions.add(tuple(map(id, together)))
                 answers |= self._together(together)
@@ -239,7 +238,7 @@ class Pack(Generic[Name, Outcome]):
 
     def _stay_alone(self, member: _Member[Name, Outcome], reason: str) -> None:
         """From here on, the run is computed alone."""
-        member.why_alone = self.why_alone[member.name] = reason
+        self.why_alone[member.name] = reason
         member.context.run(logger.warning, "%s: computed alone in its pack: %s", member.name, reason)
 
     def _leave(self, member: _Member[Name, Outcome]) -> None:
