@@ -4,9 +4,11 @@ Pure functions of finished results: the same trials follow from the same scores,
 process they were computed. Cells know nothing of each other. No run is truncated, and none ends because another leads.
 
 On a log scale (or a linear one) three values are tried, a factor apart. While the best is the first or last of all, the
-next one outside is tried. Then the vertex of the parabola through the best and its neighbours, until the cell has had
-its number of trials. A run that diverged or ran out of memory counts as the worst of all values. One that has learned
-nothing is a cliff: where it lies says nothing of the shape of the top, so that no parabola goes through it.
+next one outside is tried. Then the vertex of the parabola through the best and its neighbours, and halfway to the
+neighbour on the other side: a curve that is flat below its best and steep above has it on the side that a parabola does
+not expect. The second of them is left out where the vertex was better and the cell has had its number of trials. A run
+that diverged or ran out of memory counts as the worst of all values. One that has learned nothing is a cliff: where it
+lies says nothing of the shape of the top, so that no parabola goes through it, and the search closes in on the cliff.
 """
 
 from __future__ import annotations
@@ -82,7 +84,11 @@ class Axis:
 
 @dataclass(frozen=True)
 class Budget:
-    """`trials`: values tried in every cell, one of them at a vertex at least. `max_trials`: no cell tries more."""
+    """`trials`: values tried in every cell, one of them at a vertex at least. `max_trials`: no cell tries more.
+
+    More than `trials` are tried while the best lies at an edge, and on the other side of a best that the vertex did not
+    improve on.
+    """
 
     trials: int = 5
     max_trials: int = 6
@@ -107,7 +113,8 @@ def search_line(axis: Axis, budget: Budget, score_at: Callable[[float], Score | 
     """Where the search along one axis stands; `score_at` is the score of a value, None where it is not known yet."""
     scored: dict[float, Score] = {}  # by position
     wanted = _new((-1.0, 0.0, 1.0), scored, axis)
-    num_rounds = num_refined = 0
+    num_rounds = 0
+    refinement: _Refinement | None = None
     while wanted and len(scored) < budget.max_trials:
         wanted = wanted[: budget.max_trials - len(scored)]
         num_rounds += 1
@@ -119,9 +126,14 @@ def search_line(axis: Axis, budget: Budget, score_at: Callable[[float], Score | 
             )
         scored |= {position: score for position, score in found.items() if score is not None}
         wanted = _new(_outside(scored, axis), scored, axis)
-        if not wanted and (num_refined == 0 or len(scored) < budget.trials):
-            wanted = _new(_refined(scored), scored, axis)
-            num_refined += 1
+        if wanted:
+            continue
+        has_improved = refinement is not None and _best(scored) == refinement.position
+        if refinement is not None and (len(scored) < budget.trials or not has_improved):
+            wanted = _new(refinement.other_side, scored, axis)
+        if not wanted and (refinement is None or len(scored) < budget.trials):
+            refinement = _refined(scored)
+            wanted = _new((refinement.position,), scored, axis) if refinement is not None else ()
     best = _best(scored)
     is_known = scored[best] > WORST
     edge = None
@@ -160,27 +172,37 @@ def _outside(scored: Mapping[float, Score], axis: Axis) -> tuple[float, ...]:
     return (best + 1,) if best == max(scored) else ()
 
 
-def _refined(scored: Mapping[float, Score]) -> tuple[float, ...]:
-    """Positions beside a bracketed best, the first that is new to be tried: the vertex, then halfway to a neighbour."""
+@dataclass(frozen=True)
+class _Refinement:
+    """A position beside a bracketed best, and where to look on the other side of it; nowhere beside a cliff."""
+
+    position: float
+    other_side: tuple[float, ...] = ()
+
+
+def _refined(scored: Mapping[float, Score]) -> _Refinement | None:
+    """The vertex beside a bracketed best, else halfway to a neighbour: the first of them that is new."""
     ordered = sorted(scored)
     best = _best(scored)
     at = ordered.index(best)
     if scored[best] == WORST or not 0 < at < len(ordered) - 1:  # nothing to bracket, or at the end of what is allowed
-        return ()
+        return None
     low, high = ordered[at - 1], ordered[at + 1]
-    halves = [(low + best) / 2, (best + high) / 2]
+    below, above = (low + best) / 2, (best + high) / 2
     vertex = _vertex({position: scored[position].height for position in (low, best, high)})
-    if vertex is None and math.isfinite(scored[high].height) and scored[low] == WORST:
-        candidates = halves
-    elif (
-        vertex is None
-    ):  # the best of a rate is often just below what no longer learns, and never below what learns not yet
-        candidates = halves[::-1]
+    if vertex is None:
+        # The best of a rate is often just below what no longer learns, and never below what learns not yet.
+        is_below = math.isfinite(scored[high].height) and scored[low] == WORST
+        candidates = [below, above] if is_below else [above, below]
     elif vertex > best or (vertex == best and scored[high] > scored[low]):
-        candidates = [vertex, *reversed(halves)]
+        candidates = [vertex, above, below]
     else:
-        candidates = [vertex, *halves]
-    return tuple(next(([position] for position in candidates if not _is_near(position, scored)), []))
+        candidates = [vertex, below, above]
+    new = [position for position in candidates if not _is_near(position, scored)]
+    if not new:
+        return None
+    is_other = [position for position in new[1:] if (position > best) != (new[0] > best)]
+    return _Refinement(new[0], tuple(is_other[:1]) if vertex is not None else ())
 
 
 def _is_near(position: float, scored: Mapping[float, Score]) -> bool:
