@@ -22,6 +22,7 @@ from harness.methods.counts import ParameterCounts, count_parameters
 from harness.methods.during_training import DuringTraining
 from harness.methods.registry import during_training, is_adapter
 from harness.models import configs
+from harness.models.compiling import compile_blocks
 from harness.models.configs import build_skeleton
 from harness.models.loading import (
     BaseModel,
@@ -116,6 +117,7 @@ def _prepare(config: RunConfig, identity: Identity, accelerator: Accelerator, co
     method = during_training(model, config, count_steps(config.trainer, steps_per_epoch))
     if config.trainer.gradient_checkpointing:
         checkpoint_activations(model)
+    compile_blocks(model, config.trainer.compile, accelerator.device)
     # After everything is read, so that an edit while it was read is seen too.
     require_content(config, identity.content)
     recorded = environment(accelerator.device, num_threads=config.num_threads)

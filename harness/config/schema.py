@@ -50,6 +50,14 @@ class Precision(StrEnum):
     fp16 = "fp16"
 
 
+class Compile(StrEnum):
+    """What torch.compile makes of a training step: nothing, a program for each block, or that as CUDA graphs."""
+
+    none = "none"
+    blocks = "blocks"
+    graphs = "graphs"
+
+
 class Task(StrEnum):
     """What is predicted: a label of a text, or the text itself.
 
@@ -640,6 +648,7 @@ class TrainerConfig:
         eval_each_epoch: whether val is also scored at the end of each epoch.
         eval_batch_size: examples at a time when scoring.
         checkpoint_every: steps between two checkpoints; at 0 one is written only when the run is asked to stop.
+        compile: whether the blocks are compiled for training steps, and replayed as CUDA graphs.
     """
 
     learning_rate: float = "${method.learning_rate}"  # type: ignore[assignment]
@@ -695,6 +704,7 @@ class TrainerConfig:
         ),
     )
     lion_beta2: float = field(default=0.99, metadata=ADDED_LATER | _read_by_optimizer(Optimizer.lion))
+    compile: Compile = field(default=Compile.none, metadata=ADDED_LATER)
 
     @property
     def effective_momentum(self) -> float:

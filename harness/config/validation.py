@@ -11,6 +11,7 @@ from typing import Any
 from harness.config.schema import (
     AlphaPolicy,
     Bias,
+    Compile,
     DatasetConfig,
     Dtype,
     GenerationConfig,
@@ -547,6 +548,13 @@ def _run_problems(config: RunConfig) -> list[str]:
         problems.append(
             f"shard_model=true: trainer.optimizer={config.trainer.optimizer} reads whole matrices, of which each "
             f"process has a part; use {', '.join(SHARDED)}."
+        )
+    if config.trainer.compile is not Compile.none and (
+        config.shard_model or config.model.quantization is not Quantization.none
+    ):
+        what = "shard_model=true" if config.shard_model else f"model.quantization={config.model.quantization}"
+        problems.append(
+            f"trainer.compile={config.trainer.compile}: is not tested with {what}; turn one of the two off."
         )
     if config.tracking.log_every < 1:
         problems.append(f"tracking.log_every={config.tracking.log_every}: at least 1 step.")

@@ -38,10 +38,11 @@ def is_supported(x: Tensor) -> bool:
     """Whether `lora_linear` is for such an input: on the CPU, of a type of 32 or 64 bits, without autocast.
 
     On a GPU autograd's own products are faster while models are small: what this operation saves in multiply-adds is
-    less than what its Python takes, for which the device waits (LOG.md, "the first GPU").
+    less than what its Python takes, for which the device waits (LOG.md, "the first GPU"). A compiler fuses them itself.
     """
     return (
         x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
         and x.dtype in (torch.float32, torch.float64)
         and not torch.is_autocast_enabled(x.device.type)
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from harness.config.schema import Precision, Quantization, RunConfig
+from harness.config.schema import Compile, Precision, Quantization, RunConfig
 from harness.results.methods import METHODS
 
 
@@ -24,6 +24,8 @@ def why_alone(config: RunConfig, *, on_gpu: bool = False) -> str | None:
         return "trainer.precision=fp16 scales the loss of each run by another factor"
     if config.shard_model:
         return "shard_model=true"
+    if config.trainer.compile is not Compile.none:
+        return f"trainer.compile={config.trainer.compile} compiles the blocks of one model"
     if on_gpu and config.method.adapter_dropout > 0:
         return "adapter dropout keeps a random state for each run on the CPU alone"
     return None

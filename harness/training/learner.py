@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from harness.config.schema import TrainerConfig
+from harness.config.schema import Compile, TrainerConfig
 from harness.data.batches import Batch
 from harness.measure.clock import StepMeter, device_queue
 from harness.measure.device import reset_device_peaks
@@ -195,6 +195,8 @@ class Learner:
             memory = self.step_peak(shortest=shortest, longest=longest)
             measured |= memory.as_metrics()
             self._own_bytes = memory.total_bytes - memory.weights_bytes
+            if self._config.compile is not Compile.none:  # before the clock starts
+                self.time_rehearsal([shortest(), longest()])
         if scaler is not None:
             scaler.load_state_dict(scaler_state)
         return measured
