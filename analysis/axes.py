@@ -50,6 +50,7 @@ _NAMES = {
     "trainer.max_gradient_norm": "gradient norm",
     "trainer.micro_batch_size": "micro-batch",
     "trainer.gradient_checkpointing": "checkpointing",
+    "trainer.compile": "compiled",
     "model.dropout": "base dropout",
     "dataset.max_length": "max length",
     "dataset.num_eval_examples": "eval rows",

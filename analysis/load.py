@@ -54,6 +54,7 @@ CAME_LATER: dict[str, Any] = {
     "config.trainer.label_smoothing": 0.0,
     "config.trainer.optimizer": "adamw",
     "config.trainer.lion_beta2": 0.99,
+    "config.trainer.compile": "none",
     "config.variant.name": "plain",
     "config.variant.dora": False,
     "config.variant.init": "kaiming",
