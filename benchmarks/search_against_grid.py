@@ -52,7 +52,9 @@ def audit(runs_dir: Path, sweep: str, grid: str) -> Iterator[Audited]:
     runs = load_runs(runs_dir, sweep=sweep)
     grids = dict(list(_grid_trials(runs_dir, grid).groupby("key", sort=False)))
     searches = searches_of(runs.launches, runs.trials)
-    frame = runs.frame[runs.frame["status"] == Status.FINISHED.value]
+    # Of the last launch: one before it may have searched otherwise, and reported at other rates.
+    is_last = runs.frame["run_id"].isin(runs.launches[-1].run_ids)
+    frame = runs.frame[is_last & (runs.frame["status"] == Status.FINISHED.value)]
     for key, rows in frame.groupby([_key(row) for _, row in frame.iterrows()], sort=False):
         found = searches.of([rows["run_id"].iloc[0]])
         if found is None or key not in grids:
