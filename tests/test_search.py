@@ -118,20 +118,39 @@ def test_a_search_looks_on_both_sides_of_the_best(
 
 
 def test_a_rate_that_diverges_bounds_the_search() -> None:
-    found, _ = play(lambda point: WORST if point[0] > 3e-3 else bowl(4e-3)(point), [RATE], Budget())
-    assert found.tried[3:] == ((3.46e-3,), (2.63e-3,))
-    assert (found.chosen, found.edges) == ((2.63e-3,), {})
+    """Away from it first, then towards it."""
+    found, _ = play(lambda point: WORST if point[0] > 4e-3 else bowl(4e-3)(point), [RATE], Budget())
+    assert found.tried[3:] == ((1.15e-3,), (3.46e-3,))
+    assert (found.chosen, found.edges) == ((3.46e-3,), {})
 
 
-def test_a_cliff_bounds_the_parabola_and_does_not_shape_it() -> None:
-    """Best just below a rate at which nothing is learned: a parabola through the cliff would lead away from it."""
-
+@pytest.mark.parametrize(
+    ("objectives", "tried", "chosen"),
+    [
+        # Measured (rank 8 on all of minilm, R8): a parabola through the cliff would have its vertex on the other side.
+        (
+            {6.67e-4: 0.902, 2e-3: 0.906, 6e-3: 0.914, 1.8e-2: None, 3.46e-3: 0.924},
+            [6.67e-4, 2e-3, 6e-3, 1.8e-2, 3.46e-3],
+            3.46e-3,
+        ),
+        # Measured (rank 1 on q, v, 20 Newsgroups): halfway below is no better, and halfway above is the cliff already.
+        (
+            {6.67e-4: 0.568, 2e-3: 0.572, 6e-3: 0.588, 1.8e-2: None, 3.46e-3: 0.570, 1.04e-2: None},
+            [6.67e-4, 2e-3, 6e-3, 1.8e-2, 3.46e-3, 1.04e-2],
+            6e-3,
+        ),
+    ],
+)
+def test_a_cliff_bounds_the_search_and_does_not_shape_it(
+    objectives: dict[float, float | None], tried: list[float], chosen: float
+) -> None:
     def score(point: Point) -> Score:
-        return Score(0.5, has_learned=False) if point[0] > 5e-3 else Score(0.9 - abs(math.log(point[0] / 4e-3)) / 10)
+        objective = objectives[point[0]]
+        return Score(0.5, has_learned=False) if objective is None else Score(objective)
 
     found, _ = play(score, [RATE], Budget())
-    assert [point[0] for point in found.tried] == [6.67e-4, 2e-3, 6e-3, 3.46e-3, 4.56e-3]
-    assert (found.chosen, found.edges) == ((4.56e-3,), {})
+    assert [point[0] for point in found.tried] == tried
+    assert (found.chosen, found.edges) == ((chosen,), {})
 
 
 def test_a_rate_that_learns_nothing_yet_leads_upward() -> None:

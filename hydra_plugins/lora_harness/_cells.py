@@ -55,7 +55,7 @@ class SearchConf:
         axis: the setting that is searched, such as `trainer.learning_rate`; two are a list, and are searched in turn; a
             mapping has the settings of `AxisConf` for each. Null: nothing is searched.
         trials: values that are tried of each axis in every cell.
-        max_trials: the most of them, where the best lies at an edge or the vertex was no better than it.
+        max_trials: the most of them, where the best lies at an edge or the first look beside it was no better.
         seeds: the seeds of the trials, which no reported run may have.
     """
 

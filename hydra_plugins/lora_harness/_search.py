@@ -8,7 +8,7 @@ next one outside is tried. Then the vertex of the parabola through the best and 
 neighbour on the other side: a curve that is flat below its best and steep above has it on the side that a parabola does
 not expect. The second of them is left out where the vertex was better and the cell has had its number of trials. A run
 that diverged or ran out of memory counts as the worst of all values. One that has learned nothing is a cliff: where it
-lies says nothing of the shape of the top, so that no parabola goes through it, and the search closes in on the cliff.
+lies says nothing of the shape of the top, so that no parabola goes through it, and the search looks away from it first.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ class Axis:
 class Budget:
     """`trials`: values tried in every cell, one of them at a vertex at least. `max_trials`: no cell tries more.
 
-    More than `trials` are tried while the best lies at an edge, and on the other side of a best that the vertex did not
-    improve on.
+    More than `trials` are tried while the best lies at an edge, and on its other side where the first look beside it
+    was no better.
     """
 
     trials: int = 5
@@ -174,7 +174,7 @@ def _outside(scored: Mapping[float, Score], axis: Axis) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class _Refinement:
-    """A position beside a bracketed best, and where to look on the other side of it; nowhere beside a cliff."""
+    """A position beside a bracketed best, and where to look on the other side of it, if that is new."""
 
     position: float
     other_side: tuple[float, ...] = ()
@@ -190,10 +190,8 @@ def _refined(scored: Mapping[float, Score]) -> _Refinement | None:
     low, high = ordered[at - 1], ordered[at + 1]
     below, above = (low + best) / 2, (best + high) / 2
     vertex = _vertex({position: scored[position].height for position in (low, best, high)})
-    if vertex is None:
-        # The best of a rate is often just below what no longer learns, and never below what learns not yet.
-        is_below = math.isfinite(scored[high].height) and scored[low] == WORST
-        candidates = [below, above] if is_below else [above, below]
+    if vertex is None:  # away from the cliff first
+        candidates = [below, above] if math.isfinite(scored[low].height) else [above, below]
     elif vertex > best or (vertex == best and scored[high] > scored[low]):
         candidates = [vertex, above, below]
     else:
@@ -202,7 +200,7 @@ def _refined(scored: Mapping[float, Score]) -> _Refinement | None:
     if not new:
         return None
     is_other = [position for position in new[1:] if (position > best) != (new[0] > best)]
-    return _Refinement(new[0], tuple(is_other[:1]) if vertex is not None else ())
+    return _Refinement(new[0], tuple(is_other[:1]))
 
 
 def _is_near(position: float, scored: Mapping[float, Score]) -> bool:
