@@ -247,6 +247,7 @@ def _adapters(options: argparse.Namespace) -> None:
         intruders=options.intruders,
         epsilon=options.epsilon,
         gradients=options.gradients,
+        progress=lambda text: print(text, file=sys.stderr, flush=True),
     )
 
 

@@ -144,6 +144,7 @@ def write_adapter_report(
     epsilon: float = 0.5,
     gradients: int = 0,
     console: Console | None = None,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Writes what was found in the weights of a sweep's runs, `<sweep>/adapters/` of the reports; returns that folder.
 
@@ -158,6 +159,7 @@ def write_adapter_report(
         epsilon: of those intruders.
         gradients: of so many training examples the gradient before training; 0 for none.
         console: where what was found is printed; standard output by default.
+        progress: gets a line for each run that was scored.
 
     Raises:
         LoadError: there are no such runs, or none whose weights can be read.
@@ -173,11 +175,13 @@ def write_adapter_report(
     seeds, problems = _seeds(runs.frame), list[str]()
     frames = named_frames(found)
     if truncation:
-        scores = scoring.score_truncations(found.cells, seeds, runs_dir, problems)
+        scores = scoring.score_truncations(found.cells, seeds, runs_dir, problems, progress=progress)
         paper_tables.append(scored_tables.truncation_table(scores, found.cells, problems))
         drawn.append(scored_tables.truncation_figure(scores, found.cells))
     if intruders:
-        scores = scoring.score_without_intruders(found.cells, seeds, runs_dir, problems, epsilon=epsilon)
+        scores = scoring.score_without_intruders(
+            found.cells, seeds, runs_dir, problems, epsilon=epsilon, progress=progress
+        )
         paper_tables.append(scored_tables.intruder_table(scores, found.cells, problems))
         drawn.append(scored_tables.intruder_figure(scores, found.cells))
     if gradients:

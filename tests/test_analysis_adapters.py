@@ -222,7 +222,10 @@ def test_the_whole_difference_scores_as_full_fine_tuning_and_rank_0_as_without_i
     frame = load_runs(runs_dir, sweep="small").frame
     cells = select.records(select.best_cells(select.cells(frame)))
     seeds = dict(zip(frame["run_id"], frame["config.seed"], strict=True))
-    scored = score_truncations(cells, seeds, runs_dir, problems)
+    said: list[str] = []
+    scored = score_truncations(cells, seeds, runs_dir, problems, progress=said.append)
+    num_full = scored["run_id"].nunique()
+    assert said[-1] == f"{scored['run_id'].iloc[-1]}: scored 7 times ({num_full} of {num_full} runs)"
     assert not problems and set(scored["rank"].dropna()) == {0, 1, 2, 4, 16, 64}
     test = scored[scored["split"] == "test"].set_index(["run_id", "rank"])["nll"]
     for run_id in dict.fromkeys(scored["run_id"]):

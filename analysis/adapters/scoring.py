@@ -45,12 +45,17 @@ def truncation_ranks(cells: Sequence[Cell]) -> list[int]:
 
 
 def score_truncations(
-    cells: Sequence[Cell], seeds: Mapping[str, int], runs_dir: Path, problems: list[str]
+    cells: Sequence[Cell],
+    seeds: Mapping[str, int],
+    runs_dir: Path,
+    problems: list[str],
+    *,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> pd.DataFrame:
     """A row for each run of full fine-tuning, rank and split: `condition`, `seed`, `run_id`, `rank`, `split`, scores.
 
-    The rank of the whole difference is None. `problems` gets a sentence for each run that cannot be scored. Raises
-    `LoadError` where no run of full fine-tuning has weights.
+    The rank of the whole difference is None. `problems` gets a sentence for each run that cannot be scored, and
+    `progress` one for each that was. Raises `LoadError` where no run of full fine-tuning has weights.
     """
     ranks = truncation_ranks(cells)
 
@@ -59,7 +64,7 @@ def score_truncations(
         return {(None,): tuple, **{(rank,): partial(_truncated, whole, rank) for rank in ranks}}, {}
 
     chosen = {number: cell for number, cell in enumerate(cells) if is_full(cell)}
-    rows = list(_scored(chosen, seeds, runs_dir, problems, ("rank",), changes_of))
+    rows = list(_scored(chosen, seeds, runs_dir, problems, ("rank",), changes_of, progress))
     if not rows:
         raise LoadError(f"no run of full fine-tuning has weights to truncate.{_lines(problems)}")
     return pd.DataFrame(rows, dtype=object)
@@ -73,7 +78,13 @@ def _truncated(
 
 
 def score_without_intruders(
-    cells: Sequence[Cell], seeds: Mapping[str, int], runs_dir: Path, problems: list[str], *, epsilon: float = EPSILON
+    cells: Sequence[Cell],
+    seeds: Mapping[str, int],
+    runs_dir: Path,
+    problems: list[str],
+    *,
+    epsilon: float = EPSILON,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> pd.DataFrame:
     """A row for each run, part that is left, and split: `kept`, `is_control`, `num_intruders` of all matrices, scores.
 
@@ -89,7 +100,8 @@ def score_without_intruders(
         changes: dict[Hashable, Changed] = {each: partial(_scaled, plans, *each) for each in several}
         return {(1.0, False): tuple, **changes}, {"num_intruders": num, "epsilon": epsilon}
 
-    rows = list(_scored(dict(enumerate(cells)), seeds, runs_dir, problems, ("kept", "is_control"), changes_of))
+    chosen = dict(enumerate(cells))
+    rows = list(_scored(chosen, seeds, runs_dir, problems, ("kept", "is_control"), changes_of, progress))
     if not rows:
         raise LoadError(f"no run has weights to look for intruders in.{_lines(problems)}")
     return pd.DataFrame(rows, dtype=object)
@@ -114,10 +126,12 @@ def _scored(
     problems: list[str],
     names: Sequence[str],
     changes_of: _Changes,
+    progress: Callable[[str], None],
 ) -> Iterator[dict[str, Any]]:
     conditions = {run_id: number for number, cell in chosen.items() for run_id in cell["run_ids"]}
     runs, others = find_each(list(conditions), runs_dir)
     problems += others
+    num_scored = 0
     for group in by_untrained_base(runs):
         for saved, deltas in read_deltas(group, problems):
             if not deltas:
@@ -128,6 +142,8 @@ def _scored(
             except (ConfigError, DataError, ModelError) as error:
                 problems.append(f"{saved.run_id}: {error}")
                 continue
+            num_scored += 1
+            progress(f"{saved.run_id}: scored {len(found)} times ({num_scored} of {len(runs)} runs)")
             name = {"condition": conditions[saved.run_id], "seed": seeds[saved.run_id], "run_id": saved.run_id}
             for key, by_split in found.items():
                 own = dict(zip(names, key, strict=True))  # type: ignore[call-overload]
