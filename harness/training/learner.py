@@ -195,7 +195,7 @@ class Learner:
             memory = self.step_peak(shortest=shortest, longest=longest)
             measured |= memory.as_metrics()
             self._own_bytes = memory.total_bytes - memory.weights_bytes
-            if self._config.compile is not Compile.none:  # before the clock starts
+            if self._config.compile is not Compile.none:  # which it is now, before the clock starts
                 self.time_rehearsal([shortest(), longest()])
         if scaler is not None:
             scaler.load_state_dict(scaler_state)
