@@ -91,7 +91,7 @@ def _parser(program: str = "python -m analysis") -> argparse.ArgumentParser:
 
     adapters = commands.add_parser("adapters", help="what runs have learned, from the weights that they saved")
     adapters.add_argument("--sweep", metavar="NAME", help="name of the sweep; without it, all runs in the folder")
-    _add_runs_dir(adapters)
+    _add_runs_dir(adapters, reads_weights=True)
     adapters.add_argument(
         "--reports-dir", type=Path, default=Path("reports"), metavar="DIR", help="default: %(default)s"
     )
@@ -128,7 +128,7 @@ def _parser(program: str = "python -m analysis") -> argparse.ArgumentParser:
         "suggest", help="a sweep file that tests the ranks and placements which a sweep's weights suggest"
     )
     suggest.add_argument("--sweep", metavar="NAME", required=True, help="name of the sweep whose weights are read")
-    _add_runs_dir(suggest)
+    _add_runs_dir(suggest, reads_weights=True)
     suggest.add_argument("--to", type=Path, metavar="FILE", help="default: sweeps/NAME_suggested.yaml")
     suggest.add_argument("--seeds", type=int, default=3, metavar="N", help="of each cell; default: %(default)s")
     suggest.set_defaults(command=_suggest)
@@ -155,14 +155,21 @@ def _parser(program: str = "python -m analysis") -> argparse.ArgumentParser:
     return parser
 
 
-def _add_runs_dir(command: argparse.ArgumentParser) -> None:
+def _add_runs_dir(command: argparse.ArgumentParser, *, reads_weights: bool = False) -> None:
     command.add_argument(
         "--runs-dir",
         type=Path,
         default=Path("runs"),
         metavar="DIR",
-        help="the folder, or an archive of it; default: %(default)s",
+        help=f"the folder{'' if reads_weights else ', or an archive of it'}; default: %(default)s",
     )
+
+
+def _require_weights(runs_dir: Path) -> None:
+    if runs_dir.is_file():
+        raise LoadError(
+            f"--runs-dir {runs_dir}: weights are read, and an archive has none; name the folder of its runs."
+        )
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -203,6 +210,8 @@ def _report(options: argparse.Namespace) -> None:
     from analysis.report import write_report
     from analysis.tables.asked import Asked
 
+    if options.adapters:
+        _require_weights(options.runs_dir)
     with opened(options.runs_dir) as runs_dir:
         report_dir = write_report(
             runs_dir,
@@ -239,6 +248,7 @@ def _report(options: argparse.Namespace) -> None:
 def _adapters(options: argparse.Namespace) -> None:
     from analysis.report import write_adapter_report
 
+    _require_weights(options.runs_dir)
     write_adapter_report(
         options.runs_dir,
         options.reports_dir,
@@ -254,6 +264,7 @@ def _adapters(options: argparse.Namespace) -> None:
 def _suggest(options: argparse.Namespace) -> None:
     from analysis.adapters.suggesting import command_of, suggest
 
+    _require_weights(options.runs_dir)
     path, suggestion = suggest(options.runs_dir, options.sweep, to=options.to, num_seeds=options.seeds)
     for one in suggestion.hypotheses:
         ranks = ", ".join(f"{role} {rank}" for role, rank in one.proposal.pattern.items())

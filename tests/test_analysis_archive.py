@@ -106,3 +106,16 @@ def test_what_cannot_be_archived_or_read_is_refused(
     assert capsys.readouterr().err.startswith(
         f"--runs-dir {tmp_path}/demo.tar.xz: neither a folder nor an archive of one ("
     )
+
+
+@pytest.mark.parametrize("command", [["adapters"], ["suggest"], ["report", "--adapters"]])
+def test_an_archive_has_no_weights_to_read(
+    command: list[str], runs_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "demo.tar.xz"
+    assert archive(runs_dir, path) == 0
+    capsys.readouterr()
+    assert main([*command, "--sweep", "demo", "--runs-dir", str(path)]) == 2
+    assert capsys.readouterr().err == (
+        f"--runs-dir {path}: weights are read, and an archive has none; name the folder of its runs.\n"
+    )
