@@ -114,7 +114,7 @@ def search_line(axis: Axis, budget: Budget, score_at: Callable[[float], Score | 
     scored: dict[float, Score] = {}  # by position
     wanted = _new((-1.0, 0.0, 1.0), scored, axis)
     num_rounds = 0
-    refinement: _Refinement | None = None
+    looks: tuple[float, ...] = ()  # the first one beside a bracketed best, and the one on its other side
     while wanted and len(scored) < budget.max_trials:
         wanted = wanted[: budget.max_trials - len(scored)]
         num_rounds += 1
@@ -128,12 +128,11 @@ def search_line(axis: Axis, budget: Budget, score_at: Callable[[float], Score | 
         wanted = _new(_outside(scored, axis), scored, axis)
         if wanted:
             continue
-        has_improved = refinement is not None and _best(scored) == refinement.position
-        if refinement is not None and (len(scored) < budget.trials or not has_improved):
-            wanted = _new(refinement.other_side, scored, axis)
-        if not wanted and (refinement is None or len(scored) < budget.trials):
-            refinement = _refined(scored)
-            wanted = _new((refinement.position,), scored, axis) if refinement is not None else ()
+        if len(scored) < budget.trials or _best(scored) not in looks[:1]:
+            wanted = _new(looks[1:], scored, axis)
+        if not wanted and (not looks or len(scored) < budget.trials):
+            looks = _refined(scored)
+            wanted = _new(looks[:1], scored, axis)
     best = _best(scored)
     is_known = scored[best] > WORST
     edge = None
@@ -172,21 +171,13 @@ def _outside(scored: Mapping[float, Score], axis: Axis) -> tuple[float, ...]:
     return (best + 1,) if best == max(scored) else ()
 
 
-@dataclass(frozen=True)
-class _Refinement:
-    """A position beside a bracketed best, and where to look on the other side of it, if that is new."""
-
-    position: float
-    other_side: tuple[float, ...] = ()
-
-
-def _refined(scored: Mapping[float, Score]) -> _Refinement | None:
-    """The vertex beside a bracketed best, else halfway to a neighbour: the first of them that is new."""
+def _refined(scored: Mapping[float, Score]) -> tuple[float, ...]:
+    """New positions beside a bracketed best: the vertex, else halfway to a neighbour; and one on the other side."""
     ordered = sorted(scored)
     best = _best(scored)
     at = ordered.index(best)
     if scored[best] == WORST or not 0 < at < len(ordered) - 1:  # nothing to bracket, or at the end of what is allowed
-        return None
+        return ()
     low, high = ordered[at - 1], ordered[at + 1]
     below, above = (low + best) / 2, (best + high) / 2
     vertex = _vertex({position: scored[position].height for position in (low, best, high)})
@@ -197,10 +188,8 @@ def _refined(scored: Mapping[float, Score]) -> _Refinement | None:
     else:
         candidates = [vertex, below, above]
     new = [position for position in candidates if not _is_near(position, scored)]
-    if not new:
-        return None
-    is_other = [position for position in new[1:] if (position > best) != (new[0] > best)]
-    return _Refinement(new[0], tuple(is_other[:1]))
+    other_side = [position for position in new[1:] if (position > best) != (new[0] > best)]
+    return (*new[:1], *other_side[:1])
 
 
 def _is_near(position: float, scored: Mapping[float, Score]) -> bool:
