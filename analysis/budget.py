@@ -340,7 +340,7 @@ def _hours_text(compute: ComputeForecast, rate: Rate) -> str:
 
 
 def _print_memory(options: argparse.Namespace, config: RunConfig, data: TaskData | None, console: Console) -> int:
-    from harness.forecast.fitting import GPU, largest_micro_batch
+    from harness.forecast.fitting import GPU, allocated_bytes, largest_micro_batch
     from harness.forecast.memory import predict_pack_memory
 
     on_gpu = True if options.gpu is not None else None
@@ -352,9 +352,12 @@ def _print_memory(options: argparse.Namespace, config: RunConfig, data: TaskData
     for name in (step, "of scoring"):
         table.add_column(name, justify="right")
     of_step, of_scoring = forecast.step.as_metrics(), forecast.scoring.as_metrics()
-    for name, value in of_step.items():
-        words = name.removesuffix("_bytes").replace("_", " ")
-        table.add_row(words, *(f"{each:,} ({bytes_text(each)})" for each in (value, of_scoring[name])))
+    rows = {name.removesuffix("_bytes").replace("_", " "): (of_step[name], of_scoring[name]) for name in of_step}
+    if options.gpu is not None:
+        peaks = (forecast.step.total_bytes, forecast.scoring.total_bytes)
+        rows["allocated on a GPU, about"] = (allocated_bytes(peaks[0]), allocated_bytes(peaks[1]))
+    for words, values in rows.items():
+        table.add_row(words, *(f"{each:,} ({bytes_text(each)})" for each in values))
     console.print(table)
     if options.gpu is None:
         return FITS

@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from harness.config.schema import RankConfig, TrainerConfig
 from harness.data.batches import Batch
+from harness.forecast.fitting import WORKSPACE_BYTES, allocated_bytes
 from harness.measure.clock import DeviceQueue, device_queue
 from harness.measure.device import device_peaks, reset_device_peaks
 from harness.measure.environment import environment
@@ -322,15 +323,16 @@ def _peak(
 
 
 def table_of_memory(cells: Sequence[tuple[Shape, Trained, tuple[int, int], bool]], device: torch.device) -> None:
-    """Prints a row for each cell, in MiB."""
+    """Prints a row for each cell, in MiB; the ratio is to the prediction and the workspaces of cuBLAS."""
     columns = ("model", "trains", "examples x tokens", "checkpoints", "predicted", "live", "allocated", "reserved")
-    print(f"| {' | '.join(columns)} | allocated / predicted |\n|{'---|' * (len(columns) + 1)}")
+    ratio_name = f"allocated / (predicted + {WORKSPACE_BYTES // MIB})"
+    print(f"| {' | '.join(columns)} | {ratio_name} |\n|{'---|' * (len(columns) + 1)}")
     for shape, trained, size, checkpointing in cells:
         held = measure_memory(shape, trained, size, device, checkpointing=checkpointing)
         predicted = held.predicted.total_bytes
         sizes = (predicted, held.live.total_bytes, held.allocated, held.reserved)
         shown = " | ".join("-" if each is None else f"{each / MIB:,.1f}" for each in sizes)
-        ratio = "-" if held.allocated is None else f"{held.allocated / predicted:.3f}"
+        ratio = "-" if held.allocated is None else f"{held.allocated / allocated_bytes(predicted):.3f}"
         print(
             f"| {shape.label} | {trained.name} | {size[0]} x {size[1]} | {'yes' if checkpointing else 'no'} | {shown} "
             f"| {ratio} |",

@@ -23,7 +23,7 @@ from analysis.load import LoadError
 from harness.config.schema import Device, ModelConfig, Quantization, RunConfig, TargetLayersConfig
 from harness.forecast import memory
 from harness.forecast.compute import predict_flops
-from harness.forecast.fitting import GPU, LargestBatch, largest_micro_batch
+from harness.forecast.fitting import GPU, WORKSPACE_BYTES, LargestBatch, largest_micro_batch
 from harness.forecast.memory import MemoryForecast, load_run_data, predict_memory
 from harness.forecast.parameters import size_of, solve_rank
 from harness.forecast.request import ForecastError, UnmetError, own_configs, read_config
@@ -458,8 +458,8 @@ def test_predicted_for_a_gpu_is_measured_there(tmp_path: Path, precision: str) -
     assert result.status is Status.FINISHED, result.error
     forecast = predict_memory(config, data=load_run_data(config))
     assert forecast.step.total_bytes == pytest.approx(result.metrics["peak_memory_bytes"], rel=0.01)
-    # What libraries take as their working space is in no prediction.
-    assert 0 <= result.metrics["cuda_peak_allocated_bytes"] - forecast.step.total_bytes < 100 * 2**20
+    # What the allocator rounds up is in no prediction.
+    assert 0 <= result.metrics["cuda_peak_allocated_bytes"] - forecast.step.total_bytes < WORKSPACE_BYTES + 12 * 2**20
 
 
 def test_nothing_changes_outside_of_a_prediction() -> None:
@@ -549,7 +549,10 @@ def test_whether_a_run_fits_is_the_exit_code(capsys: pytest.CaptureFixture[str])
     words = ["budget", *run_of, "--headroom", "0"]
     peak = predict_memory(composed(*run_of)).peak_bytes
     assert main([*words, "--gpu", str(peak / 1e9)]) == FITS
-    assert f"{peak:,}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{peak:,}" in printed
+    (allocated,) = (line for line in printed.splitlines() if line.startswith("allocated on a GPU, about"))
+    assert f"{peak + 64 * 2**20:,}" in allocated
     assert main([*words, "--gpu", str((peak - 1) / 1e9)]) == DOES_NOT_FIT
     assert "does not fit" in capsys.readouterr().out
     assert main(["budget", *run_of, "trainer.optimizer=adafactor", "--gpu", "80"]) == CANNOT_SAY
