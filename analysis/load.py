@@ -307,9 +307,23 @@ def _row(result: RunResult) -> dict[str, Any]:
     }
     _flatten("config", result.config, row)
     row |= result.metrics
-    _flatten("environment", result.environment, row)
+    _flatten("environment", result.environment | _makers(result.environment), row)
     _take_rank_of_peft(row)
     return row
+
+
+def _makers(environment: dict[str, Any]) -> dict[str, str]:
+    """Of a run that others took up in turn, what they differ in: `git_commit 673a8ee, then 88686d5`."""
+    makers = environment.get("made_by")
+    if not (isinstance(makers, list) and makers and all(isinstance(maker, dict) for maker in makers)):
+        return {}
+    leaves: list[dict[str, Any]] = [{} for _ in makers]
+    for maker, own in zip(makers, leaves, strict=True):
+        _flatten("", maker, own)
+    names = dict.fromkeys(name for own in leaves for name in own)
+    values = {name: [own.get(name) for own in leaves] for name in names}
+    changed = {name: each for name, each in values.items() if any(value != each[0] for value in each)}
+    return {"made_by": "; ".join(f"{name[1:]} {', then '.join(map(str, each))}" for name, each in changed.items())}
 
 
 def _take_rank_of_peft(row: dict[str, Any]) -> None:

@@ -427,6 +427,24 @@ def test_what_would_steer_a_terminal_is_its_code(tmp_path: Path) -> None:
     assert (row["config.target_layers.name"], row["error"]) == ("q\\x1b[2J\\n# H", "one\ntwo\\x1b]0;x")
 
 
+@pytest.mark.parametrize(
+    ("makers", "shown"),
+    [
+        (
+            [{"git_commit": "a1", "versions": {"torch": "2.12"}}, {"git_commit": "b2", "versions": {"torch": "2.13"}}],
+            "git_commit a1, then b2; versions.torch 2.12, then 2.13",
+        ),
+        ([{"git_commit": "a1", "git_dirty": False}, {"git_commit": "a1"}], "git_dirty False, then None"),
+        (["by hand"], ("by hand",)),
+        ([], ()),
+    ],
+)
+def test_of_the_makers_of_a_run_a_row_has_what_they_differ_in(tmp_path: Path, makers: Any, shown: Any) -> None:
+    save_run(tmp_path, "a", environment=ENVIRONMENT | {"made_by": makers})
+    (row,) = load_runs(tmp_path).frame.to_dict("records")
+    assert row["environment.made_by"] == shown
+
+
 def test_odd_but_possible_values_are_read(tmp_path: Path) -> None:
     gpus = {"gpus": [{"name": "a"}], "k\ud800": 1}
     save_run(tmp_path, "a", blocks=None, environment=ENVIRONMENT | gpus, metrics={"num_total_params": 0})
