@@ -31,9 +31,11 @@ from test_run import NOT_EXACT
 
 from analysis.status import find_status
 from harness.__main__ import main
+from harness.config.validation import ConfigError
 from harness.content.identity import PlannedRun, identify
 from harness.results.claims import Claim, Owner, current_owner, read_owner
 from harness.results.schema import Status, read_result
+from hydra_plugins.lora_harness import _workers as workers_module
 from hydra_plugins.lora_harness import launcher as launcher_module
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -525,8 +527,11 @@ def test_runs_that_share_a_device_are_no_strangers_to_each_other(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     (tmp_path / "rows.csv").write_text("text,label\n")
     configs = [replace(test_run.config(tmp_path / "rows.csv", tmp_path, seed=seed), device="auto") for seed in range(3)]
-    slots = launcher_module.find_slots(configs, runs_per_device=2, workers=None)
+    gpus = launcher_module.find_gpus(configs)
+    slots = launcher_module.find_slots(configs, gpus, runs_per_device=2, num_workers=1)
     assert [(slot.name, slot.is_shared) for slot in slots] == [("gpu 0", True)] * 2
+    with pytest.raises(ConfigError, match=r"hydra.launcher.runs_per_device=0: a GPU computes one run at least"):
+        launcher_module.find_slots(configs, gpus, runs_per_device=0, num_workers=1)
     queue = launcher_module.Queue([PlannedRun(config, identify(config)) for config in configs], slots, None)
     asked: list[str] = []
     started: list[bool] = []
@@ -609,6 +614,47 @@ def test_a_pack_whose_process_dies_is_computed_run_by_run(base: list[str], tmp_p
     assert [result.status for result in found.values()] == ["finished"] * 2
     assert output.count("the process of its pack was killed by SIGKILL (Linux does that when memory runs out)") == 2
     assert not any("packed" in result.environment for result in found.values())
+
+
+def test_as_many_workers_as_make_a_sweep_faster(
+    base: list[str], sweep_here: SweepHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However fast this machine is, the choice is one of those tried, and runs that follow keep it without trying."""
+    monkeypatch.setattr(workers_module, "_SECONDS", 0.1)
+    monkeypatch.setattr(launcher_module, "available_cores", lambda: 2)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    words = [*base, "target_layers=qv", "hydra.launcher.workers=auto"]
+    code, output = sweep_here(tmp_path, *words, "rank=r1,r2")
+    assert code == 0, output
+    (number, tried) = re.findall(r"workers=auto: (\d) \(tokens a second: (.*)\)", output)[0]
+    assert re.fullmatch(r"1 of 2 threads [\d,]+, 2 of 1 thread [\d,]+", tried), tried
+    found = results(tmp_path)
+    assert {result.environment["num_threads"] for result in found.values()} == {2 // int(number)}
+    # Nothing but the two runs is there: the steps that were timed left no trace.
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "sweeps") == sorted(found)
+    code, output = sweep_here(tmp_path, *words, "rank=r1,r2,r4")
+    assert code == 0, output
+    assert f"workers=auto: {number}, as runs of this sweep have been computed" in output
+    assert {result.environment["num_threads"] for result in results(tmp_path).values()} == {2 // int(number)}
+
+
+def test_a_run_that_cannot_begin_leaves_one_worker_and_says_so_itself(
+    base: list[str], sweep_here: SweepHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher_module, "available_cores", lambda: 2)
+    (tmp_path / "one.csv").write_text("text,label\na,x\n")
+    words = [*base, f"dataset.train_file={tmp_path}/one.csv", "target_layers=qv", "rank=r1,r2"]
+    code, output = sweep_here(tmp_path / "runs", *words, "hydra.launcher.workers=auto")
+    assert code == 1, output
+    assert re.search(r"workers=auto: 1 \(tokens a second: -; 1 could not be tried: DataError: .*\)", output), output
+    assert "2 failed" in output
+
+
+def test_workers_are_a_number_or_auto(base: list[str], sweep_here: SweepHere, tmp_path: Path) -> None:
+    code, output = sweep_here(tmp_path, *base, "rank=r1,r2", "target_layers=qv", "hydra.launcher.workers=many")
+    assert code == 2
+    assert "hydra.launcher.workers=many: give the number of runs at a time, or auto" in output
+    assert not results(tmp_path)
 
 
 def test_a_pack_has_at_least_one_run(base: list[str], sweep_here: SweepHere, tmp_path: Path) -> None:

@@ -239,6 +239,31 @@ def find_busy(variables: dict[str, str], reply: Connection) -> None:
         reply.send("")
 
 
+def rate_steps(values: dict[str, Any], *, meet: Callable[[], object], seconds: float, reply: Connection) -> None:
+    """Sends how many tokens a second a run's steps take in, and the peak RSS of this process, or why that is not known.
+
+    Args:
+        values: the config of the run, as `to_dict` gives it.
+        meet: returns when the steps of all processes that are timed together may begin.
+        seconds: how long they are timed.
+        reply: takes the answer.
+    """
+    from harness.config.composing import from_dict
+    from harness.extensions import load_extensions
+    from harness.measure.device import peak_rss_bytes
+    from harness.rate import tokens_per_second
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _redirect_output(Path(os.devnull))
+    load_extensions()
+    try:
+        rate = tokens_per_second(from_dict(values), meet=meet, seconds=seconds)
+    except Exception as error:
+        reply.send(f"{type(error).__name__}: {error}")
+    else:
+        reply.send((rate, peak_rss_bytes()))
+
+
 def _redirect_output(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -41,6 +41,7 @@ from hydra_plugins.lora_harness._composing import compose_run
 from hydra_plugins.lora_harness._packs import in_order, pack_key, pack_size
 from hydra_plugins.lora_harness._screen import RunningRun, Screen, open_screen
 from hydra_plugins.lora_harness._worker import Outcome, outcome_of
+from hydra_plugins.lora_harness._workers import Tried, check_workers, choose_workers, measure_together
 
 logger = logging.getLogger("harness")
 
@@ -58,7 +59,7 @@ class QueueLauncherConf:
 
     _target_: str = "hydra_plugins.lora_harness.launcher.QueueLauncher"
     runs_per_device: int = 1
-    workers: int | None = None
+    workers: Any = None
     pack: Any = 1
 
 
@@ -98,12 +99,13 @@ class QueueLauncher(Launcher):
 
     Args:
         runs_per_device: runs at a time on one GPU.
-        workers: runs at a time where there is no GPU; each gets an equal share of the cores. Null: one.
+        workers: runs at a time where there is no GPU; each gets an equal share of the cores. Null: one; "auto" for as
+            many as make it faster.
         pack: runs that are trained together wherever one runs at a time, if they can be; "auto" for as many as make it
             faster.
     """
 
-    def __init__(self, runs_per_device: int, workers: int | None, pack: int | str) -> None:
+    def __init__(self, runs_per_device: int, workers: int | str | None, pack: int | str) -> None:
         self._runs_per_device = runs_per_device
         self._workers = workers
         self._pack = pack
@@ -124,10 +126,13 @@ class QueueLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Runs every config; returns one JobReturn each, whose value is the status or why there is none."""
         assert self.config is not None and self.hydra_context is not None
-        size = pack_size(self._pack)
+        size, num_workers = pack_size(self._pack), check_workers(self._workers)
         runs = [compose_run(self.hydra_context, self.config, overrides) for overrides in job_overrides]
         configs = [run.config for run in runs]
-        slots = find_slots(configs, runs_per_device=self._runs_per_device, workers=self._workers)
+        gpus = find_gpus(configs)
+        if num_workers is None and not gpus:
+            num_workers = self._workers = self._choose_workers(runs)  # which the next round of a search keeps
+        slots = find_slots(configs, gpus, runs_per_device=self._runs_per_device, num_workers=num_workers or 1)
         if size != 1:
             reasons = Counter(why_alone(config) for config in configs)
             for reason, count in reasons.items():
@@ -138,24 +143,44 @@ class QueueLauncher(Launcher):
             outcomes = queue.run(screen)
         return [job_return(overrides, outcomes[run.run_id]) for overrides, run in zip(job_overrides, runs, strict=True)]
 
+    def _choose_workers(self, runs: Sequence[PlannedRun]) -> int:
+        # Imported late: a sweep whose configs are wrong says so without waiting for torch.
+        import torch
 
-def find_slots(configs: Sequence[RunConfig], *, runs_per_device: int, workers: int | None) -> list[Slot]:
-    """One slot per run at a time: GPUs times `runs_per_device`, or `workers` shares of the cores.
+        from harness.measure.device import free_bytes
 
-    Raises `ConfigError` when the runs want more threads than there are cores.
-    """
+        def measure(config: RunConfig, num_workers: int) -> Tried:
+            num_threads = config.num_threads or _threads_of(num_workers)
+            return measure_together(self._processes, config, num_workers, num_threads=num_threads)
+
+        available = free_bytes(torch.device("cpu"))
+        return choose_workers(runs, num_cores=available_cores(), measure=measure, available=available)
+
+
+def find_gpus(configs: Sequence[RunConfig]) -> list[str]:
+    """The GPUs that are here, by the name that makes one visible to a process; none where the runs do not want them."""
     import torch
 
     wants_gpu = {config.device for config in configs} <= {Device.auto, Device.cuda}
     num_gpus = torch.cuda.device_count() if wants_gpu else 0
-    if num_gpus:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = visible.split(",") if visible else [str(index) for index in range(num_gpus)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible and num_gpus else [str(index) for index in range(num_gpus)]
+
+
+def find_slots(
+    configs: Sequence[RunConfig], gpus: Sequence[str], *, runs_per_device: int, num_workers: int
+) -> list[Slot]:
+    """One slot per run at a time: GPUs times `runs_per_device`, or `num_workers` shares of the cores.
+
+    Raises `ConfigError` when the runs want more threads than there are cores, or no place on a GPU.
+    """
+    if gpus:
+        if runs_per_device < 1:
+            raise ConfigError([f"hydra.launcher.runs_per_device={runs_per_device}: a GPU computes one run at least."])
         is_shared = runs_per_device > 1
-        slots = [Slot(f"gpu {name}", {"CUDA_VISIBLE_DEVICES": name}, is_shared=is_shared) for name in names]
+        slots = [Slot(f"gpu {name}", {"CUDA_VISIBLE_DEVICES": name}, is_shared=is_shared) for name in gpus]
         return slots * runs_per_device
     num_cores = available_cores()
-    num_workers = 1 if workers is None else workers
     asked = max((config.num_threads or 1 for config in configs), default=1)
     if not 1 <= num_workers * asked <= max(num_cores, asked):
         raise ConfigError(
@@ -164,8 +189,13 @@ def find_slots(configs: Sequence[RunConfig], *, runs_per_device: int, workers: i
                 f"on {num_cores} cores; allowed is at most {max(1, num_cores // asked)}."
             ]
         )
-    threads = max(1, min(num_cores // num_workers, asked_threads() or num_cores))
-    return [Slot(f"cpu {index}", num_threads=threads) for index in range(num_workers)]
+    return [Slot(f"cpu {index}", num_threads=_threads_of(num_workers)) for index in range(num_workers)]
+
+
+def _threads_of(num_workers: int) -> int:
+    """The threads of each of so many processes."""
+    num_cores = available_cores()
+    return max(1, min(num_cores // num_workers, asked_threads() or num_cores))
 
 
 class Queue:
