@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from analysis import budget, latency
@@ -205,6 +207,18 @@ def _cosine(text: str) -> float:
     return cosine
 
 
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Inside, nothing looks for garbage: thousands of runs are millions of objects, and hardly any becomes garbage."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def _report(options: argparse.Namespace) -> None:
     # Imported late: the status comes without waiting for what draws figures.
     from analysis.report import write_report
@@ -212,7 +226,8 @@ def _report(options: argparse.Namespace) -> None:
 
     if options.adapters:
         _require_weights(options.runs_dir)
-    with opened(options.runs_dir) as runs_dir:
+    # With adapters models come and go, which are large and in cycles.
+    with opened(options.runs_dir) as runs_dir, nullcontext() if options.adapters else _without_collections():
         report_dir = write_report(
             runs_dir,
             options.reports_dir,

@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from analysis.forked import in_halves
 from analysis.trials import with_search_costs
 from harness.results.files import CURVE_FILE, RESULT_FILE
 from harness.results.launches import SWEEPS_DIR, Launch, LaunchError, SweepLaunches, launched_sweeps, read_launches
@@ -33,6 +34,8 @@ _NEEDED_SETTINGS: dict[str, type] = {
     "config.seed": int,
 }
 _LARGEST = 1e300
+# From so many runs on reading takes longer than a second process does.
+_MANY = 1000
 # Where a run has these, they are of this type.
 _TYPED_SETTINGS: dict[str, type] = {"config.rank.rank": int, "config.target_layers.name": str}
 # Settings that came after the first results were written, and the value that stood for them until then: without these a
@@ -188,6 +191,11 @@ def load_curves(runs_dir: Path, run_ids: Iterable[str]) -> dict[str, list[dict[s
 
     A line that is not such a row (the last one of a killed run) is left out.
     """
+    parts = in_halves(partial(_read_curves, runs_dir), list(run_ids), least=_MANY)
+    return {run_id: curve for part in parts for run_id, curve in part.items()}
+
+
+def _read_curves(runs_dir: Path, run_ids: Sequence[str]) -> dict[str, list[dict[str, float]]]:
     curves = {}
     for run_id in run_ids:
         try:
@@ -256,6 +264,11 @@ def _listing(problems: Sequence[str]) -> str:
 
 
 def _read_rows(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[str]]:
+    parts = in_halves(_read_some, paths, least=_MANY)
+    return [row for rows, _ in parts for row in rows], [problem for _, problems in parts for problem in problems]
+
+
+def _read_some(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[str]]:
     rows: list[dict[str, Any]] = []
     problems: list[str] = []
     for path in paths:
@@ -457,7 +470,8 @@ def with_dtypes(table: pd.DataFrame, dtypes: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def _frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    names = dict.fromkeys([*_OF_EVERY_RUN, *(name for row in rows for name in row)])
+    # Of thousands of runs most have the same names.
+    names = dict.fromkeys([*_OF_EVERY_RUN, *(name for shape in dict.fromkeys(map(tuple, rows)) for name in shape)])
     columns = [
         *(name for name in names if not name.startswith(("config", "environment")) and name not in METRICS),
         *_leaves([name for name in names if name.startswith("config")]),

@@ -7,14 +7,12 @@ The same runs give the same bytes.
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import zip_longest
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +24,7 @@ from rich.text import Text
 from analysis import figures, select, tables
 from analysis.code_spans import as_code
 from analysis.comparisons import MARGIN
+from analysis.forked import context_of_forks
 from analysis.load import LoadError, Runs, load_curves, load_runs
 from analysis.metrics import table_style
 from analysis.page import PageTable, page
@@ -279,9 +278,9 @@ def _begin_figures(drawn: Sequence[figures.Figure], directory: Path, *, num_runs
 
     Of many runs a second process draws from here on, where the system can fork one, beside whatever this one does.
     """
-    if num_runs < _MANY_RUNS or sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2:
+    context = context_of_forks() if num_runs >= _MANY_RUNS else None
+    if context is None:
         return partial(figures.write_figures, drawn, directory)
-    context = get_context("fork")
     # Each process takes the next figure: some take a hundred times as long as others.
     taken, written = context.Value("i", 0), context.Array("b", len(drawn))
 

@@ -57,6 +57,7 @@ ROOMS = (
     "analysis.names",
     "analysis.metrics",
     "analysis.trials",
+    "analysis.forked",
     "analysis.load",
     "analysis",
     "analysis.archive",
