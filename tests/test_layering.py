@@ -38,7 +38,7 @@ ROOMS = (
     "harness.plan",
     "harness.chain",
     "harness.prepare",
-    "harness.rate",
+    "harness.throughput",
     "harness.base_scores",
     "harness.score",
     "harness.save",

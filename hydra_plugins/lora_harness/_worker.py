@@ -239,7 +239,7 @@ def find_busy(variables: dict[str, str], reply: Connection) -> None:
         reply.send("")
 
 
-def rate_steps(values: dict[str, Any], *, meet: Callable[[], object], seconds: float, reply: Connection) -> None:
+def time_steps(values: dict[str, Any], *, meet: Callable[[], object], seconds: float, reply: Connection) -> None:
     """Sends how many tokens a second a run's steps take in, and the peak RSS of this process, or why that is not known.
 
     Args:
@@ -251,7 +251,7 @@ def rate_steps(values: dict[str, Any], *, meet: Callable[[], object], seconds: f
     from harness.config.composing import from_dict
     from harness.extensions import load_extensions
     from harness.measure.device import peak_rss_bytes
-    from harness.rate import tokens_per_second
+    from harness.throughput import tokens_per_second
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _redirect_output(Path(os.devnull))

@@ -127,7 +127,7 @@ def measure_together(processes: Any, config: RunConfig, num_workers: int, *, num
         for _ in range(num_workers):
             receiver, sender = processes.Pipe(duplex=False)
             settings = {"values": values, "meet": meet, "seconds": _SECONDS, "reply": sender}
-            started[receiver] = processes.Process(target=worker.rate_steps, kwargs=settings, daemon=True)
+            started[receiver] = processes.Process(target=worker.time_steps, kwargs=settings, daemon=True)
             started[receiver].start()
             sender.close()
         todo = set(started)
