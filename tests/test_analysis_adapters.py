@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,14 @@ from harness.config.overrides import as_override_value
 from harness.config.schema import ModelConfig, TinyModel
 from harness.content.identity import identify
 from harness.deltas import find_each, read_deltas
+from harness.evaluate import evaluate_changed
 from harness.models.loading import load_model
 from harness.models.saving import save_model
 from harness.models.tokenizers import load_tokenizer
 from harness.plan import plan
 from harness.results.schema import Status
 from harness.run import run
+from harness.saved import find_saved
 from hydra_plugins.lora_harness._grids import expand
 
 SEEDS = (0, 1)
@@ -268,6 +271,17 @@ def test_intruders_lose_a_part_of_their_singular_value_and_others_as_a_control(r
     intruder_figure(scored, cells).draw()
     # A run without intruders is scored once.
     assert set(score_without_intruders(cells, seeds, runs_dir, problems, epsilon=1e-6)["kept"]) == {1.0}
+
+
+def test_scoring_takes_all_cores_also_of_a_run_that_had_a_share(
+    runs_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (saved,) = find_saved([load_runs(runs_dir, sweep="small").frame["run_id"].iloc[0]], runs_dir)
+    saved = replace(saved, config=replace(saved.config, num_threads=1))
+    asked: list[int | None] = []
+    monkeypatch.setattr("harness.evaluate.set_threads", lambda config: asked.append(config.num_threads))
+    assert set(evaluate_changed(saved, {"as trained": tuple}, splits=("val",))) == {"as trained"}
+    assert asked == [None]
 
 
 # ---------------------------------------------------------------- suggest
