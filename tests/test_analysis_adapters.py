@@ -163,6 +163,16 @@ def test_tables_and_figures_say_what_was_found(found: Findings) -> None:
     assert lines == {"lora r2 qv", "lora r4 qv", "full"}
 
 
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_an_interval_that_reaches_zero_is_said(found: Findings, spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("analysis.adapters.figures.MIN_SEEDS_OF_INTERVAL", 2)
+    frame = found.amplification
+    apart = frame.assign(factor=1.0 + spread * (frame["seed"] == SEEDS[0]) * 9.0)
+    drawn = {figure.name: figure.draw() for figure in adapter_figures(replace(found, amplification=apart))}
+    said = drawn["adapter_amplification"].get_supxlabel()
+    assert ("an interval that reaches zero ends at the lower edge" in " ".join(said.split())) == bool(spread)
+
+
 def test_the_command_writes_tables_figures_and_frames(
     runs_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -308,6 +308,8 @@ def _draw_amplification(found: Findings, of: Sequence[int], where: str) -> matpl
         f"{_MEANS}; norm of the delta weight over that of W in its first directions; dotted: over that of W in as many "
         "random ones"
     )
+    if any(row["factor"] <= bar for row, bar in zip(rows, _bars(rows, "factor"), strict=True) if bar):
+        footnote += "; an interval that reaches zero ends at the lower edge"
     with our_settings():
         figure, axes = page_of_axes(where, roles, footnote)
         for each, role in zip(axes, roles, strict=True):
