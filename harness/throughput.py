@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import islice
-from statistics import median
+from itertools import cycle, islice
 from typing import cast
 
 from harness.config.schema import RunConfig
@@ -20,12 +19,12 @@ from harness.training.loop import REHEARSED_STEPS
 
 
 def tokens_per_second(config: RunConfig, *, meet: Callable[[], object], seconds: float) -> float:
-    """Rehearses the first steps of a run over and over for so long, and gives the median rate; leaves no trace.
+    """Rehearses the first steps of a run over and over for so long, and gives their rate; leaves no trace.
 
     Args:
         config: of the run.
         meet: called when the steps are about to be timed; may wait until others are.
-        seconds: how long to time them; each is made once at least.
+        seconds: how long to time them; one is made at least, and another one before.
 
     Raises:
         As `harness.run.run` does for what is wrong before training.
@@ -50,11 +49,13 @@ def tokens_per_second(config: RunConfig, *, meet: Callable[[], object], seconds:
         micro_batch_size=config.trainer.micro_batch_size,
         seed=config.seed,
     )
-    steps = list(islice(batches.epoch(0), REHEARSED_STEPS))
-    learner.time_rehearsal(steps[:1])  # warms up
+    steps = cycle(islice(batches.epoch(0), REHEARSED_STEPS))
+    learner.time_rehearsal([next(steps)])  # warms up
     meet()
+    num_tokens = taken = 0.0
     end = time.monotonic() + seconds
-    rates = [learner.time_rehearsal(steps)["train_tokens_per_second"]]
-    while time.monotonic() < end:
-        rates.append(learner.time_rehearsal(steps)["train_tokens_per_second"])
-    return median(rates)
+    while taken == 0 or time.monotonic() < end:
+        found = learner.time_rehearsal([next(steps)])
+        taken += found["step_seconds_median"]
+        num_tokens += found["step_seconds_median"] * found["train_tokens_per_second"]
+    return num_tokens / taken
