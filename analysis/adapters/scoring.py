@@ -30,7 +30,6 @@ from harness.deltas import DeltaWeight, by_untrained_base, find_each, read_delta
 from harness.evaluate import Changed, evaluate_changed
 from harness.placement.select import Target
 
-SPLITS = ("val", "test")
 # What is left of an intruder's singular value.
 KEPT = (0.7, 0.3, 0.0)
 EPSILON, FIRST = 0.5, 10
@@ -64,7 +63,7 @@ def score_truncations(
         return {(None,): tuple, **{(rank,): partial(_truncated, whole, rank) for rank in ranks}}, {}
 
     chosen = {number: cell for number, cell in enumerate(cells) if is_full(cell)}
-    rows = list(_scored(chosen, seeds, runs_dir, problems, ("rank",), changes_of, progress))
+    rows = list(_scored(chosen, seeds, runs_dir, problems, ("rank",), ("val", "test"), changes_of, progress))
     if not rows:
         raise LoadError(f"no run of full fine-tuning has weights to truncate.{_lines(problems)}")
     return pd.DataFrame(rows, dtype=object)
@@ -86,7 +85,7 @@ def score_without_intruders(
     epsilon: float = EPSILON,
     progress: Callable[[str], None] = lambda text: None,
 ) -> pd.DataFrame:
-    """A row for each run, part that is left, and split: `kept`, `is_control`, `num_intruders` of all matrices, scores.
+    """A row for each run and part that is left: `kept`, `is_control`, `num_intruders` of all matrices, scores on test.
 
     A run without intruders has the rows of `kept` 1 alone. Otherwise as `score_truncations`.
     """
@@ -101,7 +100,7 @@ def score_without_intruders(
         return {(1.0, False): tuple, **changes}, {"num_intruders": num, "epsilon": epsilon}
 
     chosen = dict(enumerate(cells))
-    rows = list(_scored(chosen, seeds, runs_dir, problems, ("kept", "is_control"), changes_of, progress))
+    rows = list(_scored(chosen, seeds, runs_dir, problems, ("kept", "is_control"), ("test",), changes_of, progress))
     if not rows:
         raise LoadError(f"no run has weights to look for intruders in.{_lines(problems)}")
     return pd.DataFrame(rows, dtype=object)
@@ -125,6 +124,7 @@ def _scored(
     runs_dir: Path,
     problems: list[str],
     names: Sequence[str],
+    splits: Sequence[str],
     changes_of: _Changes,
     progress: Callable[[str], None],
 ) -> Iterator[dict[str, Any]]:
@@ -138,7 +138,7 @@ def _scored(
                 continue
             changes, also = changes_of(deltas)
             try:
-                found = evaluate_changed(saved, changes, splits=SPLITS)
+                found = evaluate_changed(saved, changes, splits=splits)
             except (ConfigError, DataError, ModelError) as error:
                 problems.append(f"{saved.run_id}: {error}")
                 continue
