@@ -165,6 +165,7 @@ def write_adapter_report(
     """
     from analysis.adapters import scored_tables, scoring
     from analysis.adapters.gradients import find_gradients, gradient_figure, gradient_tables
+    from analysis.adapters.kept_scores import KeptScores
     from analysis.adapters.summaries import named_frames
 
     name = _report_name(sweep)
@@ -173,13 +174,15 @@ def write_adapter_report(
     summary = [*_summary(runs, "best"), f"Weights were read of {found.spectra['run_id'].nunique()} runs."]
     seeds, problems = _seeds(runs.frame), list[str]()
     frames = named_frames(found)
+    report_dir = reports_dir / name / "adapters"
+    kept = KeptScores(report_dir / "scores.jsonl")
     if truncation:
-        scores = scoring.score_truncations(found.cells, seeds, runs_dir, problems, progress=progress)
+        scores = scoring.score_truncations(found.cells, seeds, runs_dir, problems, progress=progress, kept=kept)
         paper_tables.append(scored_tables.truncation_table(scores, found.cells, problems))
         drawn.append(scored_tables.truncation_figure(scores, found.cells))
     if intruders:
         scores = scoring.score_without_intruders(
-            found.cells, seeds, runs_dir, problems, epsilon=epsilon, progress=progress
+            found.cells, seeds, runs_dir, problems, epsilon=epsilon, progress=progress, kept=kept
         )
         paper_tables.append(scored_tables.intruder_table(scores, found.cells, problems))
         drawn.append(scored_tables.intruder_figure(scores, found.cells))
@@ -189,7 +192,6 @@ def write_adapter_report(
         paper_tables += gradient_tables(before)
         drawn.append(gradient_figure(before))
         frames["gradients"] = before.frame
-    report_dir = reports_dir / name / "adapters"
     _write_tables(report_dir / "tables", paper_tables, f"{name}-adapters", summary, small_spread=False)
     _remove_others(report_dir / "figures", figures.write_figures(drawn, report_dir / "figures"))
     for key, frame in frames.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import logging
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,8 +21,9 @@ from torch import Tensor
 from harness.config.composing import to_dict
 from harness.config.schema import RunConfig, Task
 from harness.config.validation import ConfigError
-from harness.content.digests import find_content
+from harness.content.digests import file_digest, find_content
 from harness.deltas import set_weight
+from harness.measure.environment import environment
 from harness.methods.swapping import merge_in
 from harness.models import configs
 from harness.models.loading import PreTrainedModel
@@ -32,7 +34,8 @@ from harness.processes.stopping import StopRequest
 from harness.results.files import GENERATIONS_DIR, PREDICTIONS_DIR, write_atomically
 from harness.results.methods import METHODS
 from harness.results.metrics import SCORES
-from harness.saved import Base, SavedRun, by_base
+from harness.run import MADE_BY
+from harness.saved import Base, SavedRun, base_key, by_base
 from harness.score import keep_generations
 from harness.tasks.families import TaskData, find_family
 from harness.tasks.generation import generate
@@ -122,6 +125,20 @@ def evaluate_changed(
         name: _evaluate_one(base, saved, data, splits, None, change=partial(put_in, weights))
         for name, weights in changes.items()
     }
+
+
+def origin_of_scores(saved: SavedRun) -> str | None:
+    """All that scores of a run's weights follow from, as text: weights, base, data, code and versions.
+
+    None where the code has been edited since its commit, and nothing says what it is.
+    """
+    facts = environment("cpu")
+    if facts.get("git_dirty"):
+        return None
+    files = sorted(path for path in saved.weights_dir.rglob("*") if path.is_file())
+    weights = {str(path.relative_to(saved.weights_dir)): file_digest(path) for path in files}
+    made_by = {name: facts.get(name) for name in MADE_BY}
+    return json.dumps([saved.run_id, weights, base_key(saved), saved.content, made_by], sort_keys=True)
 
 
 def require_own_content(runs: Sequence[SavedRun]) -> None:

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from omegaconf import OmegaConf
+from pandas.testing import assert_frame_equal
 from safetensors.torch import load_file, save_file
 from test_run import config, rows  # noqa: F401
 
@@ -20,6 +21,7 @@ from analysis.__main__ import main
 from analysis.adapters import measures
 from analysis.adapters.figures import adapter_figures
 from analysis.adapters.findings import Findings, find_in_weights
+from analysis.adapters.kept_scores import KeptScores
 from analysis.adapters.proposals import Role, count, propose
 from analysis.adapters.scored_tables import intruder_figure, intruder_table, truncation_figure, truncation_table
 from analysis.adapters.scoring import KEPT, score_truncations, score_without_intruders
@@ -40,7 +42,7 @@ from harness.models.tokenizers import load_tokenizer
 from harness.plan import plan
 from harness.results.schema import Status
 from harness.run import run
-from harness.saved import find_saved
+from harness.saved import SavedRun, find_saved
 from hydra_plugins.lora_harness._grids import expand
 
 SEEDS = (0, 1)
@@ -281,6 +283,52 @@ def test_intruders_lose_a_part_of_their_singular_value_and_others_as_a_control(r
     intruder_figure(scored, cells).draw()
     # A run without intruders is scored once.
     assert set(score_without_intruders(cells, seeds, runs_dir, problems, epsilon=1e-6)["kept"]) == {1.0}
+
+
+def test_what_was_scored_is_kept_and_not_scored_again(
+    runs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the first run, and asked again: the rest, and the same rows; edited code scores everything anew."""
+    frame = load_runs(runs_dir, sweep="small").frame
+    cells = select.records(select.best_cells(select.cells(frame)))
+    seeds = dict(zip(frame["run_id"], frame["config.seed"], strict=True))
+    facts: dict[str, Any] = {"git_commit": "a" * 40, "git_dirty": False, "versions": {}, "device_name": "a CPU"}
+    monkeypatch.setattr("harness.evaluate.environment", lambda device: facts)
+    scored_here: list[str] = []
+
+    def evaluate(saved: SavedRun, *arguments: Any, **options: Any) -> Any:
+        if len(scored_here) == 1 and not (tmp_path / "again").exists():
+            raise KeyboardInterrupt
+        scored_here.append(saved.run_id)
+        return evaluate_changed(saved, *arguments, **options)
+
+    monkeypatch.setattr("analysis.adapters.scoring.evaluate_changed", evaluate)
+
+    def scores(path: Path | None, said: list[str], **options: Any) -> pd.DataFrame:
+        kept = KeptScores(path)
+        return score_truncations(cells, seeds, runs_dir, [], progress=said.append, kept=kept, **options)
+
+    file = tmp_path / "small" / "scores.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        scores(file, [])
+    file.write_text(f'{file.read_text()}{{"key": "half a li')
+    (tmp_path / "again").touch()
+    said: list[str] = []
+    first = scores(file, said)
+    assert said[0] == "1 of 2 runs are scored already" and len(scored_here) == 2 == len(set(scored_here))
+    said.clear()
+    assert_frame_equal(scores(file, said), first)
+    assert said == ["2 of 2 runs are scored already"] and len(scored_here) == 2
+    assert_frame_equal(scores(None, []), first)
+    assert len(scored_here) == 4
+    for change in ({"git_commit": "b" * 40}, {"versions": {"torch": "3"}}, {"git_dirty": True}):
+        monkeypatch.setattr("harness.evaluate.environment", lambda device, change=change: facts | change)
+        before = len(scored_here)
+        assert_frame_equal(scores(file, []), first)
+        assert len(scored_here) == before + 2
+    before = len(scored_here)
+    scores(file, [])  # nothing says which code an edited one is
+    assert len(scored_here) == before + 2
 
 
 def test_scoring_takes_all_cores_also_of_a_run_that_had_a_share(

@@ -10,7 +10,9 @@ to as many random ones of the first dimensions that are none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,21 +23,41 @@ from torch import Tensor
 
 from analysis.adapters import measures
 from analysis.adapters.findings import RANKS_OF_DENSE
+from analysis.adapters.kept_scores import KeptScores
 from analysis.comparisons import Cell
 from analysis.load import LoadError
 from analysis.methods import is_full
 from harness.config.validation import ConfigError
 from harness.content.errors import DataError, ModelError
 from harness.deltas import DeltaWeight, by_untrained_base, find_each, read_deltas
-from harness.evaluate import Changed, evaluate_changed
+from harness.evaluate import Changed, evaluate_changed, origin_of_scores
 from harness.placement.select import Target
+from harness.saved import SavedRun
 
 # What is left of an intruder's singular value.
 KEPT = (0.7, 0.3, 0.0)
 EPSILON, FIRST = 0.5, 10
+NOTHING_KEPT = KeptScores(None)
 
-# For the delta weights of a run the changes that are scored, by the names that tell them apart, and what else to say.
-_Changes = Callable[[Sequence[DeltaWeight]], tuple[Mapping[Hashable, Changed], dict[str, Any]]]
+# For the delta weights of a run the changes that are scored, by what tells them apart, and what else to say.
+_Changes = Callable[[Sequence[DeltaWeight]], tuple[Mapping[tuple[Any, ...], Changed], dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What is asked of runs.
+
+    Attributes:
+        settings: what rows follow from besides a run and the code, to keep them by.
+        names: of what tells the changes apart, as columns.
+        splits: that are scored.
+        changes_of: what is changed of a run.
+    """
+
+    settings: tuple[Any, ...]
+    names: tuple[str, ...]
+    splits: tuple[str, ...]
+    changes_of: _Changes
 
 
 def truncation_ranks(cells: Sequence[Cell]) -> list[int]:
@@ -50,20 +72,23 @@ def score_truncations(
     problems: list[str],
     *,
     progress: Callable[[str], None] = lambda text: None,
+    kept: KeptScores = NOTHING_KEPT,
 ) -> pd.DataFrame:
     """A row for each run of full fine-tuning, rank and split: `condition`, `seed`, `run_id`, `rank`, `split`, scores.
 
     The rank of the whole difference is None. `problems` gets a sentence for each run that cannot be scored, and
-    `progress` one for each that was. Raises `LoadError` where no run of full fine-tuning has weights.
+    `progress` one for each that was. What `kept` has is not scored again, and it gets what is. Raises `LoadError` where
+    no run of full fine-tuning has weights.
     """
     ranks = truncation_ranks(cells)
 
-    def changes_of(deltas: Sequence[DeltaWeight]) -> tuple[Mapping[Hashable, Changed], dict[str, Any]]:
+    def changes_of(deltas: Sequence[DeltaWeight]) -> tuple[Mapping[tuple[Any, ...], Changed], dict[str, Any]]:
         whole = [(delta, measures.decompose(delta.matrix())) for delta in deltas]
         return {(None,): tuple, **{(rank,): partial(_truncated, whole, rank) for rank in ranks}}, {}
 
     chosen = {number: cell for number, cell in enumerate(cells) if is_full(cell)}
-    rows = list(_scored(chosen, seeds, runs_dir, problems, ("rank",), ("val", "test"), changes_of, progress))
+    question = _Question(("truncation", ranks), ("rank",), ("val", "test"), changes_of)
+    rows = list(_scored(question, chosen, seeds, runs_dir, problems, progress, kept))
     if not rows:
         raise LoadError(f"no run of full fine-tuning has weights to truncate.{_lines(problems)}")
     return pd.DataFrame(rows, dtype=object)
@@ -84,23 +109,24 @@ def score_without_intruders(
     *,
     epsilon: float = EPSILON,
     progress: Callable[[str], None] = lambda text: None,
+    kept: KeptScores = NOTHING_KEPT,
 ) -> pd.DataFrame:
     """A row for each run and part that is left: `kept`, `is_control`, `num_intruders` of all matrices, scores on test.
 
     A run without intruders has the rows of `kept` 1 alone. Otherwise as `score_truncations`.
     """
 
-    def changes_of(deltas: Sequence[DeltaWeight]) -> tuple[Mapping[Hashable, Changed], dict[str, Any]]:
+    def changes_of(deltas: Sequence[DeltaWeight]) -> tuple[Mapping[tuple[Any, ...], Changed], dict[str, Any]]:
         plans = [
             (delta, *measures.find_intruders(delta.base, delta.matrix(), epsilon=epsilon, k=FIRST)) for delta in deltas
         ]
         num = sum(len(found) for _, _, found in plans)
-        several = [(kept, control) for kept in KEPT for control in (False, True)] if num else []
-        changes: dict[Hashable, Changed] = {each: partial(_scaled, plans, *each) for each in several}
+        several = [(part, control) for part in KEPT for control in (False, True)] if num else []
+        changes: dict[tuple[Any, ...], Changed] = {each: partial(_scaled, plans, *each) for each in several}
         return {(1.0, False): tuple, **changes}, {"num_intruders": num, "epsilon": epsilon}
 
-    chosen = dict(enumerate(cells))
-    rows = list(_scored(chosen, seeds, runs_dir, problems, ("kept", "is_control"), ("test",), changes_of, progress))
+    question = _Question(("intruders", epsilon, FIRST, KEPT), ("kept", "is_control"), ("test",), changes_of)
+    rows = list(_scored(question, dict(enumerate(cells)), seeds, runs_dir, problems, progress, kept))
     if not rows:
         raise LoadError(f"no run has weights to look for intruders in.{_lines(problems)}")
     return pd.DataFrame(rows, dtype=object)
@@ -119,36 +145,48 @@ def _scaled(
 
 
 def _scored(
+    question: _Question,
     chosen: Mapping[int, Cell],
     seeds: Mapping[str, int],
     runs_dir: Path,
     problems: list[str],
-    names: Sequence[str],
-    splits: Sequence[str],
-    changes_of: _Changes,
     progress: Callable[[str], None],
+    kept: KeptScores,
 ) -> Iterator[dict[str, Any]]:
+    """Rows of all runs, in their order."""
     conditions = {run_id: number for number, cell in chosen.items() for run_id in cell["run_ids"]}
     runs, others = find_each(list(conditions), runs_dir)
     problems += others
-    num_scored = 0
-    for group in by_untrained_base(runs):
+    keys = {saved.run_id: _key(saved, question) for saved in runs}
+    known = {run_id: kept.find(key) for run_id, key in keys.items()}
+    rows = {run_id: found for run_id, found in known.items() if found is not None}
+    if rows:
+        progress(f"{len(rows)} of {len(runs)} runs are scored already")
+    for group in by_untrained_base([saved for saved in runs if saved.run_id not in rows]):
         for saved, deltas in read_deltas(group, problems):
             if not deltas:
                 continue
-            changes, also = changes_of(deltas)
+            changes, also = question.changes_of(deltas)
             try:
-                found = evaluate_changed(saved, changes, splits=splits)
+                scores = evaluate_changed(saved, changes, splits=question.splits)
             except (ConfigError, DataError, ModelError) as error:
                 problems.append(f"{saved.run_id}: {error}")
                 continue
-            num_scored += 1
-            progress(f"{saved.run_id}: scored {len(found)} times ({num_scored} of {len(runs)} runs)")
-            name = {"condition": conditions[saved.run_id], "seed": seeds[saved.run_id], "run_id": saved.run_id}
-            for key, by_split in found.items():
-                own = dict(zip(names, key, strict=True))  # type: ignore[call-overload]
-                for split, scored in by_split.items():
-                    yield {**name, **also, **own, "split": split, **scored.scores}
+            rows[saved.run_id] = [
+                {**also, **dict(zip(question.names, change, strict=True)), "split": split, **scored.scores}
+                for change, by_split in scores.items()
+                for split, scored in by_split.items()
+            ]
+            kept.keep(keys[saved.run_id], rows[saved.run_id])
+            progress(f"{saved.run_id}: scored {len(scores)} times ({len(rows)} of {len(runs)} runs)")
+    for saved in runs:
+        name = {"condition": conditions[saved.run_id], "seed": seeds[saved.run_id], "run_id": saved.run_id}
+        yield from ({**name, **row} for row in rows.get(saved.run_id, ()))
+
+
+def _key(saved: SavedRun, question: _Question) -> str | None:
+    origin = origin_of_scores(saved)
+    return None if origin is None else json.dumps([question.settings, origin], sort_keys=True)
 
 
 def _lines(problems: Sequence[str]) -> str:
