@@ -43,7 +43,7 @@ def in_halves(work: Callable[[Sequence[_Item]], _Found], items: Sequence[_Item],
         first = work(items[:middle])
         try:
             second: _Found = receiver.recv()
-        except EOFError:  # it died: what it had no memory for may fit here, or its error is raised
+        except (EOFError, OSError):  # it died: what it had no memory for may fit here, or its error is raised
             second = work(items[middle:])
     finally:
         other.kill()

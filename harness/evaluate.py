@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from harness.config.composing import to_dict
@@ -29,7 +30,7 @@ from harness.models import configs
 from harness.models.loading import PreTrainedModel
 from harness.models.tokenizers import check_vocabulary
 from harness.placement.select import Target
-from harness.prepare import build_accelerator, length_problems, set_threads, wanted_generation_metrics
+from harness.prepare import build_accelerator, computes_on_gpu, length_problems, set_threads, wanted_generation_metrics
 from harness.processes.stopping import StopRequest
 from harness.results.files import GENERATIONS_DIR, PREDICTIONS_DIR, write_atomically
 from harness.results.methods import METHODS
@@ -128,17 +129,19 @@ def evaluate_changed(
 
 
 def origin_of_scores(saved: SavedRun) -> str | None:
-    """All that scores of a run's weights follow from, as text: weights, base, data, code and versions.
+    """All that scores of a run's weights follow from, as text: weights, base, data, device, code and versions.
 
-    None where the code has been edited since its commit, and nothing says what it is.
+    None where that is not known: of code that is in no commit, and of a run that recorded no content.
     """
-    facts = environment("cpu")
-    if facts.get("git_dirty"):
+    on_gpu = torch.cuda.is_available() and computes_on_gpu(saved.config.device)
+    facts = environment("cuda" if on_gpu else "cpu")
+    if facts.get("git_dirty") is not False or saved.content is None:
         return None
     files = sorted(path for path in saved.weights_dir.rglob("*") if path.is_file())
     weights = {str(path.relative_to(saved.weights_dir)): file_digest(path) for path in files}
     made_by = {name: facts.get(name) for name in MADE_BY}
-    return json.dumps([saved.run_id, weights, base_key(saved), saved.content, made_by], sort_keys=True)
+    base = base_key(saved, untrained=True)
+    return json.dumps([saved.run_id, weights, base, saved.content, made_by], sort_keys=True)
 
 
 def require_own_content(runs: Sequence[SavedRun]) -> None:

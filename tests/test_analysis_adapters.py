@@ -35,7 +35,7 @@ from harness.config.overrides import as_override_value
 from harness.config.schema import ModelConfig, TinyModel
 from harness.content.identity import identify
 from harness.deltas import find_each, read_deltas
-from harness.evaluate import evaluate_changed
+from harness.evaluate import evaluate_changed, origin_of_scores
 from harness.models.loading import load_model
 from harness.models.saving import save_model
 from harness.models.tokenizers import load_tokenizer
@@ -292,8 +292,7 @@ def test_what_was_scored_is_kept_and_not_scored_again(
     frame = load_runs(runs_dir, sweep="small").frame
     cells = select.records(select.best_cells(select.cells(frame)))
     seeds = dict(zip(frame["run_id"], frame["config.seed"], strict=True))
-    facts: dict[str, Any] = {"git_commit": "a" * 40, "git_dirty": False, "versions": {}, "device_name": "a CPU"}
-    monkeypatch.setattr("harness.evaluate.environment", lambda device: facts)
+    monkeypatch.setattr("harness.evaluate.environment", lambda device: CHECKOUT)
     scored_here: list[str] = []
 
     def evaluate(saved: SavedRun, *arguments: Any, **options: Any) -> Any:
@@ -322,13 +321,93 @@ def test_what_was_scored_is_kept_and_not_scored_again(
     assert_frame_equal(scores(None, []), first)
     assert len(scored_here) == 4
     for change in ({"git_commit": "b" * 40}, {"versions": {"torch": "3"}}, {"git_dirty": True}):
-        monkeypatch.setattr("harness.evaluate.environment", lambda device, change=change: facts | change)
+        monkeypatch.setattr("harness.evaluate.environment", lambda device, change=change: CHECKOUT | change)
         before = len(scored_here)
         assert_frame_equal(scores(file, []), first)
         assert len(scored_here) == before + 2
     before = len(scored_here)
     scores(file, [])  # nothing says which code an edited one is
     assert len(scored_here) == before + 2
+
+
+CHECKOUT = {"git_commit": "a" * 40, "git_dirty": False, "versions": {"torch": "2"}, "device_name": "a CPU"}
+
+
+def test_scores_follow_from_weights_base_data_and_code(
+    runs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(runs_dir, tmp_path / "runs")
+    frame = load_runs(runs_dir, sweep="small").frame
+    (saved,) = find_saved([frame[frame["config.method.name"] == "full"]["run_id"].iloc[0]], tmp_path / "runs")
+    facts: dict[str, Any] = dict(CHECKOUT)
+    monkeypatch.setattr("harness.evaluate.environment", lambda device: facts)
+
+    def of(**recorded: Any) -> str | None:
+        return origin_of_scores(
+            replace(saved, result=replace(saved.result, environment=saved.result.environment | recorded))
+        )
+
+    origins = [of(), of(content={"dataset.train": "other"})]
+    for name, value in (("git_commit", "b" * 40), ("versions", {"torch": "3"}), ("device_name", "a GPU")):
+        facts[name] = value
+        origins.append(of())
+        facts[name] = CHECKOUT[name]
+    base = saved.config.model.path
+    assert base is not None
+    shutil.copytree(base, tmp_path / "base")
+    other_base = replace(saved.config, model=replace(saved.config.model, path=str(tmp_path / "base")))
+    saved = replace(saved, config=other_base)
+    assert of() == origins[0]  # the same content in another folder
+    for changed in (tmp_path / "base" / "model.safetensors", next(saved.weights_dir.glob("*.safetensors"))):
+        tensors = load_file(changed)
+        name = max(tensors, key=lambda each: tensors[each].numel())
+        save_file({**tensors, name: tensors[name] + 1.0}, changed, metadata={"format": "pt"})
+        origins.append(of())
+    assert None not in origins and len(set(origins)) == len(origins) == 7
+    assert of(content=None) is None
+    for state in (True, None):  # edited since its commit; no checkout, or git did not answer
+        facts["git_dirty"] = state
+        assert of() is None
+
+
+def test_scores_with_another_epsilon_are_other_scores(
+    runs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frame = load_runs(runs_dir, sweep="small").frame
+    cells = [cell for cell in select.records(select.best_cells(select.cells(frame))) if cell["rank"] == 4]
+    seeds = dict(zip(frame["run_id"], frame["config.seed"], strict=True))
+    monkeypatch.setattr("harness.evaluate.environment", lambda device: CHECKOUT)
+    file, said = tmp_path / "scores.jsonl", list[str]()
+    for epsilon in (0.999, 1e-6, 0.999):
+        kept = KeptScores(file)
+        score_without_intruders(cells, seeds, runs_dir, [], epsilon=epsilon, kept=kept, progress=said.append)
+    scored = [line.split(": ")[-1] for line in said]
+    assert scored == [
+        *("scored 7 times (1 of 2 runs)", "scored 7 times (2 of 2 runs)"),
+        *("scored 1 times (1 of 2 runs)", "scored 1 times (2 of 2 runs)"),
+        "2 of 2 runs are scored already",
+    ]
+
+
+def test_a_run_without_intruders_counts_beside_those_that_have_some(
+    runs_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The means of a condition are over the same runs whatever part is left."""
+    frame = load_runs(runs_dir, sweep="small").frame
+    cells = [cell for cell in select.records(select.best_cells(select.cells(frame))) if cell["rank"] == 4]
+    seeds = dict(zip(frame["run_id"], frame["config.seed"], strict=True))
+    find, calls = measures.find_intruders, list[int]()
+
+    def find_some(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        tuned, found = find(*arguments, **options)
+        return tuned, found if len(calls) <= 4 else found[:0]  # the second run, of four matrices, has none
+
+    monkeypatch.setattr(measures, "find_intruders", find_some)
+    scored = score_without_intruders(cells, seeds, runs_dir, [], epsilon=0.999)
+    assert set(scored.groupby("run_id").size()) == {7}
+    without = scored[scored["num_intruders"] == 0]
+    assert without["nll"].nunique() == 1 and len(without) == 7
 
 
 def test_scoring_takes_all_cores_also_of_a_run_that_had_a_share(

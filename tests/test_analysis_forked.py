@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,15 @@ def test_the_half_of_a_process_that_dies_is_done_here() -> None:
         return _squares(items)
 
     assert in_halves(squares, range(4), least=2) == [([0, 1], parent), ([4, 9], parent)]
+
+
+def test_a_process_that_dies_while_it_sends_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def half_a_message(sender: Connection, answer: object) -> None:
+        os.write(sender.fileno(), (1000).to_bytes(4, "big") + b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(Connection, "send", half_a_message)
+    assert in_halves(_squares, range(4), least=2) == [([0, 1], os.getpid()), ([4, 9], os.getpid())]
 
 
 @pytest.mark.parametrize("bad", [0, 3])

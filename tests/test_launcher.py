@@ -626,15 +626,15 @@ def test_as_many_workers_as_make_a_sweep_faster(
     words = [*base, "target_layers=qv", "hydra.launcher.workers=auto"]
     code, output = sweep_here(tmp_path, *words, "rank=r1,r2")
     assert code == 0, output
-    (number, tried) = re.findall(r"workers=auto: (\d) \(tokens a second: (.*)\)", output)[0]
+    ((number, tried),) = re.findall(r"workers=auto: (\d) for 2 runs \(tokens a second: (.*)\)", output)
     assert re.fullmatch(r"1 of 2 threads [\d,]+, 2 of 1 thread [\d,]+", tried), tried
     found = results(tmp_path)
     assert {result.environment["num_threads"] for result in found.values()} == {2 // int(number)}
     # Nothing but the two runs is there: the steps that were timed left no trace.
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "sweeps") == sorted(found)
-    code, output = sweep_here(tmp_path, *words, "rank=r1,r2,r4")
+    code, output = sweep_here(tmp_path, *words, "rank=r1,r2,r4,r8")
     assert code == 0, output
-    assert f"workers=auto: {number}, as runs of this sweep have been computed" in output
+    assert f"workers=auto: {number}, because runs of this sweep had" in output
     assert {result.environment["num_threads"] for result in results(tmp_path).values()} == {2 // int(number)}
 
 
@@ -646,15 +646,25 @@ def test_a_run_that_cannot_begin_leaves_one_worker_and_says_so_itself(
     words = [*base, f"dataset.train_file={tmp_path}/one.csv", "target_layers=qv", "rank=r1,r2"]
     code, output = sweep_here(tmp_path / "runs", *words, "hydra.launcher.workers=auto")
     assert code == 1, output
-    assert re.search(r"workers=auto: 1 \(tokens a second: -; 1 could not be tried: DataError: .*\)", output), output
+    assert re.search(
+        r"workers=auto: 1 for 2 runs \(tokens a second: -; 1 could not be tried: DataError: .*\)", output
+    ), output
     assert "2 failed" in output
 
 
 def test_workers_are_a_number_or_auto(base: list[str], sweep_here: SweepHere, tmp_path: Path) -> None:
     code, output = sweep_here(tmp_path, *base, "rank=r1,r2", "target_layers=qv", "hydra.launcher.workers=many")
     assert code == 2
-    assert "hydra.launcher.workers=many: give the number of runs at a time, or auto" in output
+    assert "hydra.launcher.workers=many: give the number of runs at a time, 1 or more, or auto" in output
     assert not results(tmp_path)
+
+
+def test_packs_share_the_cores(base: list[str], sweep_here: SweepHere, tmp_path: Path) -> None:
+    words = ["rank=r1,r2", "target_layers=qv", "hydra.launcher.workers=auto", "hydra.launcher.pack=2"]
+    code, output = sweep_here(tmp_path, *base, *words)
+    assert code == 0, output
+    assert "workers=auto: 1, because runs that train together (pack=2) share the cores" in output
+    assert {result.environment["packed"] for result in results(tmp_path).values()} == {2}
 
 
 def test_a_pack_has_at_least_one_run(base: list[str], sweep_here: SweepHere, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def intruder_table(frame: pd.DataFrame, cells: Sequence[Cell], problems: Sequenc
             f"Intruders: of the first {FIRST} dimensions of each matrix those whose cosine with every left singular "
             f"vector of the base weight is below {epsilon:g}; their number in all matrices of a run. Of their singular "
             "values the part that is named is left (arXiv 2410.21228). others: the same done to as many random ones of "
-            f"the first {FIRST} dimensions that are no intruders.",
+            f"the first {FIRST} dimensions that are no intruders. A run without intruders counts as trained.",
             *problems,
         ],
         numbers=lines,
@@ -288,11 +288,13 @@ def _families(cells: Sequence[Cell], full: Cell) -> dict[str, list[Cell]]:
 def _points(
     axes: Axes, points: Sequence[tuple[float, float, float]], name: str, label: str, look: dict[str, Any]
 ) -> None:
-    halves = [_displayed(name, half) for _, _, half in points]
+    # As in other figures, no interval ends above the largest value that there is.
+    above = [min(half, max(0.0, metric(name).largest - value)) for _, value, half in points]
+    reaches = [[_displayed(name, half) for _, _, half in points], [_displayed(name, half) for half in above]]
     axes.errorbar(
         [x for x, _, _ in points],
         [_displayed(name, value) for _, value, _ in points],
-        yerr=halves if any(halves) else None,
+        yerr=reaches if any(reaches[0]) else None,
         elinewidth=0.7,
         capsize=1.5,
         label=label,

@@ -38,6 +38,7 @@ from harness.saved import SavedRun
 KEPT = (0.7, 0.3, 0.0)
 EPSILON, FIRST = 0.5, 10
 NOTHING_KEPT = KeptScores(None)
+_PARTS = [(part, control) for part in KEPT for control in (False, True)]
 
 # For the delta weights of a run the changes that are scored, by what tells them apart, and what else to say.
 _Changes = Callable[[Sequence[DeltaWeight]], tuple[Mapping[tuple[Any, ...], Changed], dict[str, Any]]]
@@ -113,7 +114,8 @@ def score_without_intruders(
 ) -> pd.DataFrame:
     """A row for each run and part that is left: `kept`, `is_control`, `num_intruders` of all matrices, scores on test.
 
-    A run without intruders has the rows of `kept` 1 alone. Otherwise as `score_truncations`.
+    A run without intruders has the same scores for every part, where another one of its condition has some; else, the
+    row of `kept` 1 alone. Otherwise as `score_truncations`.
     """
 
     def changes_of(deltas: Sequence[DeltaWeight]) -> tuple[Mapping[tuple[Any, ...], Changed], dict[str, Any]]:
@@ -121,7 +123,7 @@ def score_without_intruders(
             (delta, *measures.find_intruders(delta.base, delta.matrix(), epsilon=epsilon, k=FIRST)) for delta in deltas
         ]
         num = sum(len(found) for _, _, found in plans)
-        several = [(part, control) for part in KEPT for control in (False, True)] if num else []
+        several = _PARTS if num else []
         changes: dict[tuple[Any, ...], Changed] = {each: partial(_scaled, plans, *each) for each in several}
         return {(1.0, False): tuple, **changes}, {"num_intruders": num, "epsilon": epsilon}
 
@@ -129,6 +131,9 @@ def score_without_intruders(
     rows = list(_scored(question, dict(enumerate(cells)), seeds, runs_dir, problems, progress, kept))
     if not rows:
         raise LoadError(f"no run has weights to look for intruders in.{_lines(problems)}")
+    have_some = {row["condition"] for row in rows if row["num_intruders"]}
+    unchanged = [row for row in rows if row["condition"] in have_some and not row["num_intruders"]]
+    rows += [{**row, "kept": part, "is_control": control} for row in unchanged for part, control in _PARTS]
     return pd.DataFrame(rows, dtype=object)
 
 

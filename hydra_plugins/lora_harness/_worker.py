@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 NOT_FINISHED = "not finished"
 CLAIMED = "claimed"
 
+# What a process says that is about to time steps.
+READY = "ready"
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -239,29 +242,37 @@ def find_busy(variables: dict[str, str], reply: Connection) -> None:
         reply.send("")
 
 
-def time_steps(values: dict[str, Any], *, meet: Callable[[], object], seconds: float, reply: Connection) -> None:
+def time_steps(values: dict[str, Any], *, seconds: float, talk: Connection) -> None:
     """Sends how many tokens a second a run's steps take in, and the peak RSS of this process, or why that is not known.
+
+    Before its steps are timed it sends `READY` and waits for an answer, so that several processes begin at once; where
+    the launcher is gone there is none, and it ends.
 
     Args:
         values: the config of the run, as `to_dict` gives it.
-        meet: returns when the steps of all processes that are timed together may begin.
-        seconds: how long they are timed.
-        reply: takes the answer.
+        seconds: how long the steps are timed.
+        talk: with the launcher.
     """
     from harness.config.composing import from_dict
     from harness.extensions import load_extensions
     from harness.measure.device import peak_rss_bytes
     from harness.throughput import tokens_per_second
 
+    def meet() -> None:
+        talk.send(READY)
+        talk.recv()
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _redirect_output(Path(os.devnull))
     load_extensions()
     try:
         rate = tokens_per_second(from_dict(values), meet=meet, seconds=seconds)
+    except EOFError:
+        return
     except Exception as error:
-        reply.send(f"{type(error).__name__}: {error}")
+        talk.send(f"{type(error).__name__}: {error}")
     else:
-        reply.send((rate, peak_rss_bytes()))
+        talk.send((rate, peak_rss_bytes()))
 
 
 def _redirect_output(path: Path) -> None:

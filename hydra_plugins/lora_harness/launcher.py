@@ -41,7 +41,7 @@ from hydra_plugins.lora_harness._composing import compose_run
 from hydra_plugins.lora_harness._packs import in_order, pack_key, pack_size
 from hydra_plugins.lora_harness._screen import RunningRun, Screen, open_screen
 from hydra_plugins.lora_harness._worker import Outcome, outcome_of
-from hydra_plugins.lora_harness._workers import Tried, check_workers, choose_workers, measure_together
+from hydra_plugins.lora_harness._workers import AUTO, Tried, check_workers, choose_workers, measure_together
 
 logger = logging.getLogger("harness")
 
@@ -131,7 +131,7 @@ class QueueLauncher(Launcher):
         configs = [run.config for run in runs]
         gpus = find_gpus(configs)
         if num_workers is None and not gpus:
-            num_workers = self._workers = self._choose_workers(runs)  # which the next round of a search keeps
+            num_workers = self._choose_workers(runs)
         slots = find_slots(configs, gpus, runs_per_device=self._runs_per_device, num_workers=num_workers or 1)
         if size != 1:
             reasons = Counter(why_alone(config) for config in configs)
@@ -143,18 +143,26 @@ class QueueLauncher(Launcher):
             outcomes = queue.run(screen)
         return [job_return(overrides, outcomes[run.run_id]) for overrides, run in zip(job_overrides, runs, strict=True)]
 
-    def _choose_workers(self, runs: Sequence[PlannedRun]) -> int:
+    def _choose_workers(self, runs: Sequence[PlannedRun]) -> int | None:
+        """As many workers as make the runs faster, which the next rounds of a search keep; None where that is open."""
         # Imported late: a sweep whose configs are wrong says so without waiting for torch.
         import torch
 
         from harness.measure.device import free_bytes
+
+        if self._pack != 1:
+            logger.info("workers=%s: 1, because runs that train together (pack=%s) share the cores", AUTO, self._pack)
+            self._workers = 1
+            return 1
 
         def measure(config: RunConfig, num_workers: int) -> Tried:
             num_threads = config.num_threads or _threads_of(num_workers)
             return measure_together(self._processes, config, num_workers, num_threads=num_threads)
 
         available = free_bytes(torch.device("cpu"))
-        return choose_workers(runs, num_cores=available_cores(), measure=measure, available=available)
+        chosen = choose_workers(runs, num_cores=available_cores(), measure=measure, available=available)
+        self._workers = AUTO if chosen is None else chosen
+        return chosen
 
 
 def find_gpus(configs: Sequence[RunConfig]) -> list[str]:
