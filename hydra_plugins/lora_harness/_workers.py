@@ -20,7 +20,6 @@ from harness.config.schema import RunConfig
 from harness.config.validation import ConfigError
 from harness.content.identity import PlannedRun
 from harness.folder import kept_result
-from harness.plan import plan
 from harness.results.files import RESULT_FILE
 from harness.results.launches import LaunchError, read_launches
 from harness.results.metrics import bytes_text
@@ -93,6 +92,9 @@ def choose_workers(
     known = _as_before(runs, num_cores, most, available)
     if known is not None:
         return known
+    # Imported late: a sweep whose configs are wrong says so without waiting for torch.
+    from harness.plan import plan
+
     largest = max(to_do, key=lambda run: plan(run.config).least_bytes)
     logger.info("workers=%s: timing steps of %s in one process and in several", AUTO, largest.run_id)
     tried: list[Tried] = []
