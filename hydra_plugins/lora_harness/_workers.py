@@ -111,11 +111,11 @@ def choose_workers(
             break
         if len(tried) > 1 and tried[-1].tokens_per_second < LEAST_GAIN * tried[-2].tokens_per_second:
             break
-    chosen = 1
-    for one in tried[1:]:
-        best = next(other for other in tried if other.num_workers == chosen)
-        if LEAST_GAIN * one.time_of(len(to_do)) <= best.time_of(len(to_do)):
-            chosen = one.num_workers
+    best: Tried | None = None
+    for one in tried:
+        if best is None or LEAST_GAIN * one.time_of(len(to_do)) <= best.time_of(len(to_do)):
+            best = one
+    chosen = 1 if best is None else best.num_workers
     shown = ", ".join(map(str, tried)) or "-"
     logger.info("workers=%s: %d for %d runs (tokens a second: %s%s)", AUTO, chosen, len(to_do), shown, reason)
     return chosen
