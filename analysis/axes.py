@@ -15,13 +15,14 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from analysis.names import placement_keys
-from analysis.recipes import is_of_method, scientific_settings, setting_values, show_value
+from analysis.recipes import is_of_method, is_shared, scientific_settings, setting_values, show_value
 from harness.results.methods import METHODS
 
 # Titles of columns. In this order a setting is taken for the axis and those after it for what follows from it.
@@ -97,7 +98,9 @@ def own_axes(frame: pd.DataFrame) -> OwnAxes:
     texts = {
         setting: [_comparable(value) for value in setting_values(firsts, f"config.{setting}")]
         for setting in (column.removeprefix("config.") for column in scientific_settings(frame))
-        if is_axis(setting) and not any(setting == name or setting.startswith(f"{name}.") for name in _NO_AXES)
+        if is_axis(setting)
+        and not any(setting == name or setting.startswith(f"{name}.") for name in _NO_AXES)
+        and not is_shared(firsts, f"config.{setting}")
     }
     codes = {setting: _codes(values) for setting, values in texts.items() if len(set(values)) > 1}
     if not codes:
@@ -126,13 +129,18 @@ def own_axes(frame: pd.DataFrame) -> OwnAxes:
 
 def axes_of(columns: Iterable[Hashable]) -> list[Axis]:
     """The own axes among the columns of a table of cells, or the keys of its rows: those with a dot in their names."""
+    return list(_axes_named(tuple(columns)))
+
+
+@lru_cache(maxsize=64)  # thousands of cells have the same columns
+def _axes_named(columns: tuple[Hashable, ...]) -> tuple[Axis, ...]:
     settings = [str(column) for column in columns if is_axis(column)]
     names = [_NAMES.get(setting, setting.rpartition(".")[2].replace("_", " ")) for setting in settings]
     counts = Counter(names)
-    return [
+    return tuple(
         Axis(setting, setting if counts[name] > 1 or name in _TAKEN else name, is_of_method(setting))
         for setting, name in zip(settings, names, strict=True)
-    ]
+    )
 
 
 def is_axis(column: Hashable) -> bool:

@@ -8,6 +8,7 @@ file cannot tell; it is looked at only where no launch is recorded.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -470,7 +471,6 @@ def with_dtypes(table: pd.DataFrame, dtypes: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def _frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    # Of thousands of runs most have the same names.
     names = dict.fromkeys([*_OF_EVERY_RUN, *(name for shape in dict.fromkeys(map(tuple, rows)) for name in shape)])
     columns = [
         *(name for name in names if not name.startswith(("config", "environment")) and name not in METRICS),
@@ -478,14 +478,30 @@ def _frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
         *METRICS,
         *_leaves([name for name in names if name.startswith("environment")]),
     ]
+    found = _columns(rows)
+    absent: list[Any] = [None] * len(rows)
     # Objects keep a rank 8 an 8 beside rows that have none; pandas would make it 8.0.
     values = {
-        column: pd.Series(
-            [row.get(column, CAME_LATER.get(column)) for row in rows], dtype="float64" if column in METRICS else object
-        )
+        column: pd.Series(found.get(column, absent), dtype="float64" if column in METRICS else object)
         for column in columns
     }
     return pd.DataFrame(values, columns=columns)
+
+
+def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """The values of all rows by name, and what stands for a name that a row does not have."""
+    # Of thousands of runs most have the same names, and what is one after the other needs no look at each.
+    shapes: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
+    for number, row in enumerate(rows):
+        shapes[tuple(row)].append(number)
+    columns: dict[str, list[Any]] = {}
+    for shape, numbers in shapes.items():
+        values_of = zip(*(rows[number].values() for number in numbers), strict=True)
+        for name, values in zip(shape, values_of, strict=True):
+            column = columns.setdefault(name, [CAME_LATER.get(name)] * len(rows))
+            for number, value in zip(numbers, values, strict=True):
+                column[number] = value
+    return columns
 
 
 def _leaves(names: Sequence[str]) -> list[str]:

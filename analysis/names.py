@@ -113,15 +113,22 @@ _SOURCE_GROUPS = tuple(f"{name}." for name in sorted(_SOURCES))
 
 def _named(frame: pd.DataFrame, group: str, settings: Sequence[str]) -> tuple[list[str], list[int]]:
     """For each run the label of its model or dataset, and the number of what it stands for."""
-    names = frame[f"config.{group}.name"].tolist()
-    sources = list(zip(*(_settings(frame, f"config.{group}.{setting}") for setting in settings), strict=True))
-    contents = list(_contents(frame, group))
-    fingerprints = _column(frame, FINGERPRINT) if group == "dataset" else [None] * len(frame)
+    runs: list[tuple[Any, ...]] = list(
+        zip(
+            frame[f"config.{group}.name"].tolist(),
+            zip(*(_settings(frame, f"config.{group}.{setting}") for setting in settings), strict=True),
+            _contents(frame, group),
+            _column(frame, FINGERPRINT) if group == "dataset" else [None] * len(frame),
+            frame["cell_id"].tolist(),
+            strict=True,
+        )
+    )
+    # Runs of a cell agree in all of that, and it is enough to look at one of them.
+    distinct = list(dict.fromkeys(runs))
+    names, sources, contents, fingerprints = ([run[part] for run in distinct] for part in range(4))
     tokens = [
         list(_tokens(group, dict(zip(settings, source, strict=True)), content, fingerprint, cell_id))
-        for source, content, fingerprint, cell_id in zip(
-            sources, contents, fingerprints, frame["cell_id"].tolist(), strict=True
-        )
+        for _, source, content, fingerprint, cell_id in distinct
     ]
     numbers = _joined([(name, source) for name, source in zip(names, sources, strict=True)], tokens)
     firsts: dict[int, int] = {}
@@ -142,9 +149,9 @@ def _named(frame: pd.DataFrame, group: str, settings: Sequence[str]) -> tuple[li
         else:
             mark = f"{_hint(source)} {_digest(contents[run] or fingerprints[run] or sources[run])}".strip()
         labels[number] = f"{name} [{mark}]" if mark else name
-    distinct = _made_distinct([labels[number] for number in firsts])
-    labels = dict(zip(firsts, distinct, strict=True))
-    return [labels[number] for number in numbers], numbers
+    labels = dict(zip(firsts, _made_distinct([labels[number] for number in firsts]), strict=True))
+    numbers_of = dict(zip(distinct, numbers, strict=True))
+    return [labels[numbers_of[run]] for run in runs], [numbers_of[run] for run in runs]
 
 
 def _tokens(

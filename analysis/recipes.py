@@ -129,10 +129,23 @@ def _is_without_effect(column: str) -> bool:
 
 def setting_values(frame: pd.DataFrame, setting: str) -> pd.Series[Any]:
     """A setting's values as text; where it names a file, the content of that file in the runs that recorded it."""
-    values = frame[setting].map(show_value)
-    named = _NAMES_A_FILE.fullmatch(setting)
-    content = "" if named is None else f"{CONTENT}{named[1]}.{_CONTENT_OF.get(named[2], named[2])}"
+    values, content = frame[setting].map(show_value), _content_of(setting)
     return values if content not in frame else frame[content].where(frame[content].notna(), values)
+
+
+def is_shared(frame: pd.DataFrame, setting: str) -> bool:
+    """Whether all runs plainly have one value of a setting: a quick look that spares that at each value as text."""
+    values = frame[setting].tolist()
+    kinds = set(map(type, values))
+    # Equal is not enough: 1, 1.0 and True are, and lists of them.
+    is_plain = len(kinds) == 1 and kinds <= {str, int, float, bool, type(None)}
+    return is_plain and values.count(values[0]) == len(values) and _content_of(setting) not in frame
+
+
+def _content_of(setting: str) -> str:
+    """The column with the content of the file that a setting names; "" for another setting."""
+    named = _NAMES_A_FILE.fullmatch(setting)
+    return "" if named is None else f"{CONTENT}{named[1]}.{_CONTENT_OF.get(named[2], named[2])}"
 
 
 _NAMES_A_FILE = re.compile(
@@ -160,6 +173,8 @@ def recipe_differences(
             continue
         name = setting.removeprefix("config.")
         if setting in _COMPARED or name in axes or is_source(setting) or setting.startswith(_PART_OF_A_NAME):
+            continue
+        if is_shared(frame, setting):
             continue
         runs = frame
         if setting.startswith("environment."):

@@ -29,7 +29,6 @@ from harness.results.metrics import COLLAPSED_ABOVE, LANGUAGE_TASKS, METRICS
 from harness.results.schema import Status
 
 FloatArray = np.ndarray[Any, np.dtype[np.float64]]
-IntArray = np.ndarray[Any, np.dtype[np.int64]]
 
 # What lies above is no measurement, and its square no number.
 LARGEST = 1e150
@@ -93,7 +92,8 @@ def cells(frame: pd.DataFrame) -> pd.DataFrame:
     None or NaN.
     """
     frame = with_names(frame.reset_index(drop=True))
-    values = _measured(frame)
+    # As lists here and below: a look into an array or a frame of so many columns takes longer than all that follows.
+    values = {name: column.tolist() for name, column in _measured(frame).items()}
     finished = (frame["status"] == Status.FINISHED.value).to_numpy()
     shares = frame[["val_majority_share", "test_majority_share"]]
     collapsed = (shares > COLLAPSED_ABOVE).any(axis="columns").to_numpy() & finished
@@ -102,7 +102,6 @@ def cells(frame: pd.DataFrame) -> pd.DataFrame:
     differences = recipe_differences(frame, axes=(*axes.settings, *searched), following=axes.following)
     conditions, recipes = conditions_and_recipes(frame, searched=searched)
     statuses, seeds, run_ids = frame["status"].to_numpy(), frame["config.seed"].tolist(), frame["run_id"].tolist()
-    # As lists: a look into a frame of so many columns takes longer than all that follows.
     methods = frame["config.method.name"].tolist()
     on_axes = {
         setting: [value_for(setting, *run) for run in zip(methods, frame[f"config.{setting}"].tolist(), strict=True)]
@@ -115,7 +114,7 @@ def cells(frame: pd.DataFrame) -> pd.DataFrame:
     firsts = records(frame.iloc[[index[0] for index in runs_of_cells.values()]])
     for (cell_id, index), first in zip(runs_of_cells.items(), firsts, strict=True):
         runs = np.asarray(index)
-        used = runs[finished[runs]]
+        used = runs[finished[runs]].tolist()
         rows.append(
             {
                 **_name(first),
@@ -163,10 +162,9 @@ def _measured(frame: pd.DataFrame) -> dict[str, FloatArray]:
     return values
 
 
-def _by_seed(column: FloatArray, runs: IntArray, seeds: Sequence[int]) -> dict[int, float]:
+def _by_seed(column: Sequence[float], runs: Sequence[int], seeds: Sequence[int]) -> dict[int, float]:
     """A metric of those runs that have it, by their seeds."""
-    measured = zip(runs.tolist(), column[runs].tolist(), strict=True)
-    return {seeds[run]: value for run, value in measured if not math.isnan(value)}
+    return {seeds[run]: value for run in runs if not math.isnan(value := column[run])}
 
 
 def _summaries(by_seed: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:
@@ -234,21 +232,20 @@ def _name(run: Cell) -> dict[str, Any]:
 
 def _summary(name: str, values: Sequence[float]) -> dict[str, float | int | None]:
     num = len(values)
-    # Seeds that agree have a deviation of 0 and not of rounding.
-    agree = num > 0 and min(values) == max(values)
     if name in BY_MEDIAN:
-        center = statistics.median(values) if values else None
         return {
-            name: center,
+            name: statistics.median(values) if values else None,
             f"{name}_min": min(values, default=None),
             f"{name}_max": max(values, default=None),
             f"{name}_n": num,
         }
+    # Seeds that agree have a deviation of 0 and not of rounding.
+    agree = num > 0 and min(values) == max(values)
     center = None if not num else values[0] if agree else math.fsum(values) / num
     sd = None
     if num > 1:
         assert center is not None
-        sd = 0.0 if agree else math.sqrt(math.fsum((value - center) ** 2 for value in values) / (num - 1))
+        sd = 0.0 if agree else math.sqrt(math.fsum([(value - center) ** 2 for value in values]) / (num - 1))
     row: dict[str, float | int | None] = {name: center, f"{name}_sd": sd, f"{name}_n": num}
     if is_score(name):
         row[f"{name}_ci"] = None if sd is None else half_interval(sd, num)

@@ -14,10 +14,12 @@ import matplotlib.figure
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.patches import ConnectionStyle, Rectangle
 from test_analysis_load import save_run
 
 from analysis.figures import Figure, paper_figures, write_figures
 from analysis.figures.footnote import Footnote
+from analysis.figures.labels import leader
 from analysis.figures.memory import MOST_BARS
 from analysis.figures.multiples import MAX_LINES
 from analysis.figures.tradeoffs import pareto_front
@@ -240,6 +242,21 @@ def test_the_name_of_a_line_that_ends_early_lies_at_its_end(tmp_path: Path) -> N
     assert max(map(abs, full.get_position())) < 40
 
 
+@pytest.mark.parametrize("point", [(400.0, 300.0), (230.0, 80.0), (190.0, 260.0), (20.0, 110.0), (200.0, 130.0)])
+def test_a_leader_goes_where_the_style_of_the_library_has_it(point: tuple[float, float]) -> None:
+    box, middle, shrink = Rectangle((150, 90), 100, 20), (200.0, 100.0), {"shrinkA": 3.0, "shrinkB": 6.0}
+    found = leader(middle, point, patchA=box, patchB=None, **shrink).vertices
+    expected = ConnectionStyle("arc3")(middle, point, patchA=box, patchB=None, **shrink).vertices
+    np.testing.assert_allclose(found, expected[[0, -1]], atol=0.05)
+
+
+@pytest.mark.parametrize("point", [(205.0, 104.0), (252.0, 100.0), (200.0, 100.0)])
+def test_a_label_that_touches_its_point_needs_no_leader(point: tuple[float, float]) -> None:
+    box = Rectangle((150, 90), 100, 20)
+    found = leader((200.0, 100.0), point, patchA=box, patchB=None, shrinkA=3.0, shrinkB=6.0).vertices
+    np.testing.assert_array_equal(found, [point, point])
+
+
 def test_full_fine_tuning_has_its_name_also_where_it_is_beaten(tmp_path: Path) -> None:
     table = grid_cells(tmp_path, ranks=(16,), placements=("qv",))
     front = draw(paper_figures(table, {}), "score_by_memory").axes[0]
@@ -255,7 +272,7 @@ def test_curves_are_means_of_whole_runs(tmp_path: Path) -> None:
     np.testing.assert_allclose(line(figure, "full", axes=0), [[10, 0.2], [20, 0.1], [30, 2 / 30]])
     np.testing.assert_allclose(line(figure, "full", axes=1), [[10, 0.215], [20, 0.415], [30, 0.615]])
     # The band of the two that are left: from the second to the third seed.
-    bands = [collection.get_paths()[0].vertices for collection in figure.axes[1].collections]
+    bands = [band.get_xy() for band in figure.axes[1].patches]
     assert any(np.allclose(band[:, 1].min(), 0.21) and np.allclose(band[:, 1].max(), 0.62) for band in bands)
     assert "band: from the lowest to the highest seed" in footnote(figure)
 

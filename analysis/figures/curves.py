@@ -12,7 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 
 from analysis.comparisons import ranked_by
-from analysis.curves import SeedCurve, seed_curve
 from analysis.figures.axes import axis_label, set_count_ticks
 from analysis.figures.engine import FigureKind
 from analysis.figures.footnote import Footnote
@@ -39,7 +38,7 @@ def _draw_training(subfigure: SubFigure, panel: Panel, footnote: Footnote) -> No
     groups = _curve_groups(panel)
     shown = shown_in(groups)
     names = [_loss(panel)]
-    if any(len(_seed_curve(panel, cell, panel.val).steps) > 1 for cell in shown):
+    if any(len(panel.seed_curve(cell, panel.val).steps) > 1 for cell in shown):
         names.append(panel.val)
     parts = subfigure.subfigures(len(names), squeeze=False)[:, 0]
     drawn = []
@@ -53,7 +52,7 @@ def _draw_training(subfigure: SubFigure, panel: Panel, footnote: Footnote) -> No
     for axes in drawn:
         axes.set_xlim(min(ends), max(ends))
     footnote.account_for([cell for cell in panel.best if not cell.num_finished], shown, panel.val)
-    if any(_seed_curve(panel, cell, name).num_runs > 1 for cell in shown for name in names):
+    if any(panel.seed_curve(cell, name).num_runs > 1 for cell in shown for name in names):
         footnote.remarks.append("band: from the lowest to the highest seed")
     if len(groups) > 1:
         footnote.remarks += multiples_remarks(groups, _curve_cells(panel))
@@ -72,7 +71,7 @@ def _draw_curves(
 ) -> None:
     for number, cell in enumerate(cells):
         colour = "black" if cell.is_full else in_turn(COLOURS, number)
-        curve = _seed_curve(panel, cell, name)
+        curve = panel.seed_curve(cell, name)
         is_score = name == panel.val
         look: dict[str, Any] = {"color": colour, "linestyle": in_turn(LINES, number), "label": cell.label}
         if is_score:
@@ -81,7 +80,9 @@ def _draw_curves(
             look |= {"alpha": 0.6, "linewidth": 0.7}
         axes.plot(curve.steps, curve.means, **look)
         if curve.num_runs > 1:
-            axes.fill_between(curve.steps, curve.lows, curve.highs, facecolor=colour, alpha=0.15, linewidth=0)
+            # Not `fill_between`, which fits the limits of all axes of the grid again each time.
+            outline = [*curve.steps, *reversed(curve.steps)], [*curve.lows, *reversed(curve.highs)]
+            axes.fill(*outline, facecolor=colour, alpha=0.15, linewidth=0)
         if curve.steps and is_labelled:
             label_end(axes, label(cell), (curve.steps[-1], curve.means[-1]), colour)
     axes.set(xlabel="step" if is_labelled else "", ylabel=axis_label(name, "y"))
@@ -97,7 +98,7 @@ def _curve_groups(panel: Panel) -> list[tuple[str, list[PlottedCell]]]:
 def _curve_cells(panel: Panel) -> list[PlottedCell]:
     """The conditions with curves, the best by val first."""
     loss = _loss(panel)
-    cells = [cell for cell in panel.with_metrics(panel.val) if len(_seed_curve(panel, cell, loss).steps) > 1]
+    cells = [cell for cell in panel.with_metrics(panel.val) if len(panel.seed_curve(cell, loss).steps) > 1]
     return [cells[index] for index in ranked_by([cell.row for cell in cells], panel.val)]
 
 
@@ -108,10 +109,6 @@ def _curve_remark(panels: Sequence[Panel]) -> str:
 
 def _loss(panel: Panel) -> str:
     return "train_mse" if any(cell.value("train_mse") is not None for cell in panel.best) else "train_nll"
-
-
-def _seed_curve(panel: Panel, cell: PlottedCell, name: str) -> SeedCurve:
-    return seed_curve(panel.curves, cell.row["run_ids"], name)
 
 
 TRAINING_CURVES = FigureKind(
@@ -202,7 +199,7 @@ def _lowest_curve(panel: Panel, condition: PlottedCell, name: str) -> Curve:
     lowest: dict[float, float] = {}
     for cell in panel.tried:
         if cell.num_finished and cell.row["condition_id"] == condition.row["condition_id"]:
-            curve = _seed_curve(panel, cell, name)
+            curve = panel.seed_curve(cell, name)
             for step, value in zip(curve.steps, curve.means, strict=True):
                 lowest[step] = min(value, lowest.get(step, math.inf))
     steps = sorted(step for step in lowest if step > 0)  # a logarithmic axis has no 0

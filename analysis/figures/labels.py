@@ -9,6 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.collections import LineCollection
+from matplotlib.patches import Patch
+from matplotlib.path import Path
 from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 
@@ -18,15 +20,45 @@ _NO_BOX = {"boxstyle": "square,pad=0", "facecolor": "none", "edgecolor": "none"}
 _END, _POINT = "label at the right edge", "label beside a point"
 
 
+def leader(
+    label: tuple[float, float],
+    point: tuple[float, float],
+    *,
+    patchA: Patch | None,  # the names that the library calls it with
+    patchB: None,
+    shrinkA: float,
+    shrinkB: float,
+) -> Path:
+    """A line from the border of a label's box, around its middle, to a point, less so many pixels at each end.
+
+    What the library's own style finds by bisection, in a tenth of the time.
+    """
+    start, end = np.array(label), np.array(point)
+    line = end - start
+    length = float(np.hypot(*line))
+    inside = 0.0
+    if patchA is not None and length:
+        box = patchA.get_window_extent()
+        with np.errstate(divide="ignore"):
+            inside = float(np.min(np.array([box.width, box.height]) / 2 / np.abs(line))) * length
+    left = length - inside - shrinkA - shrinkB
+    if left <= 0:  # the label touches its point
+        return Path(np.array([end, end]))
+    return Path(np.array([start + line * (inside + shrinkA) / length, end - line * shrinkB / length]))
+
+
+_LEADER: dict[str, Any] = {"arrowstyle": "-", "connectionstyle": leader, "shrinkB": 2}
+
+
 def label_end(axes: Axes, text: str, point: tuple[float, float], colour: str, coordinates: Any = "data") -> None:
     """Names a line to the right of the axes, or at its end where that is far from there; see `place_labels`."""
-    arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "linestyle": ":", "shrinkA": 1, "shrinkB": 2}
+    arrow = {**_LEADER, "color": colour, "linewidth": 0.5, "linestyle": ":", "shrinkA": 1}
     axes.annotate(text, point, (1.04, 0.5), coordinates, "axes fraction", arrow, False, gid=_END, **TEXT)
 
 
 def label_point(axes: Axes, text: str, x: float, y: float) -> None:
     """Names a point, on the side on which there is room; see `place_labels`."""
-    arrow = {"arrowstyle": "-", "color": GREY, "linewidth": 0.4, "shrinkA": 0, "shrinkB": 2}
+    arrow = {**_LEADER, "color": GREY, "linewidth": 0.4, "shrinkA": 0}
     label = axes.annotate(
         text, (x, y), (0, 0), "data", "offset points", arrow, ha="center", gid=_POINT, bbox=_NO_BOX, **TEXT
     )
@@ -90,7 +122,7 @@ def _spread_end_labels(axes: Axes, renderer: RendererAgg) -> None:
 
 def _place_point_labels(axes: Axes, renderer: RendererAgg) -> None:
     """Puts each label where it covers least of the lines, the points and the other labels, and near its point."""
-    ink, frame = _ink(axes), axes.get_window_extent(renderer)
+    (ink_x, ink_y), frame = _ink(axes).T, axes.get_window_extent(renderer)
     pixels = axes.figure.dpi / 72
     placed: list[Bbox] = []
     for label in _labels(axes, _POINT):
@@ -101,9 +133,11 @@ def _place_point_labels(axes: Axes, renderer: RendererAgg) -> None:
             offset = right * (distance + size.width / 2 / pixels), up * (distance + size.height / 2 / pixels)
             left, bottom = x + offset[0] * pixels - size.width / 2, y + offset[1] * pixels - size.height / 2
             box = Bbox.from_bounds(left, bottom, size.width, size.height)
-            covered = ((ink > box.min) & (ink < box.max)).all(axis=1).sum()
+            inside = (ink_x > box.x0) & (ink_x < box.x1) & (ink_y > box.y0) & (ink_y < box.y1)
             outside = box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1
-            cost = covered + 100 * sum(box.overlaps(other) for other in placed) + 400 * outside + distance
+            cost = (
+                np.count_nonzero(inside) + 100 * sum(box.overlaps(other) for other in placed) + 400 * outside + distance
+            )
             choices.append((float(cost), len(choices), offset, box))
         _, _, best, box = min(choices, key=lambda choice: choice[:2])
         label.set_position(best)

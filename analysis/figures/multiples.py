@@ -109,6 +109,8 @@ def draw_multiples(
     for axes in unused:
         axes.set_visible(False)
     for number, axes in enumerate(used):
+        if len(groups) > 1:
+            axes.minorticks_off()  # of no use at this size, and most of the time that many axes take
         if number % columns:
             axes.set_ylabel("")
         if number + columns < len(groups):

@@ -16,7 +16,7 @@ from matplotlib import font_manager
 
 from analysis.axes import Axis, axes_texts, axis_number, axis_order, varied
 from analysis.comparisons import Cell
-from analysis.curves import Curves
+from analysis.curves import Curves, SeedCurve, seed_curve
 from analysis.figures.style import COLOURS, LINES, LOOK_OF_FULL, LOOK_WITHOUT_RANK, MARKERS, in_turn
 from analysis.methods import is_full
 from analysis.metrics import metric
@@ -114,6 +114,17 @@ class Panel:
     def with_metrics(self, *names: str) -> list[PlottedCell]:
         """The conditions that have all of these metrics."""
         return [cell for cell in self.best if all(cell.value(name) is not None for name in names)]
+
+    def seed_curve(self, cell: PlottedCell, name: str) -> SeedCurve:
+        """The curve of a metric over the runs of a cell."""
+        key = cell.row["cell_id"], name
+        if key not in self._seed_curves:
+            self._seed_curves[key] = seed_curve(self.curves, cell.row["run_ids"], name)
+        return self._seed_curves[key]
+
+    @cached_property
+    def _seed_curves(self) -> dict[tuple[str, str], SeedCurve]:
+        return {}
 
     def ranks(self) -> list[float]:
         """The ranks of its conditions, ascending."""

@@ -124,7 +124,8 @@ def _draw_squares(axes: Axes, name: str, cells: Mapping[tuple[int, int], Plotted
         else:
             dark = np.dot(mesh.to_rgba(np.asarray(value))[:3], (0.2126, 0.7152, 0.0722)) < 0.45
             look["color"], text = "white" if dark else "black", format_value(name, value)
-        axes.text(column + 0.5, row + 0.5, textwrap.fill(text, 9), **look)
+        # Inside its square, so that the layout need not ask each for its size.
+        axes.text(column + 0.5, row + 0.5, textwrap.fill(text, 9), in_layout=False, **look)
 
 
 def _has_heat_map(panel: Panel) -> bool:

@@ -8,6 +8,8 @@ from typing import Any
 
 import matplotlib
 
+from analysis.figures.font import families
+
 COLUMN_INCHES = 3.4
 PAGE_INCHES = 6.8
 DPI = 200
@@ -55,5 +57,5 @@ def our_settings() -> Iterator[None]:
     """Our settings on top of the library's own defaults, whatever those of the user are, which come back after."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_SETTINGS)
+        matplotlib.rcParams.update(_SETTINGS | {"font.family": families()})
         yield
