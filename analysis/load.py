@@ -11,7 +11,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -187,26 +187,44 @@ def _load_listed(runs_dir: Path, launched: SweepLaunches, need_ended: bool) -> R
     )
 
 
-def load_curves(runs_dir: Path, run_ids: Iterable[str]) -> dict[str, list[dict[str, float]]]:
+def load_curves(runs_dir: Path, run_ids: Iterable[str]) -> Mapping[str, list[dict[str, float]]]:
     """The curve of each run that has one: rows with `step` and what was recorded at it, in order.
 
-    A line that is not such a row (the last one of a killed run) is left out.
+    A line that is not such a row (the last one of a killed run) is left out. Each is read when it is asked for: of
+    thousands of runs a report draws a part.
     """
-    parts = in_halves(partial(_read_curves, runs_dir), list(run_ids), least=_MANY)
-    return {run_id: curve for part in parts for run_id, curve in part.items()}
+    return _CurvesOnDemand(runs_dir, run_ids)
 
 
-def _read_curves(runs_dir: Path, run_ids: Sequence[str]) -> dict[str, list[dict[str, float]]]:
-    curves = {}
-    for run_id in run_ids:
-        try:
-            lines = (runs_dir / run_id / CURVE_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError:
-            continue
-        rows = [row for row in map(_curve_row, _parsed(lines)) if row is not None]
-        if rows:
-            curves[run_id] = rows
-    return curves
+class _CurvesOnDemand(Mapping[str, list[dict[str, float]]]):
+    """By run id, each read once."""
+
+    def __init__(self, runs_dir: Path, run_ids: Iterable[str]) -> None:
+        self._runs_dir, self._run_ids = runs_dir, dict.fromkeys(run_ids)
+        self._read: dict[str, list[dict[str, float]]] = {}
+
+    def __getitem__(self, run_id: str) -> list[dict[str, float]]:
+        if run_id not in self._run_ids:
+            raise KeyError(run_id)
+        if run_id not in self._read:
+            self._read[run_id] = _read_curve(self._runs_dir / run_id / CURVE_FILE)
+        if not self._read[run_id]:
+            raise KeyError(run_id)
+        return self._read[run_id]
+
+    def __iter__(self) -> Iterator[str]:
+        return (run_id for run_id in self._run_ids if self.get(run_id))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _read_curve(path: Path) -> list[dict[str, float]]:
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    return [row for row in map(_curve_row, _parsed(lines)) if row is not None]
 
 
 def _parsed(lines: Sequence[str]) -> list[Any]:
@@ -377,10 +395,13 @@ def _as_code(character: str) -> str:
 def _flatten(name: str, value: dict[str, Any], row: dict[str, Any]) -> None:
     """Adds the leaves of nested objects to a row, under dotted names."""
     for dotted, inner in zip(_dotted(name, tuple(value)), value.values(), strict=True):
-        if isinstance(inner, dict):
+        kind = type(inner)  # of what was read as JSON: looked at millions of times, and quicker than `isinstance`
+        if kind is dict:
             _flatten(dotted, inner, row)
+        elif kind is str:
+            row[dotted] = _shared_text(inner)
         else:
-            row[dotted] = _leaf(inner) if isinstance(inner, str | list) else inner
+            row[dotted] = _leaf(inner) if kind is list else inner
 
 
 # Thousands of runs have the same names and share most values: each is looked at, and held, once.

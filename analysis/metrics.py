@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from functools import cache
 
 from harness.results.metrics import METRICS, Direction, Metric, scores_of
 
@@ -75,6 +76,7 @@ def _is_share(name: str, about: Metric) -> bool:
     return about.unit == "1" and about.format.endswith((".4f", ".3f")) and {"mse", "nist"}.isdisjoint(name.split("_"))
 
 
+@cache  # asked for each metric of each cell
 def is_score(name: str) -> bool:
     """Whether a metric is one of quality: a score on val or test, or what was learned and forgotten."""
     return name.startswith(("val_", "test_")) or name in _QUALITY

@@ -196,6 +196,12 @@ def set_ticks(axes: Axes, values: Sequence[float], text: Callable[[float], str],
     axis.set_minor_locator(NullLocator())
 
 
+def set_log_x(axes: Axes, *, base: float = 10) -> None:
+    """A logarithmic x axis, unless axes that share it have made it one: each change is one of all of them."""
+    if axes.get_xscale() != "log":
+        axes.set_xscale("log", base=base)
+
+
 def rate_text(value: float) -> str:
     """A learning rate as "2e-4"."""
     mantissa, exponent = f"{value:.3e}".split("e")

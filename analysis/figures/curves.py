@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 
 from analysis.comparisons import ranked_by
-from analysis.figures.axes import axis_label, set_count_ticks
+from analysis.figures.axes import axis_label, set_count_ticks, set_log_x
 from analysis.figures.engine import FigureKind
 from analysis.figures.footnote import Footnote
 from analysis.figures.labels import label_end
@@ -48,8 +48,10 @@ def _draw_training(subfigure: SubFigure, panel: Panel, footnote: Footnote) -> No
         drawn += draw_multiples(part, groups, draw)
         if not is_last and len(groups) == 1:
             drawn[0].tick_params(labelbottom=False)
-    ends = [end for axes in drawn for end in axes.get_xlim()]
-    for axes in drawn:
+    # The axes of a part share theirs.
+    firsts = drawn[:: len(groups)]
+    ends = [end for axes in firsts for end in axes.get_xlim()]
+    for axes in firsts:
         axes.set_xlim(min(ends), max(ends))
     footnote.account_for([cell for cell in panel.best if not cell.num_finished], shown, panel.val)
     if any(panel.seed_curve(cell, name).num_runs > 1 for cell in shown for name in names):
@@ -157,7 +159,7 @@ def _draw_lowest_curves(subfigure: SubFigure, panel: Panel, footnote: Footnote) 
 
 def _draw_family(axes: Axes, curves: Mapping[PlottedCell, Curve], ranks: Sequence[float]) -> None:
     """The curves of a placement, one for each rank, and of full fine-tuning."""
-    axes.set_xscale("log")
+    set_log_x(axes)
     for cell, (steps, values) in curves.items():
         number = ranks.index(cell.rank) if cell.rank else 0
         # Ranks have an order, and so have these colours.

@@ -19,6 +19,7 @@ from analysis.figures.axes import (
     draw_families,
     draw_references,
     of_same_recipe,
+    set_log_x,
     set_ticks,
     without_rank,
 )
@@ -37,7 +38,7 @@ def _draw_rank_curves(subfigure: SubFigure, panel: Panel, footnote: Footnote) ->
     full = of_same_recipe([cell for cell in without_rank(panel) if cell.is_full], shown)
 
     def draw_one(axes: Axes, cells: Sequence[PlottedCell], _: Callable[[PlottedCell], str]) -> None:
-        axes.set_xscale("log", base=2)
+        set_log_x(axes, base=2)
         draw_behind(axes, panel, "rank", [cell for cell in shown if cell not in cells])
         _move_apart(axes, draw_families(axes, panel, "rank", cells))
         draw_references(axes, panel, full, footnote)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 from matplotlib.transforms import ScaledTranslation, Transform
 
-from analysis.figures.axes import MAX_NAMED, axis_label, rate_text, set_ticks
+from analysis.figures.axes import MAX_NAMED, axis_label, rate_text, set_log_x, set_ticks
 from analysis.figures.engine import FigureKind
 from analysis.figures.footnote import Footnote
 from analysis.figures.labels import label_end, label_point
@@ -46,7 +46,7 @@ def _draw_rates_of(
     footnote: Footnote,
 ) -> list[tuple[PlottedCell, str]]:
     """A line for each condition; gives the cells without a finished run, each with the colour of its line."""
-    axes.set_xscale("log")
+    set_log_x(axes)
     unfinished = []
     for chosen in tuned:
         look = panel.look_by_rank(chosen)

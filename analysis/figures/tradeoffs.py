@@ -24,6 +24,7 @@ from analysis.figures.axes import (
     of_same_recipe,
     outlier_text,
     set_count_ticks,
+    set_log_x,
     without_rank,
 )
 from analysis.figures.engine import FigureKind
@@ -50,7 +51,7 @@ def _draw_by_params(subfigure: SubFigure, panel: Panel, footnote: Footnote) -> N
     def draw_one(axes: Axes, cells: Sequence[PlottedCell], _: Callable[[PlottedCell], str]) -> None:
         draw_behind(axes, panel, "num_adapter_params", [cell for cell in shown if cell not in cells])
         draw_families(axes, panel, "num_adapter_params", cells)
-        axes.set_xscale("log")
+        set_log_x(axes)
         name_points(axes, cells, "num_adapter_params", panel.test, footnote)
         draw_references(axes, panel, references, footnote)
         axes.set(xlabel=axis_label("num_adapter_params", "x"), ylabel=axis_label(panel.test, "y"))
@@ -186,7 +187,7 @@ def _draw_by_compute(subfigure: SubFigure, panel: Panel, footnote: Footnote) -> 
     shown = [cell for cell in cells if not is_outlier(cell, cells, panel.test)]
     draw_families(axes, panel, "train_flops", shown)
     draw_without_rank(axes, panel, shown, "train_flops", panel.test)
-    axes.set_xscale("log")
+    set_log_x(axes)
     axes.margins(0.1)
     set_count_ticks(axes, "train_flops")
     name_points(axes, shown, "train_flops", panel.test, footnote)

@@ -230,9 +230,9 @@ for _split in ("val", "test"):
         METRICS.update(_on_split(_split, _name, _registered.metric))
 
 
-def _is_finite(value: float) -> bool:
+def _is_finite_number(value: Any) -> bool:
     try:
-        return math.isfinite(value)
+        return not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
     except OverflowError:  # an integer that no float can hold
         return False
 
@@ -243,7 +243,7 @@ def check_metrics(metrics: Mapping[str, float]) -> None:
     problems += [
         f"{name}={value!r} is not a finite number; leave the key out instead"
         for name, value in metrics.items()
-        if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value)
+        if not _is_finite_number(value)
     ]
     if problems:
         raise ValueError("metrics: " + "; ".join(problems))
