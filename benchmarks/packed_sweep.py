@@ -4,7 +4,8 @@
 
 Makes the sweep once for each size of a pack, each into a new folder under --runs-dir, start-up included; the first
 finds the caches of the system cold. A search that chooses another rate makes other runs, so equal run ids say that the
-choices are equal. Prints a Markdown table.
+choices are equal. Prints a Markdown table, and the scores that differ most: a run at a rate that is too high may not
+learn, and takes any rounding a long way, also that of another processor (`metrics.jsonl` of both says where it begins).
 """
 
 from __future__ import annotations
@@ -53,32 +54,50 @@ def make(overrides: Sequence[str], pack: str, folder: Path) -> Made:
     return Made(pack, seconds, {run.run_id: run for run in results if run.status is Status.FINISHED})
 
 
-def furthest_score(one: Made, other: Made) -> float:
-    """The largest difference of a score between the same runs of both, relative to the larger of the two."""
-    differences = [0.0]
-    for run_id in one.runs.keys() & other.runs.keys():
+@dataclass(frozen=True)
+class Difference:
+    """A score of a run that two sweeps made: by how much of the larger value it differs."""
+
+    of_it: float
+    run_id: str = ""
+    score: str = ""
+
+
+def differences(one: Made, other: Made) -> list[Difference]:
+    """By run that both sweeps have, the score of it that differs most."""
+    found = []
+    for run_id in sorted(one.runs.keys() & other.runs.keys()):
         ours, theirs = one.runs[run_id].metrics, other.runs[run_id].metrics
+        of_run = [Difference(0.0, run_id)]
         for name in ours.keys() & theirs.keys():
             if name.startswith(SCORES):
                 size = max(abs(ours[name]), abs(theirs[name]))
-                differences.append(abs(ours[name] - theirs[name]) / size if size else 0.0)
-    return max(differences)
+                of_run.append(Difference(abs(ours[name] - theirs[name]) / size if size else 0.0, run_id, name))
+        found.append(max(of_run, key=lambda difference: difference.of_it))
+    return found
 
 
 def table(made: Sequence[Made]) -> str:
-    """One Markdown row for each sweep, against the first of them."""
+    """One Markdown row for each sweep, against the first of them, and the scores that differ most."""
     first = made[0]
     lines = [
-        "| pack | seconds | times faster | runs | in a pass, median | same runs | largest difference of a score |",
-        "|---|---|---|---|---|---|---|",
+        "| pack | seconds | times faster | runs | in a pass, median | same runs | bitwise equal | largest difference |",
+        "|---|---|---|---|---|---|---|---|",
     ]
+    furthest = []
     for one in made:
-        same = "yes" if one.runs.keys() == first.runs.keys() else f"{len(one.runs.keys() & first.runs.keys())} of them"
+        common = differences(first, one)
+        num_equal = sum(not difference.of_it for difference in common)
+        most = max(common, key=lambda difference: difference.of_it, default=Difference(0.0))
         lines.append(
             f"| {one.pack} | {one.seconds:.1f} | {first.seconds / one.seconds:.2f} | {len(one.runs)} | "
-            f"{one.together:g} | {same} | {furthest_score(first, one):.2g} |"
+            f"{one.together:g} | {len(common)} of {len(first.runs)} | {num_equal} | {most.of_it:.2g} |"
         )
-    return "\n".join(lines)
+        ordered = sorted(common, key=lambda difference: -difference.of_it)
+        furthest += [
+            f"pack {one.pack}: {each.score} of {each.run_id}: {each.of_it:.2g}" for each in ordered[:5] if each.of_it
+        ]
+    return "\n".join([*lines, "", *furthest])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -56,7 +56,9 @@ def test_sweeps_in_packs_are_compared_run_by_run() -> None:
     packed = module.Made("4", 10.0, {"a": run(0.5, packed=4), "b": run(0.6, packed=2)})
     other = module.Made("8", 15.0, {"a": run(0.5), "c": run(0.1)})
     assert module.table([alone, packed, other]).splitlines()[2:] == [
-        "| 1 | 30.0 | 1.00 | 2 | 1 | yes | 0 |",
-        "| 4 | 10.0 | 3.00 | 2 | 3 | yes | 0.25 |",
-        "| 8 | 15.0 | 2.00 | 2 | 1 | 1 of them | 0 |",
+        "| 1 | 30.0 | 1.00 | 2 | 1 | 2 of 2 | 2 | 0 |",
+        "| 4 | 10.0 | 3.00 | 2 | 3 | 2 of 2 | 1 | 0.25 |",
+        "| 8 | 15.0 | 2.00 | 2 | 1 | 1 of 2 | 1 | 0 |",
+        "",
+        "pack 4: test_accuracy of b: 0.25",
     ]

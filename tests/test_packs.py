@@ -40,9 +40,10 @@ from harness.placement.select import select_targets
 from harness.processes.stopping import PreemptedError
 from harness.tasks.language import summed_loss
 from harness.tasks.objective import Evaluation, SummedLoss, cross_entropy
+from harness.training import pack_size
 from harness.training.learner import Position, TrainingDivergedError
 from harness.training.loop import TrainingOutcome, train, train_in_turns
-from harness.training.pack_size import Growing, Pass
+from harness.training.pack_size import Growing, Pass, pays_together
 from harness.training.packs import Ended, Pack
 from harness.training.turns import MicroBatch, Turns
 
@@ -431,6 +432,50 @@ def test_runs_with_the_same_batches_equal_themselves_alone(spec: Spec, stacked: 
     together(runs)
     for run in runs:
         assert furthest(run, alone(run.spec)) <= 1e-10
+
+
+def test_runs_of_large_batches_that_share_nothing_are_computed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pack_size, "BUSY_THREAD", 0)
+    specs = [replace(spec, dtype=torch.float32) for spec in SIX[:3]]
+    runs = [begin(spec) for spec in specs]
+    pack = together(runs, expects_passes=False)
+    assert not pack.why_alone
+    for run, spec in zip(runs, specs, strict=True):
+        expected = alone(spec)
+        assert run.record.losses == expected.record.losses
+        assert all(torch.equal(value, expected.trained()[name]) for name, value in run.trained().items())
+
+
+def test_on_a_gpu_and_for_its_forecast_every_pass_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pack_size, "BUSY_THREAD", 0)
+    runs = [begin(spec) for spec in SIX[:3]]
+    pack = Pack(((number, lambda run=run: turns(run)) for number, run in enumerate(runs)), size=3, as_on_gpu=True)
+    assert all(ended.error is None for ended in pack.run())
+    assert pack.num_passes > 0
+
+
+def test_runs_of_large_batches_share_the_blocks_below_their_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pack_size, "BUSY_THREAD", 0)
+    head_only = VARIED["head only"]
+    together([begin(replace(head_only, rate=rate)) for rate in (1e-3, 1e-2)])
+    others = [begin(replace(head_only, seed=seed)) for seed in (0, 1)]  # and so other batches
+    together(others, expects_passes=False)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "num_threads", "shares_blocks", "expected"),
+    [
+        (4 * 32, 384, 2, False, True),
+        (16 * 64, 384, 2, False, False),
+        (16 * 64, 384, 2, True, True),
+        (16 * 64, 384, 16, False, True),
+        (4 * 32, 2048, 2, False, False),
+    ],
+)
+def test_a_pass_is_shared_where_the_threads_are_not_busy_with_one_run(
+    tokens: int, width: int, num_threads: int, shares_blocks: bool, expected: bool
+) -> None:
+    assert pays_together(tokens * width, num_threads=num_threads, shares_blocks=shares_blocks) is expected
 
 
 def gradients_together(

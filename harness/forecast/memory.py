@@ -185,7 +185,7 @@ def pack_peak(configs: Sequence[RunConfig], data: Sequence[TaskData], *, as_on_g
     runs = [_Run.prepare(*one, as_on_gpu=as_on_gpu, base_seed=base_seed) for one in zip(configs, data, strict=True)]
     for run in runs:
         share_base(run.model, shared, is_equal=_is_equal)
-    pack = Pack(enumerate(run.steps for run in runs), size=len(runs), tolerance=math.inf)
+    pack = Pack(enumerate(run.steps for run in runs), size=len(runs), tolerance=math.inf, as_on_gpu=as_on_gpu)
     with garbage_collected_before(), follow([run.learner for run in runs]) as live:
         for ended in pack.run():
             if ended.error is not None:

@@ -1,4 +1,4 @@
-"""How many runs a pack trains at once: a given number, or as many as make it faster and fit into memory.
+"""How many runs a pack trains at once, a given number or as many as pay and fit into memory, and which passes are one.
 
 `Growing` starts with one run and doubles. At each size it watches a few passes, and it stays at the last size that
 computed more tokens a second than half of it did, by more than a margin: twice as many runs take twice the memory, and
@@ -20,6 +20,24 @@ LEAST_GAIN = 1.05
 NUM_PASSES = 5
 # The part of the memory that is available which a pack may take: kernels need scratch space, and allocators fragment.
 MEMORY_SHARE = 0.8
+
+
+# Numbers in the hidden states of a run's batch, for each thread of a CPU, from which on that run keeps the thread busy:
+# with more of them one pass for several runs takes longer than one for each, whose tensors are smaller.
+BUSY_THREAD = 50_000
+
+
+def pays_together(num_hidden: int, *, num_threads: int, shares_blocks: bool) -> bool:
+    """Whether on a CPU a pass that several runs share takes no longer than one for each of them.
+
+    By their sizes and not by the clock, so that a run is computed in the same way each time, to the last digit.
+
+    Args:
+        num_hidden: tokens times width of the largest of their batches.
+        num_threads: that compute.
+        shares_blocks: whether blocks below all adapters are computed once for all.
+    """
+    return shares_blocks or num_hidden <= BUSY_THREAD * num_threads
 
 
 @dataclass(frozen=True)

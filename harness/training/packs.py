@@ -7,8 +7,11 @@ loss of its rows, divided by its own targets, and one backward pass through the 
 frozen blocks make of a split that is scored is kept for all runs (`harness.methods.trunk`). A run that ends, diverges
 or fails leaves, and the next waiting one enters.
 
-The first micro-batch of a run in a pack is computed alone as well: if the gradients differ by more than rounding, the
-run is computed alone from there on, and the log says so. A pack of one is a run alone.
+On a CPU a pass is shared where that pays (`pack_size.pays_together`): runs of large batches that share no block are
+computed one after the other, as they are alone.
+
+The first micro-batch of a run in a shared pass is computed alone as well: if the gradients differ by more than
+rounding, the run is computed alone from there on, and the log says so. A pack of one is a run alone.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from harness.data.batches import Batch
 from harness.measure.clock import device_queue
 from harness.methods.packed import PackedModel, Shared, draws, share_base, tensors_of, why_alone
 from harness.methods.trunk import TrunkMemory
-from harness.training.pack_size import Fixed, PackSize, Pass
+from harness.training.pack_size import Fixed, PackSize, Pass, pays_together
 from harness.training.turns import Losses, MicroBatch, Turns
 
 logger = logging.getLogger("harness")
@@ -122,12 +125,13 @@ class Pack(Generic[Name, Outcome]):
         size: how many are in training at once; a number, or what decides it (`harness.training.pack_size`).
         tolerance: how far gradients may be from those alone, relative to their norm; infinite where they have no values
             to compare.
+        as_on_gpu: whether every pass is shared that can be, as on a GPU.
 
     Attributes:
         why_alone: of each run that is computed alone from some pass on, the reason.
         memory: what frozen blocks make of splits that are scored.
         num_passes: that several runs shared.
-        num_alone: passes of one run, those for comparison among them.
+        num_alone: passes of one run, those for comparison and those that sharing would make no faster among them.
     """
 
     def __init__(
@@ -136,9 +140,10 @@ class Pack(Generic[Name, Outcome]):
         *,
         size: int | PackSize,
         tolerance: float = TOLERANCE,
+        as_on_gpu: bool = False,
     ) -> None:
         self._size: PackSize = Fixed(size) if isinstance(size, int) else size
-        self._waiting, self._tolerance = waiting, tolerance
+        self._waiting, self._tolerance, self._as_on_gpu = waiting, tolerance, as_on_gpu
         self._members: list[_Member[Name, Outcome]] = []
         self._shared: Shared = {}
         self._packed: dict[tuple[int, ...], PackedModel] = {}
@@ -213,7 +218,7 @@ class Pack(Generic[Name, Outcome]):
         compositions = set()
         for group in groups.values():
             together = [member for member in group if member.name not in self.why_alone]
-            if len(together) > 1:
+            if len(together) > 1 and (self._as_on_gpu or _pays(together)):
                 compositions.add(tuple(map(id, together)))
                 answers |= self._together(together)
         self._release(key for key in list(self._packed) if key not in compositions)
@@ -338,6 +343,17 @@ class Pack(Generic[Name, Outcome]):
             [(minimised.detach(), reported) for minimised, reported in made],
             [[next(gradients) for _ in own] for own in parameters],
         )
+
+
+def _pays(members: Sequence[_Member[Name, Outcome]]) -> bool:
+    """Whether one pass for all takes no longer than one for each."""
+    first, others = members[0], members[1:]
+    if first.batch.inputs["input_ids"].device.type != "cpu":
+        return True
+    shares_blocks = first.first_own_block > 0 and all(first.batch.has_inputs_of(other.batch) for other in others)
+    width = getattr(getattr(first.model, "config", None), "hidden_size", 0)
+    largest = max(member.batch.inputs["input_ids"].numel() for member in members) * width
+    return pays_together(largest, num_threads=torch.get_num_threads(), shares_blocks=shares_blocks)
 
 
 @contextlib.contextmanager
