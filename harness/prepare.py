@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from harness.chain import EarlierTask, chain_of, load_earlier_tasks, start_head
+from harness.config.composing import to_dict
 from harness.config.schema import Device, Precision, RunConfig
 from harness.config.validation import ConfigError
 from harness.content.digests import require_content
@@ -65,23 +67,45 @@ class PreparedRun:
     """Where the process is shared with other runs: how many have trained together so far."""
 
 
-def prepare(config: RunConfig, identity: Identity | None = None) -> PreparedRun:
+class KeptData:
+    """The dataset of runs that share a process, read once where its settings, tokenizer and content of files are equal."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, TaskData] = {}
+
+    def load(
+        self, config: RunConfig, identity: Identity, family: TaskFamily, tokenizer: PreTrainedTokenizerBase
+    ) -> TaskData:
+        """The data of a run. Raises what `family.load` does."""
+        values = to_dict(config)
+        parts = [values["dataset"], values["model"], config.trial, identity.content]
+        key = json.dumps(parts, sort_keys=True, default=str)
+        if key not in self._loaded:
+            self._loaded.clear()  # runs of one pack have one dataset; what another had is not worth its memory
+            self._loaded[key] = family.load(config.dataset, tokenizer, with_test=not config.trial)
+        return self._loaded[key]
+
+
+def prepare(config: RunConfig, identity: Identity | None = None, *, kept_data: KeptData | None = None) -> PreparedRun:
     """Loads data and model, applies the method, and checks everything that can be checked before training.
 
-    What was loaded is what `identity` stands for: files that were edited in between raise `ContentError`.
+    What was loaded is what `identity` stands for: files that were edited in between raise `ContentError`. With
+    `kept_data` runs before this one may have read its dataset.
     """
     identity = identity or identify(config)
     set_threads(config)
     accelerator = build_accelerator(config)
     companions = Companions(accelerator, identity.run_id)
     try:
-        return _prepare(config, identity, accelerator, companions)
+        return _prepare(config, identity, accelerator, companions, kept_data or KeptData())
     except Exception as error:
         companions.report(error)  # the others find it where they meet
         raise
 
 
-def _prepare(config: RunConfig, identity: Identity, accelerator: Accelerator, companions: Companions) -> PreparedRun:
+def _prepare(
+    config: RunConfig, identity: Identity, accelerator: Accelerator, companions: Companions, kept_data: KeptData
+) -> PreparedRun:
     if not config.allow_busy_device:
         require_free_device(accelerator.device)
     base = base_model(config)
@@ -91,7 +115,7 @@ def _prepare(config: RunConfig, identity: Identity, accelerator: Accelerator, co
     if too_long:
         raise ConfigError(too_long)
     family = find_family(config.dataset.task)
-    data = family.load(config.dataset, tokenizer, with_test=not config.trial)
+    data = kept_data.load(config, identity, family, tokenizer)
     # Their test splits are what is scored of them.
     others = {} if config.trial else config.evaluate_also
     also = {name: find_family(dataset.task).load(dataset, tokenizer) for name, dataset in others.items()}

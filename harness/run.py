@@ -38,7 +38,7 @@ from harness.methods.peft_method import PeftMethodError
 from harness.methods.rates import learning_rates
 from harness.placement.architectures import PlacementError
 from harness.placement.select import summary
-from harness.prepare import PreparedRun, prepare
+from harness.prepare import KeptData, PreparedRun, prepare
 from harness.processes.distributed import ProcessFailedError, all_reduce_sum, place_on_device
 from harness.processes.preparation import PreparationError, preparation_of_a_run
 from harness.processes.stopping import PreemptedError, StopRequest
@@ -101,12 +101,13 @@ def run_in_turns(
     *,
     stop: StopRequest,
     num_packed: Callable[[], int] | None = None,
+    kept_data: KeptData | None = None,
 ) -> Turns[RunResult]:
     """Runs one config and returns its result, which lies in `<runs_dir>/<run_id>/result.json`.
 
     A generator: it stops at each micro-batch of training (see `harness.training.turns`). `stop` is the request to stop.
     With `num_packed` the process is shared with other runs, and it gives how many trained together: what is measured of
-    the whole process is left out.
+    the whole process is left out. `kept_data` holds the datasets that those runs have read.
 
     `identity` is what the run was planned as; without it, it is determined here. A run that has a result already (see
     `kept_result`) is not repeated; one that left a checkpoint resumes from it.
@@ -128,7 +129,7 @@ def run_in_turns(
         return kept
     require_writable(config.runs_dir)
     with stop.interrupting("loading"), preparation_of_a_run() as preparation:
-        prepared = prepare(config, planned.identity)
+        prepared = prepare(config, planned.identity, kept_data=kept_data)
     prepared = replace(prepared, num_packed=num_packed)
     stop.share(prepared.accelerator)
     spending = Spending(started, prepared.accelerator.device, preparation)

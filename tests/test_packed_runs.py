@@ -18,14 +18,17 @@ from harness.config.composing import to_dict
 from harness.config.schema import Device, ModelConfig, RunConfig, TinyModel
 from harness.config.validation import ConfigError
 from harness.content.identity import PlannedRun, identify
+from harness.data import labelled, sources
 from harness.methods.packable import why_alone
 from harness.methods.packed import PackedLayer
 from harness.models.loading import load_model
 from harness.models.saving import save_model
 from harness.models.tokenizers import load_tokenizer
+from harness.prepare import KeptData
 from harness.results.files import CURVE_FILE
 from harness.results.schema import RunResult, Status, read_result
 from harness.run import run
+from harness.tasks.families import find_family
 from harness.training import packs
 from hydra_plugins.lora_harness import _worker as worker
 from hydra_plugins.lora_harness._packs import in_order, pack_key, pack_size
@@ -324,3 +327,39 @@ def test_runs_in_bf16_share_a_pass_that_computes_in_it(
         packed, alone = result_of(each), run(replace(each, runs_dir=str(tmp_path / "alone")))
         assert packed.environment["packed"] == 2, (tmp_path / "packed" / packed.run_id / "log.txt").read_text()
         assert packed.metrics["train_nll"] == pytest.approx(alone.metrics["train_nll"], rel=0.02)
+
+
+def test_runs_of_a_pack_read_their_dataset_once(
+    rows: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened: list[int] = []
+
+    def open_source(wanted: Any, *, with_test: bool) -> Any:
+        opened.append(wanted.num_train_examples)
+        return sources.open_source(wanted, with_test=with_test)
+
+    monkeypatch.setattr(labelled, "open_source", open_source)
+    configs = [config(rows, tmp_path, trainer={"learning_rate": rate}) for rate in (1e-3, 2e-3, 3e-3)]
+    fewer = config(rows, tmp_path, dataset={"num_train_examples": 20})
+    outcomes = compute([*configs, fewer], size=2)
+    assert {outcome.status for outcome in outcomes.values()} == {"finished"}
+    assert len(opened) == 2
+    assert opened[1] == 20
+
+
+def test_rows_that_changed_between_two_runs_are_read_again(rows: Path, tmp_path: Path) -> None:  # noqa: F811
+    wanted, kept = config(rows, tmp_path), KeptData()
+    family, tokenizer = find_family(wanted.dataset.task), load_tokenizer(wanted.model)
+
+    def load() -> Any:
+        return kept.load(wanted, identify(wanted), family, tokenizer)
+
+    first = load()
+    assert load() is first
+    lines = rows.read_text().splitlines()
+    rows.write_text("\n".join(lines[:-5]) + "\n")
+    changed = load()
+    assert changed is not first
+    assert changed.fingerprint != first.fingerprint

@@ -81,20 +81,27 @@ def compute_pack(
     """
     from harness.config.schema import Precision
     from harness.extensions import load_extensions
+    from harness.prepare import KeptData
     from harness.processes.stopping import StopRequest
     from harness.run import run_in_turns
     from harness.training.pack_size import Growing
     from harness.training.packs import HALF_TOLERANCE, TOLERANCE, Pack
 
     load_extensions()
-    stop = StopRequest()
+    stop, kept_data = StopRequest(), KeptData()
     planned = {identity.run_id: _planned(values, identity) for values, identity in runs}
     for one in list(planned.values())[1:]:  # whose device this process uses by then
         planned[one.run_id] = replace(one, config=replace(one.config, allow_busy_device=True))
 
     def begin(run_id: str) -> Turns[RunResult]:
         one = planned[run_id]
-        return run_in_turns(one.config, one.identity, stop=stop, num_packed=lambda: pack.most_together(run_id))
+        return run_in_turns(
+            one.config,
+            one.identity,
+            stop=stop,
+            num_packed=lambda: pack.most_together(run_id),
+            kept_data=kept_data,
+        )
 
     rounds = any(one.config.trainer.precision is not Precision.fp32 for one in planned.values())
     # Each run raises the level for its log and puts back what it found; here runs end in another order than they began.
