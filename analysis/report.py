@@ -34,7 +34,7 @@ from analysis.tables.asked import Asked
 from analysis.tables.structure import PaperTable
 from analysis.trials import searches_of
 from harness.results.files import write_atomically
-from harness.results.launches import Launch
+from harness.results.launches import Launch, SweepLaunches
 from harness.results.metrics import METRICS
 from harness.results.schema import Status
 
@@ -364,7 +364,8 @@ def _summary(runs: Runs, scores: str) -> Iterator[str]:
         counts.append(f"{len(runs.unreadable)} unreadable")
     if runs.to_do is not None:
         counts.append(f"{len(runs.to_do)} to do")
-    yield from _launches(_without_earlier_rounds(runs.launches))
+    left_out = SweepLaunches("", runs.launches).superseded
+    yield from _launches(_without_earlier_rounds(runs.launches), left_out=left_out)
     yield f"Runs: {num_runs} ({', '.join(counts)})."
     yield from _search(runs)
     if runs.sweep is not None and runs.to_do is None:
@@ -403,7 +404,7 @@ def _without_earlier_rounds(launches: Sequence[Launch]) -> list[Launch]:
     ]
 
 
-def _launches(launches: Sequence[Launch]) -> Iterator[str]:
+def _launches(launches: Sequence[Launch], *, left_out: Sequence[str]) -> Iterator[str]:
     """The commands that named the runs of the sweep, which part each added, and what a repetition no longer names."""
     if len(launches) == 1:
         yield f"Command: {_command(launches[0])}"
@@ -432,7 +433,7 @@ def _launches(launches: Sequence[Launch]) -> Iterator[str]:
         if launch.command is not None and run_id not in latest[launch.command].run_ids
     ]
     others = {run_id for launch in latest.values() for run_id in launch.run_ids}
-    superseded = [run_id for run_id in dict.fromkeys(gone) if run_id not in others]
+    superseded = [run_id for run_id in dict.fromkeys(gone) if run_id not in others and run_id not in left_out]
     if superseded:
         yield (
             "Superseded: the last launch of the same command names other runs in their place, because its settings or "

@@ -68,7 +68,7 @@ class PreparedRun:
 
 
 class KeptData:
-    """The dataset of runs that share a process, read once where its settings, tokenizer and content of files are equal."""
+    """The dataset of runs that share a process, read once where settings, tokenizer and content of files are equal."""
 
     def __init__(self) -> None:
         self._loaded: dict[str, TaskData] = {}

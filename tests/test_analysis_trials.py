@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from analysis.select import best_cells, cells
 from analysis.status import print_status
 from analysis.tables import paper_tables
 from analysis.trials import searches_of
-from harness.results.launches import SearchedCell, record_launch
+from harness.results.launches import SearchedCell, read_launches, record_launch
 
 RATES = {1e-3: 0.80, 3e-3: 0.90, 9e-3: 0.85, 4e-3: None}
 
@@ -151,6 +152,24 @@ def test_a_search_that_has_not_decided_is_said_and_no_table(tmp_path: Path) -> N
     text = console.export_text()
     assert "demo: 3 finished, 1 diverged" in text
     assert "search for trainer.learning_rate: chosen in 0 of 1 cells, 4 trials so far" in text
+
+
+def test_runs_at_a_value_that_the_search_chose_before_are_no_row(tmp_path: Path) -> None:
+    save_searched(tmp_path)
+    decided = read_launches(tmp_path, "demo")
+    assert decided is not None
+    [cell] = decided.launches[-1].searched
+    assert cell.chosen is not None
+    save_one(tmp_path, "later-s0", "learning_rate", 0.5, 0, {"val_accuracy": 0.5, "test_accuracy": 0.4})
+    now = replace(cell, runs=["later-s0"], chosen=[0.5])
+    record_launch(tmp_path, "demo", run_ids=[*cell.trials, "later-s0"], command="python -m harness", searched=[now])
+    runs = load_runs(tmp_path, sweep="demo")
+    assert runs.frame["run_id"].tolist() == ["later-s0"]  # though it scores less than those
+    assert runs.problems == ["run-s0, run-s1: at values that a search of an earlier launch chose; now it chose others"]
+    report = write_report(tmp_path, tmp_path / "reports", "demo", console=Console(file=io.StringIO()))
+    head = (report / "report.md").read_text()
+    assert "run-s0, run-s1: at values that a search of an earlier launch chose" in head
+    assert "Still counted here" not in head
 
 
 def test_the_report_says_what_was_searched_and_shows_the_rounds_as_one_launch(tmp_path: Path) -> None:

@@ -37,6 +37,32 @@ def test_runs_that_searches_decided_on_stand_in_the_order_of_the_cells(tmp_path:
     assert found.run_ids == ["other", "t1", "t2", "r1", "r2"]
 
 
+def test_runs_at_values_that_a_search_chooses_no_more_are_left_out(tmp_path: Path) -> None:
+    trials = ["t1", "t2"]
+    before = SearchedCell(["x"], trials, ["r-1.0-s0", "r-1.0-s1"], [1.0])
+    other = SearchedCell(["x"], ["u1"], ["q-s0"], [3.0])
+    record_launch(
+        tmp_path, "demo", run_ids=[*trials, "u1", *before.runs, "q-s0"], command="x", searched=[before, other]
+    )  # type: ignore[misc]
+    again = SearchedCell(["x"], [*trials, "t3"])
+    record_launch(tmp_path, "demo", run_ids=[*trials, "t3", "u1", "q-s0"], command="x", searched=[again, other])
+    found = read_launches(tmp_path, "demo")
+    assert found is not None and found.superseded == []  # until it has decided anew
+    after = SearchedCell(["x"], [*trials, "t3"], ["r-2.0-s0"], [2.0])
+    more_seeds = SearchedCell(["x"], ["u1"], ["q-s0", "q-s1"], [3.0])
+    record_launch(
+        tmp_path,
+        "demo",
+        run_ids=[*trials, "t3", "u1", "r-2.0-s0", "q-s0", "q-s1"],
+        command="x",
+        searched=[after, more_seeds],
+    )
+    found = read_launches(tmp_path, "demo")
+    assert found is not None
+    assert found.superseded == ["r-1.0-s0", "r-1.0-s1"]
+    assert sorted(found.run_ids) == sorted([*trials, "t3", "u1", "r-2.0-s0", "q-s0", "q-s1"])
+
+
 def _launch(runs_dir: Path, barrier: object, number: int) -> None:
     barrier.wait()  # type: ignore[attr-defined]
     record_launch(runs_dir, "demo", run_ids=[f"run{number}"], command="x")

@@ -71,11 +71,12 @@ class SweepLaunches:
 
     @property
     def run_ids(self) -> list[str]:
-        """The runs that any launch named, in the order in which they were first named.
+        """The runs that any launch named, in the order in which they were first named, without those superseded.
 
         Runs that searches decided on were named as their cells were decided: they stand in the order of the cells.
         """
-        named = dict.fromkeys(run_id for launch in self.launches for run_id in launch.run_ids)
+        left_out = set(self.superseded)
+        named = dict.fromkeys(run_id for launch in self.launches for run_id in launch.run_ids if run_id not in left_out)
         cells: dict[str, list[str]] = {}  # a cell has one first trial in all launches, decided or not
         for cell in (cell for launch in self.launches for cell in launch.searched):
             first = next(iter([*cell.trials, *(cell.runs or ())]), "")
@@ -83,6 +84,27 @@ class SweepLaunches:
         decided = dict.fromkeys(run_id for runs in cells.values() for run_id in runs if run_id in named)
         in_order = iter(decided)
         return [next(in_order) if run_id in decided else run_id for run_id in named]
+
+    @property
+    def superseded(self) -> list[str]:
+        """Runs at values that a search chose in an earlier launch, where it chose others in a later one.
+
+        So it is when the search itself has changed, or data. Beside the runs at the values of today they would be a
+        second search, by the runs that are reported.
+        """
+        decided: dict[str, list[SearchedCell]] = {}  # a cell has one first trial in all launches
+        for cell in (cell for launch in self.launches for cell in launch.searched):
+            if cell.runs is not None and cell.trials:
+                decided.setdefault(cell.trials[0], []).append(cell)
+        current = {run_id for cells in decided.values() for run_id in cells[-1].runs or ()}
+        earlier = [
+            run_id
+            for cells in decided.values()
+            for cell in cells[:-1]
+            if cell.chosen != cells[-1].chosen
+            for run_id in cell.runs or ()
+        ]
+        return [run_id for run_id in dict.fromkeys(earlier) if run_id not in current]
 
     @property
     def added_run_ids(self) -> list[list[str]]:
