@@ -165,10 +165,11 @@ def _load_listed(runs_dir: Path, launched: SweepLaunches, need_ended: bool) -> R
     sweep, last = launched.sweep, launched.launches[-1]
     paths = {run_id: runs_dir / run_id / RESULT_FILE for run_id in launched.run_ids}
     found, problems = _read_rows([path for path in paths.values() if path.exists()])
-    if launched.superseded:
-        problems.append(
-            f"{', '.join(launched.superseded)}: at values that a search of an earlier launch chose; now it chose others"
-        )
+    superseded = [run_id for run_id in launched.superseded if (runs_dir / run_id / RESULT_FILE).exists()]
+    if superseded:
+        more = f" and {len(superseded) - 3} more runs" if len(superseded) > 3 else ""
+        named = ", ".join(superseded[:3]) + more
+        problems.append(f"{named}: at values that a search chose in an earlier launch; now it chose others")
     rows, trials = _without_trials(found)
     if not rows and need_ended:
         ended = f"; {len(trials)} trials of its search have" if trials else ""

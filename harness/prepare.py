@@ -71,7 +71,8 @@ class KeptData:
     """The dataset of runs that share a process, read once where settings, tokenizer and content of files are equal."""
 
     def __init__(self) -> None:
-        self._loaded: dict[str, TaskData] = {}
+        self._kept: tuple[str, TaskData] | None = None
+        self._unverified: tuple[str, TaskData] | None = None
 
     def load(
         self, config: RunConfig, identity: Identity, family: TaskFamily, tokenizer: PreTrainedTokenizerBase
@@ -80,10 +81,17 @@ class KeptData:
         values = to_dict(config)
         parts = [values["dataset"], values["model"], config.trial, identity.content]
         key = json.dumps(parts, sort_keys=True, default=str)
-        if key not in self._loaded:
-            self._loaded.clear()  # runs of one pack have one dataset; what another had is not worth its memory
-            self._loaded[key] = family.load(config.dataset, tokenizer, with_test=not config.trial)
-        return self._loaded[key]
+        if self._kept is not None and self._kept[0] == key:
+            return self._kept[1]
+        self._kept, self._unverified = None, None  # runs of one pack have one dataset; another is not worth its memory
+        data = family.load(config.dataset, tokenizer, with_test=not config.trial)
+        self._unverified = key, data
+        return data
+
+    def keep(self) -> None:
+        """Keeps what was loaded last for other runs, once it is known that it has the content it was planned with."""
+        if self._unverified is not None:
+            self._kept, self._unverified = self._unverified, None
 
 
 def prepare(config: RunConfig, identity: Identity | None = None, *, kept_data: KeptData | None = None) -> PreparedRun:
@@ -144,6 +152,7 @@ def _prepare(
     compile_blocks(model, config.trainer.compile, accelerator.device)
     # After everything is read, so that an edit while it was read is seen too.
     require_content(config, identity.content)
+    kept_data.keep()
     recorded = environment(accelerator.device, num_threads=config.num_threads)
     if accelerator.num_processes > 1:
         recorded |= {"num_processes": accelerator.num_processes, "shard_model": config.shard_model}

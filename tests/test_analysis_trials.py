@@ -165,10 +165,10 @@ def test_runs_at_a_value_that_the_search_chose_before_are_no_row(tmp_path: Path)
     record_launch(tmp_path, "demo", run_ids=[*cell.trials, "later-s0"], command="python -m harness", searched=[now])
     runs = load_runs(tmp_path, sweep="demo")
     assert runs.frame["run_id"].tolist() == ["later-s0"]  # though it scores less than those
-    assert runs.problems == ["run-s0, run-s1: at values that a search of an earlier launch chose; now it chose others"]
+    assert runs.problems == ["run-s0, run-s1: at values that a search chose in an earlier launch; now it chose others"]
     report = write_report(tmp_path, tmp_path / "reports", "demo", console=Console(file=io.StringIO()))
     head = (report / "report.md").read_text()
-    assert "run-s0, run-s1: at values that a search of an earlier launch chose" in head
+    assert "run-s0, run-s1: at values that a search chose in an earlier launch" in head
     assert "Still counted here" not in head
 
 

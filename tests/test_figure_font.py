@@ -53,8 +53,10 @@ def test_what_the_part_lacks_comes_from_the_whole() -> None:
     assert drawn(text, font.families()) == drawn(text, [font.WHOLE])
 
 
-def test_a_pdf_embeds_glyphs_of_a_font_with_its_own_name() -> None:
-    assert b"DejaVuSans" in drawn(SHOWN, font.families(), "pdf")
+def test_a_pdf_names_the_font_that_the_part_is_of() -> None:
+    content = drawn("abc", [font.families()[0]], "pdf")
+    assert b"DejaVuSans" in content
+    assert b"Harness" not in content
 
 
 def test_it_is_made_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,6 +74,7 @@ def test_a_broken_file_is_passed_over(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(matplotlib, "get_cachedir", lambda: str(tmp_path))
     monkeypatch.setattr(font, "cut", lambda source: content)
     assert font.families() == [font.WHOLE]
+    assert not [*tmp_path.iterdir()]  # it is made anew the next time
     assert drawn(SHOWN, font.families()).startswith(b"\x89PNG")
 
 

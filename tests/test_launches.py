@@ -61,6 +61,11 @@ def test_runs_at_values_that_a_search_chooses_no_more_are_left_out(tmp_path: Pat
     assert found is not None
     assert found.superseded == ["r-1.0-s0", "r-1.0-s1"]
     assert sorted(found.run_ids) == sorted([*trials, "t3", "u1", "r-2.0-s0", "q-s0", "q-s1"])
+    record_launch(tmp_path, "demo", run_ids=["r-1.0-s1"], command="x trainer.learning_rate=1.0")  # asked for by name
+    found = read_launches(tmp_path, "demo")
+    assert found is not None
+    assert found.superseded == ["r-1.0-s0"]
+    assert "r-1.0-s1" in found.run_ids
 
 
 def _launch(runs_dir: Path, barrier: object, number: int) -> None:

@@ -126,8 +126,8 @@ class Ran:
 def ran(config: RunConfig) -> Ran:
     kept: list[PreparedRun] = []
 
-    def keep(*arguments: Any) -> PreparedRun:
-        kept.append(prepare(*arguments))
+    def keep(*arguments: Any, **named: Any) -> PreparedRun:
+        kept.append(prepare(*arguments, **named))
         return kept[-1]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -7,6 +7,7 @@ Whatever is missing here is taken from the whole font.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import logging
@@ -29,18 +30,20 @@ _FAMILY_NAMES = (1, 4, 16)  # of the `name` table: by these fonts are found; 6, 
 def families() -> list[str]:
     """The fonts of the figures in the order in which a character is looked for, once they can be found by name.
 
-    The part is made once and kept where matplotlib keeps its own lists of fonts; where nothing can be written there the
-    whole font stands alone.
+    The part is made once and kept where matplotlib keeps its own lists of fonts, under a name that says by which
+    version of this file; where nothing can be written there the whole font stands alone.
     """
     source = Path(font_manager.findfont(WHOLE, fallback_to_default=False))
-    made_of = f"{matplotlib.__version__} {source.stat().st_size} {RANGES}"
-    path = Path(matplotlib.get_cachedir()) / f"harness-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.ttf"
+    made_by = Path(__file__).read_bytes() + f"{matplotlib.__version__} {source.stat().st_size}".encode()
+    path = Path(matplotlib.get_cachedir()) / f"harness-{hashlib.sha256(made_by).hexdigest()[:16]}.ttf"
     try:
         if not path.exists():
             write_atomically(path, cut(source))
         font_manager.fontManager.addfont(path)
     except (OSError, RuntimeError) as error:  # no room, or a file that is no font
         logging.getLogger(__name__).debug("%s: %s", path, error)
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
         return [WHOLE]
     return [PART, WHOLE]
 

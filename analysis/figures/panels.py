@@ -117,13 +117,13 @@ class Panel:
 
     def seed_curve(self, cell: PlottedCell, name: str) -> SeedCurve:
         """The curve of a metric over the runs of a cell."""
-        key = cell.row["cell_id"], name
+        key = tuple(cell.row["run_ids"]), name  # where no rate finished, one cell has the runs of all
         if key not in self._seed_curves:
             self._seed_curves[key] = seed_curve(self.curves, cell.row["run_ids"], name)
         return self._seed_curves[key]
 
     @cached_property
-    def _seed_curves(self) -> dict[tuple[str, str], SeedCurve]:
+    def _seed_curves(self) -> dict[tuple[tuple[str, ...], str], SeedCurve]:
         return {}
 
     def ranks(self) -> list[float]:

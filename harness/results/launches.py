@@ -89,14 +89,16 @@ class SweepLaunches:
     def superseded(self) -> list[str]:
         """Runs at values that a search chose in an earlier launch, where it chose others in a later one.
 
-        So it is when the search itself has changed, or data. Beside the runs at the values of today they would be a
-        second search, by the runs that are reported.
+        So it is when the search itself has changed. Beside the runs at the values of today they would be a second
+        search, by the runs that are reported. What any launch names without a search is none of them.
         """
         decided: dict[str, list[SearchedCell]] = {}  # a cell has one first trial in all launches
         for cell in (cell for launch in self.launches for cell in launch.searched):
             if cell.runs is not None and cell.trials:
                 decided.setdefault(cell.trials[0], []).append(cell)
         current = {run_id for cells in decided.values() for run_id in cells[-1].runs or ()}
+        for launch in self.launches:
+            current |= set(launch.run_ids) - {run_id for cell in launch.searched for run_id in cell.runs or ()}
         earlier = [
             run_id
             for cells in decided.values()
