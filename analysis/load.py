@@ -497,14 +497,14 @@ def with_dtypes(table: pd.DataFrame, dtypes: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def _frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    names = dict.fromkeys([*_OF_EVERY_RUN, *(name for shape in dict.fromkeys(map(tuple, rows)) for name in shape)])
+    found = _columns(rows)
+    names = dict.fromkeys([*_OF_EVERY_RUN, *found])
     columns = [
         *(name for name in names if not name.startswith(("config", "environment")) and name not in METRICS),
         *_leaves([name for name in names if name.startswith("config")]),
         *METRICS,
         *_leaves([name for name in names if name.startswith("environment")]),
     ]
-    found = _columns(rows)
     absent: list[Any] = [None] * len(rows)
     # Objects keep a rank 8 an 8 beside rows that have none; pandas would make it 8.0.
     values = {

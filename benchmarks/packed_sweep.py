@@ -59,7 +59,7 @@ class Difference:
     """A score of a run that two sweeps made: by how much of the larger value it differs."""
 
     of_it: float
-    run_id: str = ""
+    run_id: str
     score: str = ""
 
 
@@ -86,16 +86,15 @@ def table(made: Sequence[Made]) -> str:
     ]
     furthest = []
     for one in made:
-        common = differences(first, one)
+        common = sorted(differences(first, one), key=lambda difference: -difference.of_it)
         num_equal = sum(not difference.of_it for difference in common)
-        most = max(common, key=lambda difference: difference.of_it, default=Difference(0.0))
+        most = common[0].of_it if common else 0.0
         lines.append(
             f"| {one.pack} | {one.seconds:.1f} | {first.seconds / one.seconds:.2f} | {len(one.runs)} | "
-            f"{one.together:g} | {len(common)} of {len(first.runs)} | {num_equal} | {most.of_it:.2g} |"
+            f"{one.together:g} | {len(common)} of {len(first.runs)} | {num_equal} | {most:.2g} |"
         )
-        ordered = sorted(common, key=lambda difference: -difference.of_it)
         furthest += [
-            f"pack {one.pack}: {each.score} of {each.run_id}: {each.of_it:.2g}" for each in ordered[:5] if each.of_it
+            f"pack {one.pack}: {each.score} of {each.run_id}: {each.of_it:.2g}" for each in common[:5] if each.of_it
         ]
     return "\n".join([*lines, "", *furthest])
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib.figure
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
@@ -66,23 +66,30 @@ def figures_of(kinds: Sequence[FigureKind], panels: Sequence[Panel]) -> list[Fig
     for kind in kinds:
         shown = [panel for panel in panels if kind.is_drawn_for(panel)]
         if shown:
-            width, heights, _ = _size(kind, shown)
-            draw = partial(_draw, kind, shown)
-            figures.append(Figure(kind.name, kind.title + kind.remark(shown), draw, width * sum(heights)))
+            size = _size(kind, shown)
+            draw = partial(_draw, kind, shown, size)
+            figures.append(Figure(kind.name, kind.title + kind.remark(shown), draw, size.width * sum(size.heights)))
     return figures
 
 
-def _size(kind: FigureKind, panels: Sequence[Panel]) -> tuple[float, list[float], int]:
-    """In inches the width of a figure and the height of each row of panels, and how many lie side by side."""
+class _Size(NamedTuple):
+    """Of a figure: its width and the height of each row of panels, in inches, and how many panels lie side by side."""
+
+    width: float
+    heights: list[float]
+    num_columns: int
+
+
+def _size(kind: FigureKind, panels: Sequence[Panel]) -> _Size:
     is_wide = any(map(kind.is_wide, panels))
     num_columns = 2 if len(panels) > 1 and not is_wide else 1
     by_row = [panels[start : start + num_columns] for start in range(0, len(panels), num_columns)]
     width = PAGE_INCHES if is_wide or num_columns == 2 else COLUMN_INCHES
-    return width, [max(map(kind.height, row)) for row in by_row], num_columns
+    return _Size(width, [max(map(kind.height, row)) for row in by_row], num_columns)
 
 
-def _draw(kind: FigureKind, panels: Sequence[Panel]) -> matplotlib.figure.Figure:
-    width, heights, num_columns = _size(kind, panels)
+def _draw(kind: FigureKind, panels: Sequence[Panel], size: _Size) -> matplotlib.figure.Figure:
+    width, heights, num_columns = size
     footnote = Footnote()
     with our_settings():
         figure = matplotlib.figure.Figure(figsize=(width, sum(heights) + 0.2), dpi=DPI, layout="constrained")
