@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from typing import cast
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -12,8 +13,9 @@ from hydra.core.plugins import Plugins
 from omegaconf import DictConfig
 
 from harness.config.composing import register
+from harness.config.schema import RunConfig
 from harness.config.validation import ConfigError
-from harness.content.identity import Identity
+from harness.content.identity import Identity, PlannedRun
 from hydra_plugins.lora_harness import clusters
 from hydra_plugins.lora_harness._worker import NOT_FINISHED, Outcome
 
@@ -75,9 +77,9 @@ def test_a_run_that_slurm_stopped_asks_to_be_queued_again(
     asked: list[int] = []
     before = signal.signal(signal.SIGUSR2, lambda number, _: asked.append(number))
     try:
-        monkeypatch.setattr(clusters, "compute", lambda values, identity: Outcome(status))
+        monkeypatch.setattr(clusters, "compute", lambda planned: Outcome(status))
         monkeypatch.setenv("SLURM_JOB_ID", "1")
-        assert clusters.ClusterRun()({}, Identity("r", "c", {})).status == status
+        assert clusters.ClusterRun()(PlannedRun(cast(RunConfig, None), Identity("r", "c", {}))).status == status
     finally:
         signal.signal(signal.SIGUSR2, before)
     assert bool(asked) == requeued

@@ -107,7 +107,7 @@ def test_who_lost_its_claim_leaves_the_run_to_its_new_owner(wanted: RunConfig, m
 
     monkeypatch.setattr(run_module, "run", lose)
     with Claim.acquire(folder_of(wanted)):
-        assert worker.compute(to_dict(wanted), identify(wanted)) == worker.Outcome(worker.CLAIMED, "taken over")
+        assert worker.compute(planned(wanted)) == worker.Outcome(worker.CLAIMED, "taken over")
         # Whatever else went wrong in a process that has not got the run.
         assert worker.write_failure(planned(wanted), "late").status == worker.CLAIMED
     assert not (folder_of(wanted) / "result.json").exists()
@@ -216,7 +216,7 @@ def test_a_tracker_that_fails_at_the_end_does_not_change_the_result(
         raise OSError("no such mirror")
 
     monkeypatch.setattr(Trackers, "finish", fail)
-    assert worker.compute(to_dict(wanted), identify(wanted)).status == "finished"
+    assert worker.compute(planned(wanted)).status == "finished"
     assert read_result(folder_of(wanted) / "result.json").status is Status.FINISHED
     assert "tracking did not end properly" in caplog.text
 

@@ -14,10 +14,9 @@ from safetensors.torch import load_file
 from test_run import _own_cache, rows, stopped_after  # noqa: F401 (fixtures)
 from test_run import config as tiny_config
 
-from harness.config.composing import to_dict
 from harness.config.schema import Device, ModelConfig, RunConfig, TinyModel
 from harness.config.validation import ConfigError
-from harness.content.identity import PlannedRun, identify
+from harness.content.identity import PlannedRun, identify, planned
 from harness.data import labelled, sources
 from harness.methods.packable import why_alone
 from harness.methods.packed import PackedLayer
@@ -60,9 +59,9 @@ def config(rows: Path, runs_dir: Path, method: str = "lora", /, **overrides: Any
 
 def compute(configs: list[RunConfig], size: int) -> dict[str, worker.Outcome]:
     outcomes: dict[str, worker.Outcome] = {}
-    runs = [(to_dict(each), identify(each)) for each in configs]
+    runs = [planned(each) for each in configs]
     worker.compute_pack(runs, size=size, report=outcomes.__setitem__)
-    assert outcomes.keys() == {identity.run_id for _, identity in runs}
+    assert outcomes.keys() == {run.run_id for run in runs}
     return outcomes
 
 

@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from harness.content.identity import Identity, PlannedRun
+    from harness.config.schema import RunConfig
+    from harness.content.identity import PlannedRun
     from harness.results.schema import RunResult
     from harness.training.turns import Turns
 
@@ -48,12 +49,8 @@ def outcome_of(result: RunResult, *, was_kept: bool = False) -> Outcome:
     return Outcome(str(result.status), result.error, was_kept, result.headline)
 
 
-def compute(values: dict[str, Any], identity: Identity) -> Outcome:
+def compute(planned: PlannedRun) -> Outcome:
     """Computes one run in this process, without a progress display.
-
-    Args:
-        values: the run's config, as `to_dict` gives it.
-        identity: what the run was planned as.
 
     A run that cannot even begin (data that cannot be used, a model that cannot be had) leaves a failed result with the
     message: in a sweep it is a row like any other.
@@ -62,17 +59,15 @@ def compute(values: dict[str, Any], identity: Identity) -> Outcome:
     from harness.run import run
 
     load_extensions()
-    planned = _planned(values, identity)
+    planned = _quiet(planned)
     try:
-        result = run(planned.config, identity)
+        result = run(planned.config, planned.identity)
     except Exception as error:
         return _outcome_of_error(planned, error)
     return outcome_of(result)
 
 
-def compute_pack(
-    runs: Sequence[tuple[dict[str, Any], Identity]], *, size: int | None, report: Callable[[str, Outcome], None]
-) -> None:
+def compute_pack(runs: Sequence[PlannedRun], *, size: int | None, report: Callable[[str, Outcome], None]) -> None:
     """Computes runs in packs of `size` in this process, and reports each by its run id once it has ended.
 
     Without a size the pack grows while that makes it faster.
@@ -89,7 +84,7 @@ def compute_pack(
 
     load_extensions()
     stop, kept_data = StopRequest(), KeptData()
-    planned = {identity.run_id: _planned(values, identity) for values, identity in runs}
+    planned = {one.run_id: _quiet(one) for one in runs}
     for one in list(planned.values())[1:]:  # whose device this process uses by then
         planned[one.run_id] = replace(one, config=replace(one.config, allow_busy_device=True))
 
@@ -128,12 +123,10 @@ def _free_bytes() -> int | None:
     return free_bytes(torch.device("cuda" if torch.cuda.is_initialized() else "cpu"))
 
 
-def _planned(values: dict[str, Any], identity: Identity) -> PlannedRun:
-    from harness.config.composing import from_dict
-    from harness.content.identity import PlannedRun
-
-    config = from_dict(values)
-    return PlannedRun(replace(config, tracking=replace(config.tracking, progress=False)), identity)
+def _quiet(planned: PlannedRun) -> PlannedRun:
+    """The run without a progress display."""
+    config = planned.config
+    return replace(planned, config=replace(config, tracking=replace(config.tracking, progress=False)))
 
 
 def _outcome_of_error(planned: PlannedRun, error: Exception) -> Outcome:
@@ -201,7 +194,7 @@ def outcome_of_dead(planned: PlannedRun, error: str | None, *, stamp_before: obj
 
 
 def run_in_process(
-    runs: Sequence[tuple[dict[str, Any], Identity]],
+    runs: Sequence[PlannedRun],
     *,
     pack: int | None,
     log_path: str,
@@ -212,7 +205,7 @@ def run_in_process(
     """Computes runs in a process of the queue launcher and sends run id and outcome of each once it has ended.
 
     Args:
-        runs: of each the config, as `to_dict` gives it, and what it was planned as.
+        runs: their configs were validated where they were composed.
         pack: how many are trained together, None for as many as make it faster; a single run is computed alone.
         log_path: file that takes everything the process prints.
         variables: environment variables that give the process its device.
@@ -225,8 +218,7 @@ def run_in_process(
     _redirect_output(Path(log_path))
     threading.Thread(target=_end_with, args=(launcher_pid,), daemon=True).start()
     if len(runs) == 1:
-        ((values, identity),) = runs
-        reply.send((identity.run_id, compute(values, identity)))
+        reply.send((runs[0].run_id, compute(runs[0])))
     else:
         compute_pack(runs, size=pack, report=lambda run_id, outcome: reply.send((run_id, outcome)))
 
@@ -249,18 +241,17 @@ def find_busy(variables: dict[str, str], reply: Connection) -> None:
         reply.send("")
 
 
-def time_steps(values: dict[str, Any], *, seconds: float, talk: Connection) -> None:
+def time_steps(config: RunConfig, *, seconds: float, talk: Connection) -> None:
     """Sends how many tokens a second a run's steps take in, and the peak RSS of this process, or why that is not known.
 
     Before its steps are timed it sends `READY` and waits for an answer, so that several processes begin at once; where
     the launcher is gone there is none, and it ends.
 
     Args:
-        values: the config of the run, as `to_dict` gives it.
+        config: of the run.
         seconds: how long the steps are timed.
         talk: with the launcher.
     """
-    from harness.config.composing import from_dict
     from harness.extensions import load_extensions
     from harness.measure.device import peak_rss_bytes
     from harness.throughput import tokens_per_second
@@ -273,7 +264,7 @@ def time_steps(values: dict[str, Any], *, seconds: float, talk: Connection) -> N
     _redirect_output(Path(os.devnull))
     load_extensions()
     try:
-        rate = tokens_per_second(from_dict(values), meet=meet, seconds=seconds)
+        rate = tokens_per_second(config, meet=meet, seconds=seconds)
     except EOFError:
         return
     except Exception as error:

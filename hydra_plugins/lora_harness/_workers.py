@@ -15,7 +15,6 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, cast
 
-from harness.config.composing import to_dict
 from harness.config.schema import RunConfig
 from harness.config.validation import ConfigError
 from harness.content.identity import PlannedRun
@@ -169,12 +168,12 @@ def measure_together(processes: Any, config: RunConfig, num_workers: int, *, num
     Raises:
         RuntimeError: one of them could not begin, or died.
     """
-    values = to_dict(replace(config, num_threads=num_threads))
+    config = replace(config, num_threads=num_threads)
     started: dict[Connection, Any] = {}
     try:
         for _ in range(num_workers):
             here, there = processes.Pipe()
-            settings = {"values": values, "seconds": _SECONDS, "talk": there}
+            settings = {"config": config, "seconds": _SECONDS, "talk": there}
             started[here] = processes.Process(target=worker.time_steps, kwargs=settings, daemon=True)
             started[here].start()
             there.close()

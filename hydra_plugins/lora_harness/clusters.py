@@ -27,9 +27,8 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from harness.config.composing import to_dict
 from harness.config.validation import ConfigError
-from harness.content.identity import Identity, PlannedRun
+from harness.content.identity import PlannedRun
 from harness.folder import kept_result, result_stamp
 from harness.results.schema import Status
 from hydra_plugins.lora_harness._composing import compose_run
@@ -69,19 +68,19 @@ for name, node in (("submitit_base", SubmititLauncherConf), ("ray_base", RayLaun
 class ClusterRun:
     """One run as submitit carries it to its machine."""
 
-    def __call__(self, values: dict[str, Any], identity: Identity) -> Outcome:
+    def __call__(self, planned: PlannedRun) -> Outcome:
         """Computes the run. One that SLURM stopped is queued again by submitit; its checkpoint is on disk."""
-        outcome = compute(values, identity)
+        outcome = compute(planned)
         if outcome.status == NOT_FINISHED and os.environ.get("SLURM_JOB_ID"):
             # Submitit's own handler is in place again: it calls `checkpoint`, queues the job and ends this process.
             os.kill(os.getpid(), signal.SIGUSR2)
         return outcome
 
-    def checkpoint(self, values: dict[str, Any], identity: Identity) -> Any:
+    def checkpoint(self, planned: PlannedRun) -> Any:
         """Called by submitit before it queues the job again: the state is in the run's folder already."""
         from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(self, values, identity)
+        return DelayedSubmission(self, planned)
 
 
 class _ClusterLauncher(Launcher):
@@ -162,8 +161,7 @@ class SubmititLauncher(_ClusterLauncher):
             parameters["slurm_array_parallelism"] = self._max_parallel
         executor.update_parameters(**parameters)
         if self._cluster == "slurm":
-            values, identities = [to_dict(run.config) for run in runs], [run.identity for run in runs]
-            jobs = executor.map_array(ClusterRun(), values, identities) if runs else []
+            jobs = executor.map_array(ClusterRun(), runs) if runs else []
             return {run.run_id: self._collect(run, job) for run, job in zip(runs, jobs, strict=True)}
         return self._compute_locally(executor, runs)
 
@@ -173,7 +171,7 @@ class SubmititLauncher(_ClusterLauncher):
         while todo or running:
             while todo and len(running) < self._max_parallel:
                 run = todo.pop(0)
-                running.append((run, executor.submit(ClusterRun(), to_dict(run.config), run.identity)))
+                running.append((run, executor.submit(ClusterRun(), run)))
             time.sleep(_POLL_SECONDS)
             for run, job in [pair for pair in running if pair[1].done()]:
                 running.remove((run, job))
@@ -210,7 +208,7 @@ class RayLauncher(_ClusterLauncher):
         try:
             # max_calls=1: the worker process ends with its run, or memory figures would carry over.
             task = ray.remote(**{"max_calls": 1, "max_retries": 0, **self._remote})(compute)
-            waiting = {task.remote(to_dict(run.config), run.identity): run for run in runs}
+            waiting = {task.remote(run): run for run in runs}
             outcomes = {}
             while waiting:
                 (reference, *_), _ = ray.wait(list(waiting), num_returns=1)

@@ -26,7 +26,6 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from harness.config.composing import to_dict
 from harness.config.schema import Device, RunConfig
 from harness.config.validation import ConfigError
 from harness.content.identity import PlannedRun
@@ -327,7 +326,7 @@ class Queue:
         process = self._processes.Process(
             target=worker.run_in_process,
             kwargs={
-                "runs": [(to_dict(_with_threads(run.config, slot)), run.identity) for run in runs],
+                "runs": [replace(run, config=_with_threads(run.config, slot)) for run in runs],
                 "pack": self._pack,
                 "log_path": str(run_dir(runs[0]) / LOG_FILE),
                 "variables": slot.variables,
