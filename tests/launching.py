@@ -19,6 +19,10 @@ from multiprocessing import forkserver, get_context
 from pathlib import Path
 from typing import Any
 
+from harness.content.identity import PlannedRun
+from harness.measure.environment import loaded_checkout
+from hydra_plugins.lora_harness import _worker as worker
+
 # Loaded by the launcher's own workers as well, so one server does for both.
 PRELOAD = "hydra_plugins.lora_harness._preload"
 
@@ -111,19 +115,25 @@ def _fork_instead(path: bytes, arguments: list[str], kept: list[int]) -> int:
 
 @dataclass(frozen=True)
 class Forked:
-    """What a process has from the fork server: imports, whether these are out of the garbage collector's sight."""
+    """What a process has from the fork server: imports, whether these are out of the garbage collector's sight.
+
+    `knows_checkout`: whether the server has asked for the commit of the code that it loaded. `imported_by_run`: modules
+    of the harness that a run had to load by itself.
+    """
 
     modules: frozenset[str]
     is_frozen: bool
     address_space_bytes: int
+    knows_checkout: bool
+    imported_by_run: frozenset[str]
 
 
-def look_at_fork() -> Forked:
-    """What a process has that the fork server has just forked."""
+def look_at_fork(run: PlannedRun) -> Forked:
+    """What a process has that the fork server has just forked, and what a run in it loads beside."""
     context = get_context("forkserver")
     context.set_forkserver_preload([PRELOAD])
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_look, args=(sender,))
+    process = context.Process(target=_look, args=(run, sender))
     process.start()
     sender.close()
     forked: Forked = receiver.recv()
@@ -131,7 +141,11 @@ def look_at_fork() -> Forked:
     return forked
 
 
-def _look(sender: Any) -> None:
+def _look(run: PlannedRun, sender: Any) -> None:
+    modules, is_frozen = frozenset(sys.modules), gc.get_freeze_count() > 10_000
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     kibibytes = int(status["VmPeak"].split()[0])
-    sender.send(Forked(frozenset(sys.modules), gc.get_freeze_count() > 10_000, kibibytes * 1024))
+    knows_checkout = loaded_checkout.cache_info().currsize == 1
+    assert worker.compute(run).status == "finished"
+    imported = frozenset(name for name in sys.modules.keys() - modules if name.partition(".")[0] == "harness")
+    sender.send(Forked(modules, is_frozen, kibibytes * 1024, knows_checkout, imported))

@@ -31,8 +31,9 @@ from test_run import NOT_EXACT
 
 from analysis.status import find_status
 from harness.__main__ import main
+from harness.config.composing import compose, from_composed, register
 from harness.config.validation import ConfigError
-from harness.content.identity import PlannedRun, identify
+from harness.content.identity import PlannedRun, identify, planned
 from harness.results.claims import Claim, Owner, current_owner, read_owner
 from harness.results.schema import Status, read_result
 from hydra_plugins.lora_harness import _workers as workers_module
@@ -118,8 +119,11 @@ def exact(runs_dir: Path) -> dict[str, dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def forked(base: list[str]) -> Forked:
-    return look_at_fork()
+def forked(base: list[str], tmp_path_factory: pytest.TempPathFactory) -> Forked:
+    register()
+    folder = tmp_path_factory.mktemp("runs")
+    overrides = [*base, "method=lora", "rank=r1", "target_layers=qv", f"runs_dir={folder}"]
+    return look_at_fork(planned(from_composed(compose(overrides))))
 
 
 def test_what_the_fork_server_has_loaded(forked: Forked) -> None:
@@ -127,6 +131,12 @@ def test_what_the_fork_server_has_loaded(forked: Forked) -> None:
     assert forked.is_frozen
     assert "harness.run" in forked.modules
     assert "wandb" not in forked.modules
+
+
+def test_runs_compute_with_the_code_that_their_launch_loaded_and_say_so(forked: Forked) -> None:
+    """What is edited or committed in the middle of a sweep is not what its runs are made by."""
+    assert forked.imported_by_run == frozenset()
+    assert forked.knows_checkout
 
 
 def test_failures_are_rows_and_do_not_stop_the_others(base: list[str], sweep_here: SweepHere, tmp_path: Path) -> None:

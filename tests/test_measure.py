@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import json
@@ -784,6 +785,7 @@ class Checkout:
         self.file.parent.mkdir(parents=True)
         self.file.write_text("x = 1\n")
         monkeypatch.setattr(environment_module, "__file__", str(self.file))
+        monkeypatch.setattr(environment_module, "loaded_checkout", environment_module.loaded_checkout.__wrapped__)
 
     def git(self, *arguments: str) -> str:
         identity = ["-c", "user.name=test", "-c", "user.email=test@localhost", "-c", "commit.gpgsign=false"]
@@ -816,6 +818,16 @@ def test_commit_and_dirty_of_a_checkout(checkout: Checkout) -> None:
     assert git_facts() == {"git_commit": commit, "git_dirty": True}
     checkout.git("add", "--all")
     assert git_facts() == {"git_commit": commit, "git_dirty": True}
+
+
+@needs_git
+def test_what_is_committed_later_is_not_what_was_loaded(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment_module, "loaded_checkout", functools.cache(environment_module.loaded_checkout))
+    commit = checkout.commit()
+    assert git_facts() == {"git_commit": commit, "git_dirty": False}
+    checkout.file.write_text("x = 2\n")
+    checkout.git("commit", "--quiet", "--all", "--message", "second")
+    assert git_facts() == {"git_commit": commit, "git_dirty": False}
 
 
 @needs_git

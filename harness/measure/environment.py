@@ -40,8 +40,7 @@ def environment(
 
     Keys: python, platform, hostname, cpu_model, num_cores (that this process may use), num_threads (of torch, unless
     given), device_type, device_name; on CUDA cuda_version, cudnn_version, nvidia_driver; versions (package -> version,
-    extensions among them); git_commit and git_dirty (a tracked file differs from the commit), if this file belongs to a
-    git checkout.
+    extensions among them); what `loaded_checkout` gives.
     """
     device_type = torch.device(device).type
     cpu_model = _cpu_model()
@@ -63,7 +62,7 @@ def environment(
             "nvidia_driver": _nvidia_driver(),
         }
     facts["versions"] = _package_versions(RECORDED_PACKAGES) | load_extensions()
-    facts |= _checkout_state(Path(__file__).resolve())
+    facts |= loaded_checkout()
     return {key: value for key, value in facts.items() if value is not None}
 
 
@@ -99,8 +98,15 @@ def _first_match(path: Path, pattern: str) -> str | None:
     return match[1].strip() if match else None
 
 
-def _checkout_state(file: Path) -> dict[str, Any]:
-    """`git_commit` and `git_dirty` of the checkout that tracks `file`; `{}` when none does or git is missing."""
+@functools.cache
+def loaded_checkout() -> dict[str, Any]:
+    """`git_commit` and `git_dirty` (a tracked file differs from it) of the checkout that this code was loaded from.
+
+    As they were when this was first asked: what is edited or committed later is not what this process computes with. A
+    fork server asks once it has loaded the code of all its runs, hours before the last of them. `{}` when this file is
+    tracked by no checkout or git is missing.
+    """
+    file = Path(__file__).resolve()
     # An installed copy can lie inside somebody else's repository (.venv in a checkout): only a tracked file is theirs.
     if _git(file.parent, "ls-files", "--error-unmatch", "--", file.name) is None:
         return {}
