@@ -137,7 +137,10 @@ def load_runs(runs_dir: Path, *, sweep: str | None = None, need_ended: bool = Tr
     launched = None if sweep is None else _launches_of(runs_dir, sweep)
     if launched is not None:
         return _load_listed(runs_dir, launched, need_ended)
-    found, problems = _read_rows(sorted(_result_paths(runs_dir)))
+    paths = {path.parent.name: path for path in sorted(_result_paths(runs_dir))}
+    superseded, unreadable = _superseded_anywhere(runs_dir) if sweep is None else (set(), [])
+    found, problems = _read_rows([path for run_id, path in paths.items() if run_id not in superseded])
+    problems += [*unreadable, *_about_superseded([run_id for run_id in paths if run_id in superseded])]
     rows, trials = _without_trials(found)
     if not rows and trials:
         raise LoadError(f"runs_dir={runs_dir}: only trials of a search have ended there, {len(trials)} of them.")
@@ -165,11 +168,9 @@ def _load_listed(runs_dir: Path, launched: SweepLaunches, need_ended: bool) -> R
     sweep, last = launched.sweep, launched.launches[-1]
     paths = {run_id: runs_dir / run_id / RESULT_FILE for run_id in launched.run_ids}
     found, problems = _read_rows([path for path in paths.values() if path.exists()])
-    superseded = [run_id for run_id in launched.superseded if (runs_dir / run_id / RESULT_FILE).exists()]
-    if superseded:
-        more = f" and {len(superseded) - 3} more runs" if len(superseded) > 3 else ""
-        named = ", ".join(superseded[:3]) + more
-        problems.append(f"{named}: at values that a search chose in an earlier launch; now it chose others")
+    problems += _about_superseded(
+        [run_id for run_id in launched.superseded if (runs_dir / run_id / RESULT_FILE).exists()]
+    )
     rows, trials = _without_trials(found)
     if not rows and need_ended:
         ended = f"; {len(trials)} trials of its search have" if trials else ""
@@ -274,6 +275,30 @@ def _launches_of(runs_dir: Path, sweep: str) -> SweepLaunches | None:
         return None
     texts = (replace(launch, command=_leaf(launch.command), created=_leaf(launch.created)) for launch in found.launches)
     return SweepLaunches(sweep, list(texts))
+
+
+def _superseded_anywhere(runs_dir: Path) -> tuple[set[str], list[str]]:
+    """The runs of a folder that are superseded in a sweep and named by no other, and the launch files that are none."""
+    superseded: set[str] = set()
+    named: set[str] = set()
+    problems = []
+    for sweep in launched_sweeps(runs_dir):
+        try:
+            launched = read_launches(runs_dir, sweep)
+        except LaunchError as error:
+            problems.append(str(error))
+            continue
+        if launched is not None:
+            superseded |= set(launched.superseded)
+            named |= set(launched.run_ids)
+    return superseded - named, problems
+
+
+def _about_superseded(run_ids: Sequence[str]) -> list[str]:
+    if not run_ids:
+        return []
+    more = f" and {len(run_ids) - 3} more runs" if len(run_ids) > 3 else ""
+    return [f"{', '.join(run_ids[:3])}{more}: at values that a search chose in an earlier launch; now it chose others"]
 
 
 def _known_sweeps(runs_dir: Path, rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -17,7 +17,7 @@ import pytest
 from analysis import select
 from analysis.load import LoadError, load_curves, load_runs
 from harness.config.composing import from_dict, to_dict
-from harness.results.launches import record_launch
+from harness.results.launches import SearchedCell, record_launch
 from harness.results.methods import METHODS
 from harness.results.metrics import METRICS
 from harness.results.schema import RunResult, Status, write_result
@@ -277,6 +277,23 @@ def test_a_sweep_is_the_union_of_its_launches(tmp_path: Path) -> None:
     assert runs.to_do == ["b"]
     assert [launch.run_ids for launch in runs.launches] == [["a", "b"], ["c", "a"]]
     assert runs.command == "python -m harness -m sweeps=demo rank=r4"
+
+
+def test_runs_that_a_search_chooses_no_more_are_rows_of_no_report(tmp_path: Path) -> None:
+    for run_id, rate in {"low": 1e-3, "high": 2e-3, "other": 3e-3}.items():
+        save_run(tmp_path, run_id, learning_rate=rate)
+    low, high = (SearchedCell(["x"], ["t"], [run_id], [value]) for run_id, value in (("low", 1.0), ("high", 2.0)))
+    record_launch(tmp_path, "demo", run_ids=["t", "low"], command="x", searched=[low])
+    record_launch(tmp_path, "demo", run_ids=["t", "high"], command="x", searched=[high])
+    said = ["low: at values that a search chose in an earlier launch; now it chose others"]
+    of_sweep, of_folder = load_runs(tmp_path, sweep="demo"), load_runs(tmp_path)
+    assert list(of_sweep.frame["run_id"]) == ["high"] and of_sweep.problems == said
+    assert list(of_folder.frame["run_id"]) == ["high", "other"] and of_folder.problems == said
+    record_launch(tmp_path, "by_hand", run_ids=["low"], command="x")
+    assert list(load_runs(tmp_path).frame["run_id"]) == ["low", "high", "other"]
+    (tmp_path / "sweeps" / "demo" / "x.json").write_text("{")
+    of_folder = load_runs(tmp_path)
+    assert len(of_folder.frame) == 3 and "x.json: not readable as JSON" in of_folder.problems[0]
 
 
 def test_without_a_sweep_file_a_sweep_has_the_runs_that_it_computed(tmp_path: Path) -> None:
