@@ -413,7 +413,13 @@ def test_a_reader_sorts_filters_points_and_clicks(browser: Any, frame: pd.DataFr
     browser.find_element("css selector", "#method option[value=full]").click()
     assert column(browser, 1) == ["full"]
     assert len(browser.find_elements("css selector", points)) == 1
+
+    # Under a figure, only what is said of marks that are there.
+    caption = browser.find_element("css selector", "#figure-rank figcaption")
+    browser.find_element("css selector", "#method option[value=lora]").click()
+    assert caption.text == "Bars: sample standard deviation."
     browser.find_element("css selector", "#method option[value='']").click()
+    assert caption.text == "Dashed: conditions without a rank. Bars: sample standard deviation."
 
     # All six figures, and no button that sends their data away.
     figures = [name for name in browser.find_elements("css selector", "figure .js-plotly-plot") if name.is_displayed()]
@@ -535,6 +541,14 @@ def test_more_than_thirteen_conditions_are_small_multiples(browser: Any, tmp_pat
     # Within the limit they share one plot.
     browser.find_element("css selector", "#method option[value=lora]").click()
     assert len(browser.find_elements("css selector", "#figure-rate .cartesianlayer > .subplot")) == 1
+    check_quiet(browser, address)
+
+
+@pytest.mark.browser
+def test_one_seed_has_no_bars_and_no_word_of_them(browser: Any, frame: pd.DataFrame, tmp_path: Path) -> None:
+    one = make(frame[frame["config.seed"] == 0].reset_index(drop=True))
+    address = open_page(browser, tmp_path / "page.html", one)
+    assert browser.find_element("css selector", "#figure-memory figcaption").text.endswith("Large: best on val.")
     check_quiet(browser, address)
 
 

@@ -29,22 +29,30 @@ MAX_CHOICES_OPEN = 6
 # Together one script, in this order; all but the last only define what those after them use.
 _SCRIPTS = ("state.js", "tables.js", "plots.js", "keyboard.js", "figures.js", "details.js", "start.js")
 
-# Id and title of each figure, and what its marks are. `figures.js` draws them by id and hides those without data.
+_BARS = '<span data-when="bars">Bars: sample standard deviation.</span>'
+
+
+def _dashed(conditions: str) -> str:
+    return f'<span data-when="levels">Dashed: conditions {conditions}.</span>'
+
+
+# Id and title of each figure, and what its marks are. `figures.js` draws them by id, and hides those without data and
+# sentences about marks that are not there.
 _FIGURES = (
     (
         "memory",
         "Score and memory",
         "Dotted: the Pareto front, conditions that no other shown one beats or equals in both. Large: best on "
-        "val. Bars: sample standard deviation.",
+        f"val. {_BARS}",
     ),
-    ("params", "Score and adapter size", "Dashed: conditions without an adapter. Bars: sample standard deviation."),
-    ("compute", "Score and training compute", "Dashed: conditions whose compute is not known."),
+    ("params", "Score and adapter size", f"{_dashed('without an adapter')} {_BARS}"),
+    ("compute", "Score and training compute", _dashed("whose compute is not known")),
     (
         "forgetting",
         "Learning and forgetting",
         "Right: learned more; down: forgot less. Lines join the ranks of a placement in their order.",
     ),
-    ("rank", "Score and rank", "Dashed: conditions without a rank. Bars: sample standard deviation."),
+    ("rank", "Score and rank", f"{_dashed('without a rank')} {_BARS}"),
     ("axis", "Score along an axis of the sweep", "Lines join what differs in this setting alone."),
     ("rate", "Learning rates", "Score on val at every learning rate tried; filled: the chosen one."),
     ("parts", "Where the memory goes", "Mean over the runs of a cell, at the peak of a training step."),

@@ -171,6 +171,10 @@ function drawFigures() {
     const perRow = names.some((text) => text.length > 24) ? 1 : 2;
     made.layout.height += 18 * Math.max(0, Math.ceil(names.length / perRow) - 4);
     if (state.printing) made.layout.width = 640;
+    const there = {
+      bars: made.traces.some((one) => one.error_y?.visible), levels: made.traces.some((one) => DASHES.includes(one.line?.dash)),
+    };
+    figure.querySelectorAll("[data-when]").forEach((said) => { said.hidden = !there[said.dataset.when]; });
     const isNew = !plot.classList.contains("js-plotly-plot");
     const image = { filename: name, format: "svg" };
     Plotly.react(plot, made.traces, made.layout, { ...CONFIG, toImageButtonOptions: image });
