@@ -2,6 +2,7 @@
 
     python benchmarks/packs.py                  wall time, two threads: for a machine that is idle
     python benchmarks/packs.py --cpu-time       processor time of one thread: where others compute beside it
+    python benchmarks/packs.py --blocks 12      a deeper model of the same width: its six blocks twice
 
 All-MiniLM-L6-v2 (embedded, no download) in float32 without dropout, rank 8; every run has its own learning rate, and
 all have the same batches, as the trials of a search have. Prints one Markdown table: how many times as long the runs
@@ -11,6 +12,7 @@ take one after the other, as the ratio of medians over the steps of all rounds.
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import time
 from collections.abc import Callable, Sequence
@@ -57,10 +59,14 @@ PLACEMENTS = (
 )
 
 
-def build_model(placement: Placement, *, seed: int) -> nn.Module:
+def build_model(placement: Placement, *, num_blocks: int, seed: int) -> nn.Module:
     """A model in training mode, of which the adapter and the head train."""
     config = ModelConfig(name="minilm", asset="minilm", dropout=0.0)
     loaded = load_model(config, num_labels=NUM_LABELS, pad_token_id=load_tokenizer(config).pad_token_id, seed=0)
+    blocks = loaded.model.get_submodule("bert.encoder").layer
+    num_own = len(blocks)
+    blocks.extend(copy.deepcopy(blocks[number % num_own]) for number in range(num_own, num_blocks))
+    loaded.model.config.num_hidden_layers = len(blocks)
     if placement.projections:
         targets = select_targets(
             [name for name, _ in loaded.model.named_modules()],
@@ -141,16 +147,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--blocks", type=int, default=6, help="of the model, at least its own 6; default: %(default)s")
+    names = [placement.name for placement in PLACEMENTS]
+    parser.add_argument(
+        "--trains", nargs="+", default=names, choices=names, metavar="NAME", help="of a row; default: all"
+    )
     parser.add_argument("--cpu-time", action="store_true", help="processor time of one thread in place of wall time")
     options = parser.parse_args()
     torch.set_num_threads(1 if options.cpu_time else 2)
     clock = time.process_time if options.cpu_time else time.perf_counter
     print(f"{datetime.date.today()}, {environment(torch.device('cpu'))}")
-    print("processor time, one thread" if options.cpu_time else "wall time, 2 threads", end="\n\n")
+    timed = "processor time, one thread" if options.cpu_time else "wall time, 2 threads"
+    print(f"{timed}, {options.blocks} blocks", end="\n\n")
     print(f"| trains | examples x tokens | {' | '.join(f'{size} runs' for size in options.sizes)} |")
     print("|---|---|" + "---|" * len(options.sizes))
-    for placement in PLACEMENTS:
-        models = [build_model(placement, seed=seed) for seed in range(max(options.sizes))]
+    for placement in (one for one in PLACEMENTS if one.name in options.trains):
+        models = [build_model(placement, num_blocks=options.blocks, seed=seed) for seed in range(max(options.sizes))]
         for shape in SHAPES:
             cells = []
             for size in options.sizes:
