@@ -6,10 +6,13 @@ import errno
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -187,3 +190,64 @@ def test_a_claim_that_cannot_be_read_does_not_hold(tmp_path: Path, content: str)
     (tmp_path / "claims/0.json").write_text(content, errors="surrogateescape")
     assert current_owner(tmp_path) is None
     Claim.acquire(tmp_path).release(ended=True)
+
+
+@pytest.fixture
+def vanishing(monkeypatch: pytest.MonkeyPatch) -> set[Path]:
+    """Folders that their run's end removes just before they are listed, once each: on NFS with a stale handle."""
+    folders: set[Path] = set()
+
+    def gone(list_folder: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Any = ".", /) -> Any:
+            if not isinstance(path, int) and Path(path) in folders:  # rmtree lists open files
+                folders.remove(Path(path))
+                shutil.rmtree(path)
+            return list_folder(path)
+
+        return call
+
+    for name in ("listdir", "scandir"):
+        monkeypatch.setattr(os, name, gone(getattr(os, name)))
+    return folders
+
+
+def test_a_run_that_ends_while_its_claims_are_looked_at_has_no_owner(tmp_path: Path, vanishing: set[Path]) -> None:
+    """A launcher looks at each of its runs several times a second: once in a night it looks just then."""
+    held = Claim.acquire(tmp_path)
+    vanishing.add(tmp_path / "claims")
+    assert current_owner(tmp_path) is None
+    assert not vanishing
+    with pytest.raises(ClaimLostError):
+        held.check()
+    held.release(ended=True)
+
+
+def test_claims_that_vanish_are_made_anew(tmp_path: Path, vanishing: set[Path]) -> None:
+    first = Claim.acquire(tmp_path)
+    first.release(ended=False)
+    vanishing.add(tmp_path / "claims")
+    with Claim.acquire(tmp_path) as claim:
+        assert current_owner(tmp_path) is not None
+        vanishing.add(tmp_path / "claims")
+        with pytest.raises(ClaimLostError):
+            claim.check()
+        (tmp_path / "claims").mkdir()
+        vanishing.add(tmp_path / "claims")
+        claim.release(ended=True)
+    assert not vanishing
+
+
+@pytest.mark.parametrize(("number", "is_gone"), [(errno.ESTALE, True), (errno.EIO, False)])
+def test_a_folder_that_cannot_be_listed_is_no_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, is_gone: bool
+) -> None:
+    """To claim a run beside claims that cannot be seen would compute it twice; to look at it must not end a sweep."""
+    claim = Claim.acquire(tmp_path)
+    if is_gone:
+        shutil.rmtree(tmp_path / "claims")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", lambda path: (_ for _ in ()).throw(OSError(number, os.strerror(number))))
+        assert current_owner(tmp_path) is None
+        with pytest.raises(ClaimLostError if is_gone else OSError, match=None if is_gone else "Input/output"):
+            claim.check()
+    claim.release(ended=True)

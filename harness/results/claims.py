@@ -13,6 +13,7 @@ the launcher's screen read it from there.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -93,8 +94,9 @@ class Claim:
             try:
                 if _create_new(directory / f"{number + 1}.json", me):
                     return cls(run_dir, number + 1, me)
-            except FileNotFoundError:  # the process that ended the run has just removed the folder
-                continue
+            except OSError as error:
+                if not _is_gone(error):  # else the process that ended the run has just removed the folder
+                    raise
 
     def report(self, progress: dict[str, Any]) -> None:
         """Says how far the run is; the first time at once, then with the next heartbeat."""
@@ -126,11 +128,12 @@ class Claim:
 
     def _remove(self) -> None:
         """Removes this claim after those before it, so that a claim which somebody makes meanwhile stays."""
-        earlier = (path for path in self._directory.glob("*.json") if _number(path) < self._number)
-        for path in (*sorted(earlier), *self._directory.glob(".*"), self._path):
-            with contextlib.suppress(OSError):
-                path.unlink()
-        with contextlib.suppress(OSError):  # it holds a claim again
+        with contextlib.suppress(OSError):  # what cannot be listed is left; a folder may hold a claim again
+            names = _names(self._directory)
+            earlier = sorted(name for name in names if 0 <= _number(name) < self._number)
+            for name in (*earlier, *(name for name in names if name.startswith(".")), self._path.name):
+                with contextlib.suppress(OSError):
+                    (self._directory / name).unlink()
             self._directory.rmdir()
 
     def __enter__(self) -> Claim:
@@ -158,8 +161,11 @@ class Claim:
 
 
 def current_owner(run_dir: Path) -> Owner | None:
-    """Who holds the run, or None when nobody living does."""
-    _, path = _highest(run_dir / CLAIMS_DIR)
+    """Who holds the run, or None when nobody living does, as far as can be seen: only a claim itself makes sure."""
+    try:
+        _, path = _highest(run_dir / CLAIMS_DIR)
+    except OSError:
+        return None
     return read_owner(path) if path is not None and is_held(path) else None
 
 
@@ -204,12 +210,29 @@ def read_owner(path: Path) -> Owner | None:
         return None
 
 
-def _number(path: Path) -> int:
-    return int(path.stem) if path.stem.isdigit() else -1
+def _names(directory: Path) -> list[str]:
+    """What a folder of claims holds: nothing where it is gone, as it is at any moment when its run ends."""
+    try:
+        return os.listdir(directory)
+    except OSError as error:
+        if _is_gone(error):
+            return []
+        raise
+
+
+def _is_gone(error: OSError) -> bool:
+    """Whether a file or folder is no longer there: as NFS says it (a stale handle), where another machine removed it."""
+    return isinstance(error, FileNotFoundError) or error.errno == errno.ESTALE
+
+
+def _number(name: str) -> int:
+    """The number of a claim by the name of its file, -1 for a file that is none."""
+    number, _, suffix = name.partition(".")
+    return int(number) if number.isdecimal() and suffix == "json" else -1
 
 
 def _highest(directory: Path) -> tuple[int, Path | None]:
-    number = max(map(_number, directory.glob("*.json")), default=-1)
+    number = max(map(_number, _names(directory)), default=-1)
     return (number, directory / f"{number}.json") if number >= 0 else (-1, None)
 
 
