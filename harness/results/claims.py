@@ -221,7 +221,7 @@ def _names(directory: Path) -> list[str]:
 
 
 def _is_gone(error: OSError) -> bool:
-    """Whether a file or folder is no longer there: as NFS says it (a stale handle), where another machine removed it."""
+    """Whether a file or folder is no longer there; NFS speaks of a stale handle where another machine removed it."""
     return isinstance(error, FileNotFoundError) or error.errno == errno.ESTALE
 
 
