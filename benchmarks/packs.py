@@ -2,7 +2,7 @@
 
     python benchmarks/packs.py                  wall time, two threads: for a machine that is idle
     python benchmarks/packs.py --cpu-time       processor time of one thread: where others compute beside it
-    python benchmarks/packs.py --blocks 12      a deeper model of the same width: its six blocks twice
+    python benchmarks/packs.py --blocks 12      another depth at the same width: its six blocks twice
 
 All-MiniLM-L6-v2 (embedded, no download) in float32 without dropout, rank 8; every run has its own learning rate, and
 all have the same batches, as the trials of a search have. Prints one Markdown table: how many times as long the runs
@@ -63,10 +63,10 @@ def build_model(placement: Placement, *, num_blocks: int, seed: int) -> nn.Modul
     """A model in training mode, of which the adapter and the head train."""
     config = ModelConfig(name="minilm", asset="minilm", dropout=0.0)
     loaded = load_model(config, num_labels=NUM_LABELS, pad_token_id=load_tokenizer(config).pad_token_id, seed=0)
-    blocks = loaded.model.get_submodule("bert.encoder").layer
-    num_own = len(blocks)
-    blocks.extend(copy.deepcopy(blocks[number % num_own]) for number in range(num_own, num_blocks))
-    loaded.model.config.num_hidden_layers = len(blocks)
+    encoder = loaded.model.get_submodule("bert.encoder")
+    own = list(encoder.layer)
+    encoder.layer = nn.ModuleList(copy.deepcopy(own[number % len(own)]) for number in range(num_blocks))
+    loaded.model.config.num_hidden_layers = num_blocks
     if placement.projections:
         targets = select_targets(
             [name for name, _ in loaded.model.named_modules()],
@@ -147,7 +147,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
-    parser.add_argument("--blocks", type=int, default=6, help="of the model, at least its own 6; default: %(default)s")
+    parser.add_argument(
+        "--blocks", type=int, default=6, help="of the model, its six again and again; default: %(default)s"
+    )
     names = [placement.name for placement in PLACEMENTS]
     parser.add_argument(
         "--trains", nargs="+", default=names, choices=names, metavar="NAME", help="of a row; default: all"

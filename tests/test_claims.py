@@ -194,7 +194,7 @@ def test_a_claim_that_cannot_be_read_does_not_hold(tmp_path: Path, content: str)
 
 @pytest.fixture
 def vanishing(monkeypatch: pytest.MonkeyPatch) -> set[Path]:
-    """Folders that their run's end removes just before they are listed, once each: on NFS with a stale handle."""
+    """Folders that their run's end removes just before they are listed, once each."""
     folders: set[Path] = set()
 
     def gone(list_folder: Callable[..., Any]) -> Callable[..., Any]:

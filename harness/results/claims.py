@@ -130,8 +130,8 @@ class Claim:
         """Removes this claim after those before it, so that a claim which somebody makes meanwhile stays."""
         with contextlib.suppress(OSError):  # what cannot be listed is left; a folder may hold a claim again
             names = _names(self._directory)
-            earlier = sorted(name for name in names if 0 <= _number(name) < self._number)
-            for name in (*earlier, *(name for name in names if name.startswith(".")), self._path.name):
+            others = [name for name in names if name.startswith(".") or 0 <= _number(name) < self._number]
+            for name in (*others, self._path.name):
                 with contextlib.suppress(OSError):
                     (self._directory / name).unlink()
             self._directory.rmdir()
