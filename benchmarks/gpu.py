@@ -1,6 +1,6 @@
-"""On a GPU: what a training step costs, what it holds against the prediction, and what packs gain.
+"""On a GPU: what a training step costs, compiled and not, what it holds against the prediction, and what packs gain.
 
-    python benchmarks/gpu.py                          all three tables, about six minutes
+    python benchmarks/gpu.py                          all four tables, about eight minutes
     python benchmarks/gpu.py --only memory            one of them
     python benchmarks/gpu.py --device cpu --small     that it runs, with tiny models
 
@@ -17,8 +17,9 @@ import copy
 import datetime
 import gc
 import importlib.util
+import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, LlamaConfig
 
-from harness.config.schema import RankConfig, TrainerConfig
+from harness.config.schema import Compile, RankConfig, TrainerConfig
 from harness.data.batches import Batch
 from harness.forecast.fitting import WORKSPACE_BYTES, allocated_bytes
 from harness.measure.clock import DeviceQueue, device_queue
@@ -42,6 +43,7 @@ from harness.measure.without_data import floats_without_data
 from harness.methods.adapting import apply_lora, lora_layers
 from harness.methods.counts import set_trainable
 from harness.methods.packed import copy_over_same_tensors
+from harness.models.compiling import compile_blocks
 from harness.models.loading import checkpoint_activations
 from harness.placement.select import select_targets
 from harness.tasks.language import summed_loss
@@ -226,12 +228,10 @@ def loss_of(shape: Shape, batch: Batch, model: nn.Module) -> tuple[Tensor, Tenso
 
 
 def step_milliseconds(
-    shape: Shape, trained: Sequence[Trained], size: tuple[int, int], device: torch.device, *, repetitions: int
+    steps: Mapping[str, Callable[[], None]], device: torch.device, *, repetitions: int
 ) -> dict[str, float]:
-    """The median of a step of each, made by turns, ten in a row."""
+    """The median of each step, made by turns, ten in a row."""
     queue, in_a_row = device_queue(device), 10
-    batch = make_batch(shape, size, device)
-    steps = {each.name: _step(shape, each, batch, device) for each in trained}
     found: dict[str, list[float]] = {name: [] for name in steps}
     for repetition in range(repetitions + 1):  # the first one warms up
         for name, step in steps.items():
@@ -244,8 +244,11 @@ def step_milliseconds(
     return {name: 1e3 * median(seconds) for name, seconds in found.items()}
 
 
-def _step(shape: Shape, trained: Trained, batch: Batch, device: torch.device) -> Callable[[], None]:
+def _step(
+    shape: Shape, trained: Trained, batch: Batch, device: torch.device, how: Compile = Compile.none
+) -> Callable[[], None]:
     model = build_model(shape, trained, device)
+    compile_blocks(model, how, device)
     optimizer = None if trained == FLOOR else build_optimizer(model, TrainerConfig(learning_rate=1e-5))
 
     def step() -> None:
@@ -267,13 +270,49 @@ def table_of_steps(
     """Prints a row for each method of each shape."""
     print("| model | examples x tokens | trains | ms | ratio to the floor | tokens/s |\n|---|---|---|---|---|---|")
     for shape, size, trained in cells:
-        found = step_milliseconds(shape, trained, size, device, repetitions=repetitions)
+        batch = make_batch(shape, size, device)
+        steps = {each.name: _step(shape, each, batch, device) for each in trained}
+        found = step_milliseconds(steps, device, repetitions=repetitions)
         for name, milliseconds in found.items():
             ratio, rate = milliseconds / found[FLOOR.name], 1e3 * size[0] * size[1] / milliseconds
             print(
                 f"| {shape.label} | {size[0]} x {size[1]} | {name} | {milliseconds:.2f} | {ratio:.2f} | {rate:,.0f} |",
                 flush=True,
             )
+        del steps
+        _give_back(device)
+
+
+# ---------------------------------------------------------------- compiled steps
+
+
+def table_of_compiled(
+    cells: Sequence[tuple[Shape, tuple[int, int], Trained]], device: torch.device, *, repetitions: int
+) -> None:
+    """Prints a row for each choice of `trainer.compile`; the first three steps compile, with nothing kept on disk."""
+    queue = device_queue(device)
+    torch.compiler.config.force_disable_caches = True
+    print("| model | examples x tokens | trains | compile | first steps, s | ms | times as fast |")
+    print("|---|---|---|---|---|---|---|")
+    for shape, size, trained in cells:
+        batch = make_batch(shape, size, device)
+        steps = {how.value: _step(shape, trained, batch, device, how) for how in Compile}
+        first: dict[str, float] = {}
+        for name, step in steps.items():
+            began = time.perf_counter()
+            for _ in range(3):
+                step()
+            queue.seconds(queue.mark(), queue.mark())  # waits for the device
+            first[name] = time.perf_counter() - began
+        found = step_milliseconds(steps, device, repetitions=repetitions)
+        for name, milliseconds in found.items():
+            print(
+                f"| {shape.label} | {size[0]} x {size[1]} | {trained.name} | {name} | {first[name]:.1f} "
+                f"| {milliseconds:.2f} | {found[Compile.none.value] / milliseconds:.2f} |",
+                flush=True,
+            )
+        del steps
+        torch.compiler.reset()
         _give_back(device)
 
 
@@ -433,7 +472,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
-    parser.add_argument("--only", nargs="+", choices=("step", "memory", "packs"), default=("step", "memory", "packs"))
+    tables = ("step", "compile", "memory", "packs")
+    parser.add_argument("--only", nargs="+", choices=tables, default=tables)
     parser.add_argument("--small", action="store_true", help="tiny models and few steps, whose times say nothing")
     options = parser.parse_args(arguments)
     bert, llama, largest = (TINY_BERT, TINY_LLAMA, TINY_LLAMA) if options.small else (MINILM, LLAMA_1B, LLAMA_8B)
@@ -447,6 +487,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         methods = (FLOOR, qv, on_all, large, *peft, FULL)
         cells = [(bert, short, methods), (bert_bf16, short, methods), (llama, long, methods)]
         table_of_steps(cells, options.device, repetitions=1 if options.small else 5)
+    if "compile" in options.only:
+        print()
+        compiled = [(shape, size, on_all) for shape, size in ((bert, short), (bert_bf16, short), (llama, long))]
+        table_of_compiled(compiled, options.device, repetitions=1 if options.small else 5)
     if "memory" in options.only:
         print()
         table_of_memory(

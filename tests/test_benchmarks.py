@@ -9,15 +9,29 @@ import pytest
 import torch
 from scripts import load_script
 
+from harness.config.schema import Compile
+from harness.models import compiling
 
-def test_what_is_measured_on_a_gpu_runs_on_a_cpu_with_tiny_models(capsys: pytest.CaptureFixture[str]) -> None:
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what PyTorch's compiler imports
+def test_what_is_measured_on_a_gpu_runs_on_a_cpu_with_tiny_models(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, *, mode: compiled.append(mode) or function)
+    monkeypatch.setattr(compiling, "missing_compiler", lambda device: None)
+    monkeypatch.setattr(torch.compiler.config, "force_disable_caches", False)  # as it is afterwards
     load_script("benchmarks/gpu.py").main(["--device", "cpu", "--small"])
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| tiny")]
-    steps, memory, packs = ([row for row in rows if len(row) == width] for width in (6, 9, 7))
+    kinds = [row for row in rows if row[3] in list(Compile)]
+    steps, memory, packs = ([row for row in rows if len(row) == width and row not in kinds] for width in (6, 9, 7))
     assert {row[0] for row in steps} == {row[0] for row in packs}
     assert len(steps) == 18 and len(memory) == 12 and len(packs) == 7
     assert [float(row[4]) for row in steps if row[2] == "floor"] == [1.0] * 3
     assert all(float(row[3]) > 0 for row in steps)
+    assert [row[3] for row in kinds] == 3 * list(Compile)
+    assert set(compiled) == {None, "reduce-overhead"}
+    assert all(float(value) > 0 for row in kinds for value in row[5:])
     for row in memory:
         assert row[4] == row[5], "predicted bytes are followed bytes"
         assert row[6:] == ["-", "-", "-"]

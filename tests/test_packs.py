@@ -266,8 +266,9 @@ def alone(spec: Spec, record: Record | None = None) -> Run:
     return run
 
 
-def turns(run: Run) -> Turns[TrainingOutcome]:
-    return (yield from train_in_turns(run.model, Rows(run.spec), Objective(run.spec), **run.settings()))
+def turns(run: Run, *, times_rehearsal: bool = False) -> Turns[TrainingOutcome]:
+    rows, objective = Rows(run.spec), Objective(run.spec)
+    return (yield from train_in_turns(run.model, rows, objective, times_rehearsal=times_rehearsal, **run.settings()))
 
 
 def together(
@@ -573,12 +574,12 @@ def test_a_pack_grows_while_that_makes_it_faster(caplog: pytest.LogCaptureFixtur
 
     class Clocked(Growing):
         def passed(self, done: Pass) -> str:
-            assert done.num_tokens >= 3 * 8 * done.num_runs and done.seconds > 0 and done.bytes_per_run > 0
+            assert done.alone_seconds > 0 and done.seconds > 0 and done.bytes_per_run > 0
             seconds = 1.0 if done.num_runs < 4 else 8.0
-            return super().passed(replace(done, num_tokens=done.num_runs, seconds=seconds))
+            return super().passed(replace(done, alone_seconds=done.num_runs, seconds=seconds))
 
     def counted(number: int, run: Run) -> Turns[TrainingOutcome]:
-        outcome = yield from turns(run)
+        outcome = yield from turns(run, times_rehearsal=True)
         together[number] = pack.most_together(number)
         return outcome
 
@@ -588,9 +589,15 @@ def test_a_pack_grows_while_that_makes_it_faster(caplog: pytest.LogCaptureFixtur
         assert [ended.error for ended in pack.run()] == [None] * 4
     assert size.is_settled and size.target == 2
     assert together == dict.fromkeys(range(4), 4)
-    assert caplog.messages.count("pack=auto: 2 at once: 4 compute 0.25 times as many tokens a second") == 4
+    assert caplog.messages.count("pack=auto: 2 at once: 4 are 0.25 times as fast") == 4
     for run in runs:
         assert furthest(run, alone(run.spec)) <= 1e-10
+
+
+def test_a_pack_that_finds_its_size_wants_timed_rehearsals() -> None:
+    run = begin(replace(SIX[4], num_steps=2))
+    with pytest.raises(ValueError, match=r"runs that time their rehearsal \(times_rehearsal=True\)"):
+        list(Pack(iter([(0, lambda: turns(run))]), size=Growing(most=2, available=lambda: None)).run())
 
 
 def test_a_run_stopped_in_a_pack_resumes_in_another_or_alone() -> None:

@@ -177,6 +177,7 @@ class Learner:
         self.at = Position()
         self.best_state: dict[str, Tensor] | None = None
         self._own_bytes = 0
+        self._seconds_per_token: float | None = None  # of rehearsed steps, padding counted
 
     def rehearse(
         self, *, shortest: Callable[[], Sequence[Batch]], longest: Callable[[], Sequence[Batch]]
@@ -207,7 +208,11 @@ class Learner:
         rehearsals = [partial(self._rehearse_step, micro_batches) for micro_batches in chosen]
         queue = device_queue(self._accelerator.device)
         seconds = time_rehearsed_steps(rehearsals, self._model, self._optimizer, queue)
-        num_tokens = sum(step_sizes(micro_batches)[0] for micro_batches in chosen)
+        sizes = [step_sizes(micro_batches) for micro_batches in chosen]
+        self._seconds_per_token = median(
+            took / computed for took, (_, computed, *_) in zip(seconds, sizes, strict=True)
+        )
+        num_tokens = sum(real for real, *_ in sizes)
         return {"step_seconds_median": median(seconds), "train_tokens_per_second": num_tokens / sum(seconds)}
 
     def step_peak(
@@ -339,6 +344,7 @@ class Learner:
             is_last = number == len(micro_batches)
             with contextlib.nullcontext() if is_last or self._is_sharded else accelerator.no_sync(self._model):
                 on_device = batch.to(accelerator.device)
+                pace, num_tokens = self._seconds_per_token, on_device.inputs["input_ids"].numel()
                 losses.append(
                     (
                         yield MicroBatch(
@@ -347,6 +353,7 @@ class Learner:
                             loss_of=partial(self._loss_of, on_device, num_targets, is_last=is_last),
                             backward=self._backward,
                             own_bytes=self._own_bytes,
+                            alone_seconds=None if pace is None else pace * num_tokens,
                         )
                     )
                 )

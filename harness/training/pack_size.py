@@ -1,8 +1,10 @@
 """How many runs a pack trains at once, a given number or as many as pay and fit into memory, and which passes are one.
 
-`Growing` starts with one run and doubles. At each size it watches a few passes, and it stays at the last size that
-computed more tokens a second than half of it did, by more than a margin: twice as many runs take twice the memory, and
-where a core or a GPU is busy already, they take twice the time as well.
+`Growing` starts with one run and doubles. At each size it watches a few passes, and it stays at the last size that was
+faster than the best below it, by more than a margin: twice as many runs take twice the memory, and where a core or a
+GPU is busy already, they take twice the time as well. How fast a pack is, is the time that its runs would take one
+after the other, as each rehearsed it, over the time they take at once: a run on all projections that joins one on q
+and v does more work, and that is not the pack's doing.
 """
 
 from __future__ import annotations
@@ -14,8 +16,11 @@ from typing import ClassVar, Protocol
 
 from harness.results.metrics import bytes_text
 
-# Twice as many runs are kept where they compute so many times as many tokens a second.
+# Twice as many runs are kept where they are so many times as fast.
 LEAST_GAIN = 1.05
+# Sizes in a row that were no faster, after which none larger is tried. On a GPU one pass for two runs, whose adapters
+# lie on other matrices, took as long as two passes, and one for 24 of them a quarter of 24.
+NUM_TRIES = 2
 # Passes at a size before it is judged, by the median of their rates.
 NUM_PASSES = 5
 # The part of the memory that is available which a pack may take: kernels need scratch space, and allocators fragment.
@@ -42,17 +47,17 @@ def pays_together(num_hidden: int, *, num_threads: int, shares_blocks: bool) -> 
 
 @dataclass(frozen=True)
 class Pass:
-    """One turn of all runs of a pack: how many there were, the tokens of their batches, and what it took.
+    """One turn of all runs of a pack: how many there were, and what it took.
 
     Attributes:
         num_runs: that trained at once.
-        num_tokens: of their own batches, their padding included and that to a common length not.
+        alone_seconds: that they would take one after the other.
         seconds: of forward and backward.
         bytes_per_run: what a step of the largest of them takes above the weights that all share.
     """
 
     num_runs: int
-    num_tokens: int
+    alone_seconds: float
     seconds: float
     bytes_per_run: int
 
@@ -109,30 +114,32 @@ class Growing:
     target: int = 1
     is_settled: bool = False
     _rates: list[float] = field(default_factory=list)
-    _smaller: tuple[int, float] | None = None
+    _best: tuple[int, float] | None = None
+    _against: list[str] = field(default_factory=list)
 
     def passed(self, done: Pass) -> str:
         """Takes note of a pass in which as many runs trained as wanted, and decides after `NUM_PASSES` of them."""
         if self.is_settled or done.num_runs != self.target:
             return ""
-        self._rates.append(done.num_tokens / done.seconds)
+        self._rates.append(done.alone_seconds / done.seconds)
         if len(self._rates) < NUM_PASSES:
             return ""
-        rate = median(self._rates)
-        if self._smaller is not None:
-            smaller, before = self._smaller
-            if rate < LEAST_GAIN * before:
-                return self._settle(smaller, f"{self.target} compute {rate / before:.2f} times as many tokens a second")
+        rate, self._rates = median(self._rates), []
+        if self._best is None or rate >= LEAST_GAIN * self._best[1]:
+            self._best, self._against = (self.target, rate), []
+        else:
+            self._against.append(f"{self.target} are {rate / self._best[1]:.2f} times as fast")
         doubled = min(2 * self.target, self.most)
-        if doubled == self.target:
-            return self._settle(self.target, "more do not wait")
+        if len(self._against) == NUM_TRIES or doubled == self.target:
+            return self._settle(", ".join(self._against) or "more do not wait")
         available, needed = self.available(), doubled * done.bytes_per_run
         if available is not None and needed > MEMORY_SHARE * available:
-            shown = f"{doubled} need {bytes_text(needed)}, available are {bytes_text(available)}"
-            return self._settle(self.target, shown)
-        self._smaller, self.target, self._rates = (self.target, rate), doubled, []
+            self._against.append(f"{doubled} need {bytes_text(needed)}, available are {bytes_text(available)}")
+            return self._settle(", ".join(self._against))
+        self.target = doubled
         return ""
 
-    def _settle(self, size: int, reason: str) -> str:
-        self.target, self.is_settled = size, True
-        return f"{size} at once: {reason}"
+    def _settle(self, reason: str) -> str:
+        assert self._best is not None
+        self.target, self.is_settled = self._best[0], True
+        return f"{self.target} at once: {reason}"

@@ -201,9 +201,7 @@ class Pack(Generic[Name, Outcome]):
         seconds = queue.seconds(began, queue.mark())
         # A run that has just entered is computed twice, and the first run alone warms up.
         if unchecked == sum(not member.is_checked for member in members):
-            num_tokens = sum(member.batch.inputs["input_ids"].numel() for member in members)
-            bytes_per_run = max(member.micro_batch.own_bytes for member in members if member.micro_batch is not None)
-            decided = self._size.passed(Pass(len(members), num_tokens, seconds, bytes_per_run))
+            decided = self._size.passed(_pass_of(members, seconds))
             for member in members if decided else ():
                 member.context.run(logger.info, "pack=auto: %s", decided)
         return answers
@@ -343,6 +341,19 @@ class Pack(Generic[Name, Outcome]):
             [(minimised.detach(), reported) for minimised, reported in made],
             [[next(gradients) for _ in own] for own in parameters],
         )
+
+
+def _pass_of(members: Sequence[_Member[Name, Outcome]], seconds: float) -> Pass:
+    """What a pass took, beside what its runs rehearsed.
+
+    Raises:
+        ValueError: a run rehearsed no times, so that nothing says whether the pack is faster.
+    """
+    micro_batches = [member.micro_batch for member in members if member.micro_batch is not None]
+    alone = [at.alone_seconds for at in micro_batches if at.alone_seconds is not None]
+    if len(alone) < len(members):
+        raise ValueError("a pack that finds its size wants runs that time their rehearsal (times_rehearsal=True)")
+    return Pass(len(members), sum(alone), seconds, max(at.own_bytes for at in micro_batches))
 
 
 def _pays(members: Sequence[_Member[Name, Outcome]]) -> bool:

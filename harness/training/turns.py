@@ -31,6 +31,7 @@ class MicroBatch:
             of the whole step, and what is reported, which has no graph. The run's precision applies inside.
         backward: from what is minimised to gradients on the run's parameters.
         own_bytes: what the run's longest step takes, as it was rehearsed, above the model; 0 where it was not.
+        alone_seconds: what this one takes alone, by the rehearsed steps; None where none were timed.
     """
 
     model: nn.Module
@@ -38,6 +39,7 @@ class MicroBatch:
     loss_of: Callable[[nn.Module], tuple[Tensor, Tensor]]
     backward: Callable[[Tensor], None]
     own_bytes: int = 0
+    alone_seconds: float | None = None
 
     def answer(self) -> Losses:
         """Computes this micro-batch with the run's own model."""
