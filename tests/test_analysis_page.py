@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from html import escape
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ def save(runs_dir: Path, method: str, seed: int, rate: float, **options: Any) ->
         "test_accuracy": accuracy - 0.01,
         "step_seconds_median": 0.1234,
     }
+    if "flops" in options:
+        metrics["train_flops"] = options["flops"]
     result = RunResult(
         run_id=f"{cell_id}-s{seed}",
         cell_id=cell_id,
@@ -542,6 +545,33 @@ def test_more_than_thirteen_conditions_are_small_multiples(browser: Any, tmp_pat
     browser.find_element("css selector", "#method option[value=lora]").click()
     assert len(browser.find_elements("css selector", "#figure-rate .cartesianlayer > .subplot")) == 1
     check_quiet(browser, address)
+
+
+@pytest.mark.browser
+def test_on_a_small_screen_legends_are_whole_and_ticks_apart(browser: Any, tmp_path: Path) -> None:
+    runs_dir = tmp_path / "runs"
+    for rank in (1, 4, 16, 64):
+        for placement in ("qv", "all"):
+            save(runs_dir, "lora", 0, 0.001, rank=rank, placement=placement, flops=5e12)
+    for method, flops in (("full", 8e12), ("head_only", 2.4e12), ("bitfit", 4.9e12), ("norms", 5.1e12)):
+        save(runs_dir, method, 0, 0.001, flops=flops)
+    size = browser.get_window_size()
+    browser.set_window_size(500, 1000)
+    try:
+        address = open_page(browser, tmp_path / "page.html", make(load_runs(runs_dir).frame, tables=[]))
+        assert len(browser.find_elements("css selector", "#figure-curves .legendtext")) == 12
+        for figure in browser.find_elements("css selector", "figure[id]:not([hidden])"):
+            name = figure.get_attribute("id")
+            bars = figure.find_elements("css selector", ".legend .scrollbar")
+            assert [bar.get_attribute("height") for bar in bars if bar.get_attribute("height") != "0"] == [], name
+            ticks = [tick.rect for tick in figure.find_elements("css selector", ".xtick text")]
+            assert len(ticks) > 1, name
+            ticks.sort(key=lambda rect: rect["x"])
+            gaps = [right["x"] - left["x"] - left["width"] for left, right in pairwise(ticks)]
+            assert min(gaps) >= 4, name
+        check_quiet(browser, address)
+    finally:
+        browser.set_window_size(size["width"], size["height"])
 
 
 @pytest.mark.browser

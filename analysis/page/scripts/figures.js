@@ -26,7 +26,7 @@ function drawMemory() {
   });
   const middle = cells.reduce((sum, cell) => sum + cell.memory, 0) / cells.length;
   const annotations = cells.filter((cell) => cell.leads).map((cell) => ({
-    x: cell.memory, y: cell.test, text: `best on val${window.innerWidth < NARROW ? "" : `: ${plain(cell.name)}`}`, font: { size: 12 }, bgcolor: theme().back,
+    x: cell.memory, y: cell.test, text: `best on val${isNarrow() ? "" : `: ${plain(cell.name)}`}`, font: { size: 12 }, bgcolor: theme().back,
     opacity: 0.9, arrowwidth: 1, arrowhead: 0, standoff: 8, ay: -26, ax: cell.memory > middle ? -34 : 34,
     xanchor: cell.memory > middle ? "right" : "left",
   }));
@@ -168,7 +168,8 @@ function drawFigures() {
     figure.classList.toggle("wide", name === "memory" || Boolean(made.layout.grid));
     // Room for a long legend, which would take it from the plot.
     const names = made.traces.filter((one) => one.showlegend !== false).map((one) => one.name);
-    const perRow = names.some((text) => text.length > 24) ? 1 : 2;
+    const longest = Math.max(...names.map((text) => text.length));
+    const perRow = longest > (isNarrow() ? 14 : 24) ? 1 : 2;
     made.layout.height += 18 * Math.max(0, Math.ceil(names.length / perRow) - 4);
     if (state.printing) made.layout.width = 640;
     const there = {

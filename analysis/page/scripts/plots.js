@@ -81,7 +81,7 @@ function inMultiples(pairs, made) {
     [null, others.slice(i * MAX_OTHERS, (i + 1) * MAX_OTHERS).flat()]));
   const parts = [...several, ...shared];
   if (num <= MAX_IN_ONE || parts.length < 2) return { traces: pairs.map(([, one]) => one), layout: made };
-  const columns = Math.min(parts.length, state.printing ? 2 : window.innerWidth < NARROW ? 1 : 3);
+  const columns = Math.min(parts.length, state.printing ? 2 : isNarrow() ? 1 : 3);
   const rows = Math.ceil(parts.length / columns);
   const { xaxis, yaxis } = made;
   Object.assign(made, {
@@ -125,13 +125,17 @@ function recoloured(one, to) {
   return made;
 }
 
-// Ticks at the values themselves while they are few, else at 1, 2, 5, or on a long axis at powers of ten.
+// Ticks at the values themselves while they are few, else at 1, 2, 5, on a long axis at powers of ten, and on a short
+// one at every digit. On a small screen an axis is long sooner, and a short one has fewer digits.
 function ticks(name, most) {
   return (cells) => {
     const values = [...new Set(cells.map((cell) => cell[name]))].sort((a, b) => a - b);
     if (values.length <= most) return { tickvals: values, ticktext: values.map(String) };
     const span = values[values.length - 1] / values[0];
-    return { tickformat: "~s", dtick: span > 1000 ? 1 : span > 4 ? "D2" : "D1" };
+    if (span > (isNarrow() ? 100 : 1000)) return { tickformat: "~s", dtick: 1 };
+    if (span > 4 || !isNarrow()) return { tickformat: "~s", dtick: span > 4 ? "D2" : "D1" };
+    const power = 10 ** Math.floor(Math.log10(values[0]));
+    return { tickformat: "~s", tickvals: [1, 2, 3, 5, 7, 10, 20, 30].map((digit) => digit * power) };
   };
 }
 

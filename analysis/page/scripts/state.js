@@ -30,6 +30,7 @@ const state = { printing: false, curve: null, axis: 0, opener: null, unfolded: [
 data.cells.forEach((cell, index) => { cell.index = index; });
 const cellOfRun = new Map(data.cells.flatMap((cell) => cell.runs.map((run) => [run, cell])));
 
+const isNarrow = () => !state.printing && window.innerWidth < NARROW;
 const theme = () => (darkness.matches && !state.printing ? THEMES.dark : THEMES.light);
 const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 const hover = (cell) => [`<b>${plain(cell.name)}</b>`, ...cell.lines.map(plain)].join("<br>");
