@@ -50,10 +50,10 @@ _FIGURES = (
     (
         "forgetting",
         "Learning and forgetting",
-        "Right: learned more; down: forgot less. Lines join the ranks of a placement in their order.",
+        f"Right: learned more; down: forgot less. Lines join the ranks of a placement in their order. {_BARS}",
     ),
     ("rank", "Score and rank", f"{_dashed('without a rank')} {_BARS}"),
-    ("axis", "Score along an axis of the sweep", "Lines join what differs in this setting alone."),
+    ("axis", "Score along an axis of the sweep", f"Lines join what differs in this setting alone. {_BARS}"),
     ("rate", "Learning rates", "Score on val at every learning rate tried; filled: the chosen one."),
     ("parts", "Where the memory goes", "Mean over the runs of a cell, at the peak of a training step."),
     (
