@@ -93,9 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--audit", type=Path, metavar="FILE", help="a paper's printed parameter counts, from a YAML file; no overrides"
     )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="with --audit: where it is written as CSV")
-    parser.add_argument(
-        "--labels", type=_num_outputs, default=2, metavar="N", help="outputs of a task head; default: %(default)s"
-    )
+    parser.add_argument("--labels", type=_num_outputs, metavar="N", help="outputs of a task head; default: 2")
 
 
 def parameters(text: str) -> int:
@@ -287,11 +285,13 @@ def _print(options: argparse.Namespace, console: Console) -> int:
     from harness.forecast.parameters import size_of, solve_rank
 
     if options.parameters is not None:
-        solved = solve_rank(config, options.parameters, per_role=options.per_role, num_labels=options.labels)
+        solved = solve_rank(
+            config, options.parameters, per_role=options.per_role, num_labels=_num_labels(options, config, None)
+        )
         overrides += solved.overrides
         config = read_config(overrides)
     data = load_run_data(config) if options.data else None
-    num_labels = _num_labels(options, data)
+    num_labels = _num_labels(options, config, data)
     _print_size(size_of(config, num_labels=num_labels), console)
     _print_compute(options, config, data, console)
     if solved is not None:
@@ -301,9 +301,16 @@ def _print(options: argparse.Namespace, console: Console) -> int:
     return FITS
 
 
-def _num_labels(options: argparse.Namespace, data: TaskData | None) -> int:
-    """Outputs of a head: of the data, where they were read."""
-    return options.labels if data is None or data.num_labels is None else data.num_labels
+def _num_labels(options: argparse.Namespace, config: RunConfig, data: TaskData | None) -> int:
+    """Outputs of a head: as asked for, or of the data that were read. Raises `ForecastError` where both differ."""
+    from harness.forecast.request import ForecastError, of_its_task
+
+    asked = of_its_task(config, "--labels", options.labels, 2, of_language=False)
+    if data is None or data.num_labels is None:
+        return asked
+    if options.labels not in (None, data.num_labels):
+        raise ForecastError(f"--labels {options.labels}: the data has {data.num_labels}; leave it out, or --data.")
+    return data.num_labels
 
 
 def _print_compute(options: argparse.Namespace, config: RunConfig, data: TaskData | None, console: Console) -> None:
@@ -312,7 +319,7 @@ def _print_compute(options: argparse.Namespace, config: RunConfig, data: TaskDat
     rate = _asked_rate(options)
     if not options.compute and rate is None:
         return
-    compute = predict_flops(config, num_labels=_num_labels(options, data), data=data)
+    compute = predict_flops(config, num_labels=_num_labels(options, config, data), data=data)
     table = _rows()
     longest = "largest" if compute.is_exact else "full"
     table.add_row(f"operations of a {longest} step", _flops_text(compute.step_flops))
@@ -344,7 +351,9 @@ def _print_memory(options: argparse.Namespace, config: RunConfig, data: TaskData
     from harness.forecast.memory import predict_pack_memory
 
     on_gpu = True if options.gpu is not None else None
-    predict = partial(predict_pack_memory, num_runs=options.pack, num_labels=options.labels, on_gpu=on_gpu)
+    predict = partial(
+        predict_pack_memory, num_runs=options.pack, num_labels=_num_labels(options, config, data), on_gpu=on_gpu
+    )
     forecast = predict(config, data=data)
     table = Table(box=None, pad_edge=False)
     table.add_column("bytes at the peak")
@@ -449,14 +458,16 @@ def _print_placements(options: argparse.Namespace, overrides: list[str], console
             config = read_config(own)
             solved: Solution | None = None
             if options.parameters is not None:
-                solved = solve_rank(config, options.parameters, per_role=options.per_role, num_labels=options.labels)
+                solved = solve_rank(
+                    config, options.parameters, per_role=options.per_role, num_labels=_num_labels(options, config, None)
+                )
                 config = read_config([*own, *solved.overrides])
             if options.data and data is None:  # the same at every placement
                 data = load_run_data(config)
-            size = size_of(config, num_labels=_num_labels(options, data))
+            size = size_of(config, num_labels=_num_labels(options, config, data))
             costs: list[str] = []
             if options.compute or rate is not None:
-                compute = predict_flops(config, num_labels=_num_labels(options, data), data=data)
+                compute = predict_flops(config, num_labels=_num_labels(options, config, data), data=data)
                 shown = compute.step_flops if compute.run_flops is None else compute.run_flops
                 costs = [f"{shown:,}{' a step' if compute.run_flops is None else ''}"]
                 costs += [_hours_text(compute, rate)] if rate is not None else []

@@ -51,9 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--new-tokens",
         type=int,
-        default=16,
         metavar="N",
-        help="that a language model decodes after each prompt; default: %(default)s",
+        help="that a language model decodes after each prompt; default: 16",
     )
     parser.add_argument(
         "--adapters",
@@ -62,9 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="different adapters in one batch, as a further variant; 0 for none; default: %(default)s",
     )
-    parser.add_argument(
-        "--labels", type=int, default=2, metavar="N", help="outputs of a task head; default: %(default)s"
-    )
+    parser.add_argument("--labels", type=int, metavar="N", help="outputs of a task head; default: 2")
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -82,22 +79,21 @@ def print_latency(options: argparse.Namespace) -> int:
     """Prints the tables as Markdown and returns the exit code; what is being measured is printed to stderr."""
     # Imported late: the other commands come without waiting for torch.
     from harness.forecast.latency import Passes, measure_latency
-    from harness.forecast.request import ForecastError, own_configs, read_config
+    from harness.forecast.request import ForecastError, of_its_task, own_configs, read_config
 
     try:
-        passes = Passes(
-            batches=options.batches,
-            lengths=options.lengths,
-            rounds=options.rounds,
-            warm_up=options.warm_up,
-            new_tokens=options.new_tokens,
-            num_adapters=options.adapters,
-            num_labels=options.labels,
-        )
         with own_configs(options.config_dir):
-            found = measure_latency(
-                read_config(options.overrides), passes, progress=lambda text: print(text, file=sys.stderr, flush=True)
+            config = read_config(options.overrides)
+            passes = Passes(
+                batches=options.batches,
+                lengths=options.lengths,
+                rounds=options.rounds,
+                warm_up=options.warm_up,
+                new_tokens=of_its_task(config, "--new-tokens", options.new_tokens, 16, of_language=True),
+                num_adapters=options.adapters,
+                num_labels=of_its_task(config, "--labels", options.labels, 2, of_language=False),
             )
+            found = measure_latency(config, passes, progress=lambda text: print(text, file=sys.stderr, flush=True))
     except ForecastError as error:
         print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
         return CANNOT_SAY

@@ -359,6 +359,10 @@ def test_counts_are_those_of_the_data(capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["budget", *words, "--memory", "--data"]) == FITS
     counts = size_of(composed(*words), num_labels=8).counts
     assert f"{counts.num_head_params:,}" in capsys.readouterr().out.splitlines()[1]
+    assert main(["budget", *words, "--memory", "--data", "--labels", "3"]) == CANNOT_SAY
+    assert capsys.readouterr().err == "error: --labels 3: the data has 8; leave it out, or --data.\n"
+    assert main(["budget", *LANGUAGE, *LORA, "--labels", "3"]) == CANNOT_SAY
+    assert "--labels 3: a run of task causal_lm" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["budget", *words, "--labels", "0"])
     assert "'0': must be a number of outputs" in capsys.readouterr().err

@@ -239,6 +239,21 @@ def test_bad_input_is_one_message(words: list[str], message: str, capsys: pytest
     assert said.err.startswith(message) and said.err.count("error: ") == 1 and said.out == ""
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([*LANGUAGE, "--labels", "3"], "--labels 3: a run of task causal_lm (dataset="),
+        ([*CLASSIFIER, "--new-tokens", "4"], "--new-tokens 4: a run of task classification (dataset="),
+    ],
+)
+def test_an_option_of_another_task_is_refused(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["latency", *words]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {message}") and said.endswith("; leave it out.\n")
+
+
 def test_the_new_tokens_count_as_length(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["latency", *LANGUAGE, "--lengths", "120", "--new-tokens", "9"]) == 2
     assert capsys.readouterr().err.startswith("error: --lengths 120 and --new-tokens 9: tiny_llama reads at most 128")

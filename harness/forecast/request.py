@@ -10,7 +10,7 @@ from hydra.errors import HydraException
 from harness.config.composing import compose, from_composed, register
 from harness.config.folders import OwnFolders, find_own, options_of, use_own
 from harness.config.overrides import came_from_composing, explain_refusal, literal_texts, require_one_option
-from harness.config.schema import RunConfig
+from harness.config.schema import RunConfig, Task
 from harness.config.validation import ConfigError
 
 
@@ -70,6 +70,20 @@ def read_config(overrides: Sequence[str]) -> RunConfig:
         if not isinstance(error, HydraException) and not came_from_composing(error):
             raise
         raise ForecastError(explain_refusal(error, words, compose=compose)) from error
+
+
+def of_its_task(config: RunConfig, option: str, asked: int | None, default: int, *, of_language: bool) -> int:
+    """What an option of the command gives where it is of tasks like this run's, or its default where it was not given.
+
+    Raises `ForecastError` for one that was given and would say nothing of this run.
+    """
+    task = config.dataset.task
+    if asked is not None and (task.is_language != of_language or task is Task.regression):
+        why = "decodes no tokens" if of_language else "has no task head" if task.is_language else "has one output"
+        raise ForecastError(
+            f"{option} {asked}: a run of task {task} (dataset={config.dataset.name}) {why}; leave it out."
+        )
+    return default if asked is None else asked
 
 
 def without(overrides: Iterable[str], *settings: str) -> list[str]:
