@@ -220,6 +220,7 @@ def _given(options: argparse.Namespace) -> list[str]:
         "--gpu": None if options.gpu is None else f"{options.gpu:g}",
         "--headroom": None if options.headroom is None else f"{options.headroom:g}",
         "--largest-batch": options.largest_batch,
+        "--labels": options.labels,
         "--audit": options.audit,
         "--csv": options.csv,
     }
@@ -302,14 +303,14 @@ def _print(options: argparse.Namespace, console: Console) -> int:
 
 
 def _num_labels(options: argparse.Namespace, config: RunConfig, data: TaskData | None) -> int:
-    """Outputs of a head: as asked for, or of the data that were read. Raises `ForecastError` where both differ."""
-    from harness.forecast.request import ForecastError, of_its_task
+    """Outputs of a head: as asked for, or of the data that were read. Raises `OptionError` where both differ."""
+    from harness.forecast.request import OptionError, of_its_task
 
     asked = of_its_task(config, "--labels", options.labels, 2, of_language=False)
     if data is None or data.num_labels is None:
         return asked
     if options.labels not in (None, data.num_labels):
-        raise ForecastError(f"--labels {options.labels}: the data has {data.num_labels}; leave it out, or --data.")
+        raise OptionError(f"--labels {options.labels}: the data has {data.num_labels}; leave it out, or --data.")
     return data.num_labels
 
 
@@ -433,7 +434,7 @@ def _print_placements(options: argparse.Namespace, overrides: list[str], console
     from harness.forecast.compute import predict_flops
     from harness.forecast.memory import load_run_data
     from harness.forecast.parameters import size_of, solve_rank
-    from harness.forecast.request import ForecastError, placements, read_config, without
+    from harness.forecast.request import ForecastError, OptionError, placements, read_config, without
 
     wanted = placements() if options.placements == ("ALL",) else options.placements
     overrides = without(overrides, "target_layers")
@@ -471,6 +472,8 @@ def _print_placements(options: argparse.Namespace, overrides: list[str], console
                 shown = compute.step_flops if compute.run_flops is None else compute.run_flops
                 costs = [f"{shown:,}{' a step' if compute.run_flops is None else ''}"]
                 costs += [_hours_text(compute, rate)] if rate is not None else []
+        except OptionError:
+            raise
         except ForecastError as error:
             notes.append(f"{name}: {str(error).splitlines()[0]}")
             continue

@@ -1,6 +1,6 @@
 """On a GPU: what a training step costs, compiled and not, what it holds against the prediction, and what packs gain.
 
-    python benchmarks/gpu.py                          all four tables, about eight minutes
+    python benchmarks/gpu.py                          all four tables, ten minutes or more
     python benchmarks/gpu.py --only memory            one of them
     python benchmarks/gpu.py --device cpu --small     that it runs, with tiny models
 

@@ -65,9 +65,15 @@ class AdaptedSkeleton:
     targets: list[Target]
 
 
+def head_outputs(config: RunConfig, num_labels: int) -> int | None:
+    """Outputs of a run's task head: `num_labels` of them, one for a regression, None without a head."""
+    task = config.dataset.task
+    return None if task.is_language else 1 if task is Task.regression else num_labels
+
+
 def adapted_skeleton(config: RunConfig, *, num_labels: int = 2) -> AdaptedSkeleton:
-    """The model of a run without a weight; its task head, if any, has `num_labels` outputs. Raises as `plan`."""
-    labels = None if config.dataset.task.is_language else num_labels
+    """The model of a run without a weight; its task head is as `head_outputs` says. Raises as `plan`."""
+    labels = head_outputs(config, num_labels)
     skeleton = build_skeleton(base_model(config), num_labels=labels)
     require_packing(skeleton.config.model_type, config)
     head = task_head(skeleton.config, labels)

@@ -575,6 +575,17 @@ def test_on_a_small_screen_legends_are_whole_and_ticks_apart(browser: Any, tmp_p
 
 
 @pytest.mark.browser
+def test_an_axis_between_two_ticks_is_marked_at_its_ends(browser: Any, tmp_path: Path) -> None:
+    runs_dir = tmp_path / "runs"
+    for method, flops in (("full", 4.6e12), ("head_only", 3.3e12)):
+        save(runs_dir, method, 0, 0.001, flops=flops)
+    address = open_page(browser, tmp_path / "page.html", make(load_runs(runs_dir).frame, tables=[]))
+    ticks = browser.find_elements("css selector", "#figure-compute .xtick text")
+    assert [tick.text for tick in ticks] == ["3.3T", "4.6T"]
+    check_quiet(browser, address)
+
+
+@pytest.mark.browser
 def test_one_seed_has_no_bars_and_no_word_of_them(browser: Any, frame: pd.DataFrame, tmp_path: Path) -> None:
     one = make(frame[frame["config.seed"] == 0].reset_index(drop=True))
     address = open_page(browser, tmp_path / "page.html", one)

@@ -342,7 +342,8 @@ UNUSED = {
     ("--per-role",): "--per-role: is of --parameters, not given here",
     ("--placements", "q,qv", "--gpu", "24", "--pack", "2"): "leave out --gpu 24 --pack 2, or ask for one placement",
     ("--gpu", "inf"): "--gpu inf: a GPU has more than 0 GB",
-    ("--audit", "a.yaml", "--memory"): "",
+    ("--audit", "a.yaml", "--memory"): "is of parameter counts alone; leave out --memory.",
+    ("--audit", "a.yaml", "--labels", "3"): "is of parameter counts alone; leave out --labels 3.",
 }
 
 
@@ -354,6 +355,16 @@ def test_no_option_is_ignored(options: tuple[str, ...], capsys: pytest.CaptureFi
     assert UNUSED[options] in printed.err and printed.out == ""
 
 
+def test_a_regression_has_one_output(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["dataset=glue_stsb", "model=tiny_bert", *LORA]
+    assert main(["budget", *words]) == FITS
+    printed = capsys.readouterr().out
+    assert f"{size_of(composed(*words), num_labels=2).counts.num_head_params:,}" == "65"
+    assert "65" in printed.splitlines()[1].split()
+    assert main(["budget", *words, "--labels", "1"]) == CANNOT_SAY
+    assert "--labels 1: a run of task regression (dataset=glue_stsb) has one output" in capsys.readouterr().err
+
+
 def test_counts_are_those_of_the_data(capsys: pytest.CaptureFixture[str]) -> None:
     words = [*CLASSIFIER, *LORA, "dataset.num_train_examples=60", "dataset.num_eval_examples=60"]
     assert main(["budget", *words, "--memory", "--data"]) == FITS
@@ -363,6 +374,9 @@ def test_counts_are_those_of_the_data(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().err == "error: --labels 3: the data has 8; leave it out, or --data.\n"
     assert main(["budget", *LANGUAGE, *LORA, "--labels", "3"]) == CANNOT_SAY
     assert "--labels 3: a run of task causal_lm" in capsys.readouterr().err
+    assert main(["budget", *LANGUAGE, "rank=r4", "--placements", "q,qv", "--labels", "3"]) == CANNOT_SAY
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: --labels 3: a run of task causal_lm") and printed.out == ""
     with pytest.raises(SystemExit):
         main(["budget", *words, "--labels", "0"])
     assert "'0': must be a number of outputs" in capsys.readouterr().err

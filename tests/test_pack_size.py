@@ -38,6 +38,23 @@ def test_two_that_gain_nothing_do_not_speak_for_four() -> None:
     ]
 
 
+def test_what_does_not_fit_ends_the_search_after_a_size_that_gained_nothing() -> None:
+    size = Growing(most=100, available=lambda: 50 * 2**20)
+    assert train(size, lambda runs: float(runs), bytes_per_run=15 * 2**20) == [
+        "1 at once: 2 are 1.00 times as fast, 4 need 60.00 MiB, available are 50.00 MiB"
+    ]
+    assert size.target == 1
+
+
+def test_runs_without_a_shared_pass_are_not_tried_in_larger_numbers() -> None:
+    size = Growing(most=100, available=lambda: None)
+    for _ in range(NUM_PASSES):
+        size.passed(Pass(1, ALONE, 1.0, 1, is_shared=False))
+    for _ in range(NUM_PASSES):
+        decided = size.passed(Pass(2, 2 * ALONE, 2.0, 1, is_shared=False))
+    assert decided == "1 at once: 2 are 1.00 times as fast"
+
+
 def test_where_runs_take_turns_anyway_each_is_alone() -> None:
     size = Growing(most=100, available=lambda: None)
     train(size, lambda runs: 1.0 if runs == 1 else runs / 1.04)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from transformers import (
 from harness.config.schema import RankConfig, TrainerConfig, VariantConfig
 from harness.data.batches import Batch
 from harness.data.blocks import NO_TARGET
+from harness.measure.clock import HostQueue
 from harness.methods import packed as packed_module
 from harness.methods.adapting import apply_lora
 from harness.methods.counts import is_bias, is_lora, set_trainable
@@ -40,9 +42,9 @@ from harness.placement.select import select_targets
 from harness.processes.stopping import PreemptedError
 from harness.tasks.language import summed_loss
 from harness.tasks.objective import Evaluation, SummedLoss, cross_entropy
-from harness.training import pack_size
+from harness.training import learner, pack_size
 from harness.training.learner import Position, TrainingDivergedError
-from harness.training.loop import TrainingOutcome, train, train_in_turns
+from harness.training.loop import REHEARSED_STEPS, TrainingOutcome, train, train_in_turns
 from harness.training.pack_size import Growing, Pass, pays_together
 from harness.training.packs import Ended, Pack
 from harness.training.turns import MicroBatch, Turns
@@ -592,6 +594,25 @@ def test_a_pack_grows_while_that_makes_it_faster(caplog: pytest.LogCaptureFixtur
     assert caplog.messages.count("pack=auto: 2 at once: 4 are 0.25 times as fast") == 4
     for run in runs:
         assert furthest(run, alone(run.spec)) <= 1e-10
+
+
+def test_what_a_pass_takes_alone_is_what_it_took_in_the_rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock on which a pass takes a second, and zeroing and the optimizer's step one each."""
+    clock = itertools.count()
+
+    class Ticking(HostQueue):
+        def mark(self) -> float:
+            return float(next(clock))
+
+    monkeypatch.setattr(learner, "device_queue", lambda device: Ticking(lambda: None))
+    spec = replace(SIX[4], num_steps=4)
+    first = next(turns(begin(spec), times_rehearsal=True))
+    rehearsed = [
+        sum(batch.inputs["input_ids"].numel() for batch in step)
+        for step in itertools.islice(Rows(spec).epoch(0), REHEARSED_STEPS)
+    ]
+    num_tokens = first.batch.inputs["input_ids"].numel()
+    assert first.alone_seconds == pytest.approx(num_tokens * median(1 / each for each in rehearsed))
 
 
 def test_a_pack_that_finds_its_size_wants_timed_rehearsals() -> None:

@@ -41,7 +41,7 @@ from harness.methods.registry import during_training
 from harness.models.configs import read_config
 from harness.models.loading import checkpoint_activations, load_model
 from harness.models.tokenizers import load_tokenizer
-from harness.plan import adapt, require_packing
+from harness.plan import adapt, head_outputs, require_packing
 from harness.prepare import build_accelerator, computes_on_gpu
 from harness.processes.stopping import StopRequest
 from harness.tasks.families import TaskData, find_family
@@ -340,7 +340,7 @@ def full_batches(config: RunConfig, num_labels: int) -> TaskData:
     def split(num_examples: int) -> _Examples:
         return _Examples(num_examples, dataset.max_length, dataset.task, names, (token, end))
 
-    labels = None if dataset.task.is_language else 1 if dataset.task is Task.regression else num_labels
+    labels = head_outputs(config, num_labels)
     return _FullBatches(split(trainer.batch_size), split(trainer.eval_batch_size), labels)
 
 

@@ -18,6 +18,10 @@ class ForecastError(ValueError):
     """What cannot be forecast, one sentence a line; the message names the setting, the value and the fix."""
 
 
+class OptionError(ForecastError):
+    """An option of the command that would say nothing of this run, wherever its adapters are."""
+
+
 class UnmetError(ForecastError):
     """A budget that nothing meets; the message has the nearest below and above."""
 
@@ -75,12 +79,12 @@ def read_config(overrides: Sequence[str]) -> RunConfig:
 def of_its_task(config: RunConfig, option: str, asked: int | None, default: int, *, of_language: bool) -> int:
     """What an option of the command gives where it is of tasks like this run's, or its default where it was not given.
 
-    Raises `ForecastError` for one that was given and would say nothing of this run.
+    Raises `OptionError` for one that was given and would say nothing of this run.
     """
     task = config.dataset.task
     if asked is not None and (task.is_language != of_language or task is Task.regression):
         why = "decodes no tokens" if of_language else "has no task head" if task.is_language else "has one output"
-        raise ForecastError(
+        raise OptionError(
             f"{option} {asked}: a run of task {task} (dataset={config.dataset.name}) {why}; leave it out."
         )
     return default if asked is None else asked

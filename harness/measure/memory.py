@@ -243,42 +243,57 @@ def rehearse_beside_optimizer(
         rehearsal()
 
 
+@dataclass(frozen=True)
+class StepSeconds:
+    """What a rehearsed step took: its `forward_backward`, and that and the optimizer's step together."""
+
+    forward_backward: float
+    whole: float
+
+
 def time_rehearsed_steps(
     steps: Iterable[Callable[[], object]], model: nn.Module, optimizer: torch.optim.Optimizer, queue: DeviceQueue
-) -> list[float]:
-    """The seconds of rehearsed steps, each a `forward_backward` and the optimizer's step; leaves no trace.
+) -> list[StepSeconds]:
+    """The times of rehearsed steps, each a `forward_backward` and the optimizer's step; leaves no trace.
 
-    Otherwise see `without_side_effects`. Zeroing the gradients in between is in them: a pass over what trains.
+    Otherwise see `without_side_effects`. The clock stands still while the gradients are zeroed in between.
     """
-    seconds = []
+    found = []
     with without_side_effects(model, optimizer):
         for forward_backward in steps:
             began = queue.mark()
-            _rehearse_step(forward_backward, model, optimizer)
-            seconds.append(queue.seconds(began, queue.mark()))
-    return seconds
+            forward_backward()
+            computed = queue.mark()
+            _zero_gradients_in_place(model)
+            zeroed = queue.mark()
+            _step(optimizer)
+            passed = queue.seconds(began, computed)
+            found.append(StepSeconds(passed, passed + queue.seconds(zeroed, queue.mark())))
+    return found
 
 
 def _rehearse_step(forward_backward: Callable[[], object], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     forward_backward()
-    if _zero_gradients_in_place(model) == 0:
-        raise ValueError(
-            "forward_backward left no gradient on any parameter of the model: it must call "
-            "loss.backward() and leave optimizer.step() and zero_grad() to measure_peak_memory"
-        )
+    _zero_gradients_in_place(model)
+    _step(optimizer)
+
+
+def _step(optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
 @torch.no_grad()
-def _zero_gradients_in_place(model: nn.Module) -> int:
-    """Returns how many gradients there were."""
-    num_gradients = 0
-    for weight in model.parameters():
-        if weight.grad is not None:
-            weight.grad.zero_()
-            num_gradients += 1
-    return num_gradients
+def _zero_gradients_in_place(model: nn.Module) -> None:
+    """Raises `ValueError` where there are none."""
+    gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    if not gradients:
+        raise ValueError(
+            "forward_backward left no gradient on any parameter of the model: it must call "
+            "loss.backward() and leave optimizer.step() and zero_grad() to measure_peak_memory"
+        )
+    for gradient in gradients:
+        gradient.zero_()
 
 
 @contextmanager

@@ -177,7 +177,7 @@ class Learner:
         self.at = Position()
         self.best_state: dict[str, Tensor] | None = None
         self._own_bytes = 0
-        self._seconds_per_token: float | None = None  # of rehearsed steps, padding counted
+        self._seconds_per_token: float | None = None  # of rehearsed passes, padding counted
 
     def rehearse(
         self, *, shortest: Callable[[], Sequence[Batch]], longest: Callable[[], Sequence[Batch]]
@@ -207,12 +207,11 @@ class Learner:
         chosen = list(steps)
         rehearsals = [partial(self._rehearse_step, micro_batches) for micro_batches in chosen]
         queue = device_queue(self._accelerator.device)
-        seconds = time_rehearsed_steps(rehearsals, self._model, self._optimizer, queue)
-        sizes = [step_sizes(micro_batches) for micro_batches in chosen]
-        self._seconds_per_token = median(
-            took / computed for took, (_, computed, *_) in zip(seconds, sizes, strict=True)
-        )
-        num_tokens = sum(real for real, *_ in sizes)
+        took = time_rehearsed_steps(rehearsals, self._model, self._optimizer, queue)
+        real, computed, *_ = zip(*map(step_sizes, chosen), strict=True)
+        passes = zip(took, computed, strict=True)
+        self._seconds_per_token = median(each.forward_backward / num_computed for each, num_computed in passes)
+        seconds, num_tokens = [each.whole for each in took], sum(real)
         return {"step_seconds_median": median(seconds), "train_tokens_per_second": num_tokens / sum(seconds)}
 
     def step_peak(

@@ -2,9 +2,9 @@
 
 `Growing` starts with one run and doubles. At each size it watches a few passes, and it stays at the last size that was
 faster than the best below it, by more than a margin: twice as many runs take twice the memory, and where a core or a
-GPU is busy already, they take twice the time as well. How fast a pack is, is the time that its runs would take one
-after the other, as each rehearsed it, over the time they take at once: a run on all projections that joins one on q
-and v does more work, and that is not the pack's doing.
+GPU is busy already, they take twice the time as well. How fast a pack is, is the time that passes of its runs take one
+after the other, as each rehearsed it, over that of a pass at once: a run on all projections that joins one on q and v
+does more work, and that is not the pack's doing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import ClassVar, Protocol
 
 from harness.results.metrics import bytes_text
 
-# Twice as many runs are kept where they are so many times as fast.
+# More runs are kept where they are so many times as fast as the best size before.
 LEAST_GAIN = 1.05
 # Sizes in a row that were no faster, after which none larger is tried. On a GPU one pass for two runs, whose adapters
 # lie on other matrices, took as long as two passes, and one for 24 of them a quarter of 24.
@@ -53,6 +53,7 @@ class Pass:
         num_runs: that trained at once.
         alone_seconds: that they would take one after the other.
         seconds: of forward and backward.
+        is_shared: whether some of them were computed in one pass.
         bytes_per_run: what a step of the largest of them takes above the weights that all share.
     """
 
@@ -60,6 +61,7 @@ class Pass:
     alone_seconds: float
     seconds: float
     bytes_per_run: int
+    is_shared: bool = True
 
 
 class PackSize(Protocol):
@@ -130,7 +132,8 @@ class Growing:
         else:
             self._against.append(f"{self.target} are {rate / self._best[1]:.2f} times as fast")
         doubled = min(2 * self.target, self.most)
-        if len(self._against) == NUM_TRIES or doubled == self.target:
+        # Runs that are computed one after the other anyway are no faster in any number.
+        if len(self._against) == (NUM_TRIES if done.is_shared else 1) or doubled == self.target:
             return self._settle(", ".join(self._against) or "more do not wait")
         available, needed = self.available(), doubled * done.bytes_per_run
         if available is not None and needed > MEMORY_SHARE * available:

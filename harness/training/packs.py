@@ -196,12 +196,12 @@ class Pack(Generic[Name, Outcome]):
         members = list(self._members)
         queue = device_queue(members[0].batch.inputs["input_ids"].device)
         unchecked = sum(not member.is_checked for member in members)
-        began = queue.mark()
+        num_passes, began = self.num_passes, queue.mark()
         answers = self._answers()
         seconds = queue.seconds(began, queue.mark())
         # A run that has just entered is computed twice, and the first run alone warms up.
         if unchecked == sum(not member.is_checked for member in members):
-            decided = self._size.passed(_pass_of(members, seconds))
+            decided = self._size.passed(_pass_of(members, seconds, is_shared=self.num_passes > num_passes))
             for member in members if decided else ():
                 member.context.run(logger.info, "pack=auto: %s", decided)
         return answers
@@ -343,7 +343,7 @@ class Pack(Generic[Name, Outcome]):
         )
 
 
-def _pass_of(members: Sequence[_Member[Name, Outcome]], seconds: float) -> Pass:
+def _pass_of(members: Sequence[_Member[Name, Outcome]], seconds: float, *, is_shared: bool) -> Pass:
     """What a pass took, beside what its runs rehearsed.
 
     Raises:
@@ -353,7 +353,8 @@ def _pass_of(members: Sequence[_Member[Name, Outcome]], seconds: float) -> Pass:
     alone = [at.alone_seconds for at in micro_batches if at.alone_seconds is not None]
     if len(alone) < len(members):
         raise ValueError("a pack that finds its size wants runs that time their rehearsal (times_rehearsal=True)")
-    return Pass(len(members), sum(alone), seconds, max(at.own_bytes for at in micro_batches))
+    bytes_per_run = max(at.own_bytes for at in micro_batches)
+    return Pass(len(members), sum(alone), seconds, bytes_per_run, is_shared=is_shared)
 
 
 def _pays(members: Sequence[_Member[Name, Outcome]]) -> bool:

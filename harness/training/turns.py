@@ -31,7 +31,7 @@ class MicroBatch:
             of the whole step, and what is reported, which has no graph. The run's precision applies inside.
         backward: from what is minimised to gradients on the run's parameters.
         own_bytes: what the run's longest step takes, as it was rehearsed, above the model; 0 where it was not.
-        alone_seconds: what this one takes alone, by the rehearsed steps; None where none were timed.
+        alone_seconds: what this one takes alone, by the passes that were rehearsed; None where none were timed.
     """
 
     model: nn.Module

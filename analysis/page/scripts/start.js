@@ -5,7 +5,7 @@ filterBox.addEventListener("input", filterRows);
 methodBox.addEventListener("change", () => { filterRows(); drawFigures(); });
 axisBoxes.forEach((box) => box.addEventListener("change", () => { filterRows(); drawFigures(); }));
 taskBox.addEventListener("change", drawFigures);
-darkness.addEventListener("change", drawFigures);
+[darkness, narrowness].forEach((query) => query.addEventListener("change", drawFigures));
 window.addEventListener("beforeprint", () => { state.printing = true; unfoldNotes(); drawFigures(); });
 window.addEventListener("afterprint", () => { state.printing = false; foldNotes(); drawFigures(); });
 document.addEventListener("keydown", (event) => { if (event.key === "Escape" && !panel.hidden) closeDetails(); });

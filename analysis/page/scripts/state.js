@@ -20,6 +20,7 @@ const THEMES = {
 };
 const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "x", "star", "pentagon", "hexagram"];
 const DASHES = ["dash", "dot", "longdash", "dashdot"];
+const narrowness = window.matchMedia(`(width < ${NARROW}px)`);
 const darkness = window.matchMedia("(prefers-color-scheme: dark)");
 const filterBox = document.getElementById("filter");
 const methodBox = document.getElementById("method");
@@ -30,7 +31,7 @@ const state = { printing: false, curve: null, axis: 0, opener: null, unfolded: [
 data.cells.forEach((cell, index) => { cell.index = index; });
 const cellOfRun = new Map(data.cells.flatMap((cell) => cell.runs.map((run) => [run, cell])));
 
-const isNarrow = () => !state.printing && window.innerWidth < NARROW;
+const isNarrow = () => !state.printing && narrowness.matches;
 const theme = () => (darkness.matches && !state.printing ? THEMES.dark : THEMES.light);
 const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 const hover = (cell) => [`<b>${plain(cell.name)}</b>`, ...cell.lines.map(plain)].join("<br>");
