@@ -25,7 +25,7 @@ WORKSPACE_BYTES = 2 * 32 * 2**20
 def allocated_bytes(live_bytes: int) -> int:
     """About what `torch.cuda.max_memory_allocated` says of so many bytes of live tensors, on an H100 or later.
 
-    Of twenty steps measured on an H100 and an H200 it was 0.0 to 2.2 % more, which is what the allocator rounds up (LOG.md).
+    Of twenty steps on an H100 and an H200 it was 0.0 to 2.2 % more, which is what the allocator rounds up (LOG.md).
     """
     return live_bytes + WORKSPACE_BYTES
 
