@@ -20,7 +20,6 @@ def test_what_is_measured_on_a_gpu_runs_on_a_cpu_with_tiny_models(
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function, *, mode: compiled.append(mode) or function)
     monkeypatch.setattr(compiling, "missing_compiler", lambda device: None)
-    monkeypatch.setattr(torch.compiler.config, "force_disable_caches", False)  # as it is afterwards
     load_script("benchmarks/gpu.py").main(["--device", "cpu", "--small"])
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| tiny")]
     kinds = [row for row in rows if row[3] in list(Compile)]
