@@ -126,7 +126,7 @@ function recoloured(one, to) {
 }
 
 // Ticks at the values themselves while they are few, else at 1, 2, 5, on a long axis at powers of ten, and on a short
-// one at every digit, or at its ends where it has fewer than two. On a small screen an axis is long sooner, and a short
+// one at most digits, or at its ends where it has fewer than two. On a small screen an axis is long sooner, and a short
 // one has fewer digits.
 function ticks(name, most) {
   return (cells) => {
@@ -136,7 +136,7 @@ function ticks(name, most) {
     if (span > (isNarrow() ? 100 : 1000)) return { tickformat: "~s", dtick: 1 };
     if (span > 4) return { tickformat: "~s", dtick: "D2" };
     const power = 10 ** Math.floor(Math.log10(values[0]));
-    const digits = isNarrow() ? [1, 2, 3, 5, 7, 10, 20, 30] : [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 20, 30];
+    const digits = isNarrow() ? [1, 2, 3, 5, 7, 10, 20, 30] : [1, 2, 3, 4, 5, 6, 7, 8, 10, 20, 30];
     const within = digits.map((digit) => digit * power).filter((at) => at >= values[0] && at <= values[values.length - 1]);
     if (within.length < 2) return { tickformat: ".2~s", tickvals: [...new Set([values[0], values[values.length - 1]])] };
     return { tickformat: "~s", tickvals: digits.map((digit) => digit * power) };
