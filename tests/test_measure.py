@@ -40,7 +40,14 @@ from harness.measure.device import (
     reset_device_peaks,
 )
 from harness.measure.environment import environment
-from harness.measure.memory import LiveTensors, MemoryPeak, measure_peak_memory, without_side_effects
+from harness.measure.memory import (
+    LiveTensors,
+    MemoryPeak,
+    StepSeconds,
+    measure_peak_memory,
+    time_rehearsed_steps,
+    without_side_effects,
+)
 from harness.results.metrics import METRICS, check_metrics
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -273,6 +280,28 @@ def test_fake_tensors_count_like_real_ones() -> None:
         fake = mlp_peak()
     assert fake == real
     assert real.total_bytes > 0
+
+
+def test_a_rehearsed_step_is_timed_without_the_zeroing_and_without_a_wait_inside() -> None:
+    """By a clock that gains a second with each mark and refuses to be read before a step's last one."""
+    marks: list[float] = []
+
+    class Ticking(HostQueue):
+        def mark(self) -> float:
+            marks.append(float(len(marks)))
+            return marks[-1]
+
+        def seconds(self, began: float, ended: float) -> float:
+            assert len(marks) % 4 == 0
+            return ended - began
+
+    model = nn.Linear(2, 2)
+    before = model.weight.detach().clone()
+    found = time_rehearsed_steps(
+        [lambda: model(torch.ones(1, 2)).sum().backward()] * 3, model, sgd(model), Ticking(lambda: None)
+    )
+    assert found == [StepSeconds(forward_backward=1.0, whole=2.0)] * 3
+    assert torch.equal(model.weight, before)
 
 
 @pytest.mark.gpu

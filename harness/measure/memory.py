@@ -267,8 +267,9 @@ def time_rehearsed_steps(
             _zero_gradients_in_place(model)
             zeroed = queue.mark()
             _step(optimizer)
+            ended = queue.mark()  # before anything waits for the device
             passed = queue.seconds(began, computed)
-            found.append(StepSeconds(passed, passed + queue.seconds(zeroed, queue.mark())))
+            found.append(StepSeconds(passed, passed + queue.seconds(zeroed, ended)))
     return found
 
 
