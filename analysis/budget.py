@@ -294,11 +294,11 @@ def _print(options: argparse.Namespace, console: Console) -> int:
     data = load_run_data(config) if options.data else None
     num_labels = _num_labels(options, config, data)
     _print_size(size_of(config, num_labels=num_labels), console)
-    _print_compute(options, config, data, console)
+    _print_compute(options, config, data, num_labels, console)
     if solved is not None:
         _print_solution(solved, overrides, console)
     if options.memory or options.gpu is not None:
-        return _print_memory(options, config, data, console)
+        return _print_memory(options, config, data, num_labels, console)
     return FITS
 
 
@@ -314,13 +314,15 @@ def _num_labels(options: argparse.Namespace, config: RunConfig, data: TaskData |
     return data.num_labels
 
 
-def _print_compute(options: argparse.Namespace, config: RunConfig, data: TaskData | None, console: Console) -> None:
+def _print_compute(
+    options: argparse.Namespace, config: RunConfig, data: TaskData | None, num_labels: int, console: Console
+) -> None:
     from harness.forecast.compute import predict_flops
 
     rate = _asked_rate(options)
     if not options.compute and rate is None:
         return
-    compute = predict_flops(config, num_labels=_num_labels(options, config, data), data=data)
+    compute = predict_flops(config, num_labels=num_labels, data=data)
     table = _rows()
     longest = "largest" if compute.is_exact else "full"
     table.add_row(f"operations of a {longest} step", _flops_text(compute.step_flops))
@@ -347,14 +349,14 @@ def _hours_text(compute: ComputeForecast, rate: Rate) -> str:
     return MISSING if hours is None else f"{hours:.3g}"
 
 
-def _print_memory(options: argparse.Namespace, config: RunConfig, data: TaskData | None, console: Console) -> int:
+def _print_memory(
+    options: argparse.Namespace, config: RunConfig, data: TaskData | None, num_labels: int, console: Console
+) -> int:
     from harness.forecast.fitting import GPU, allocated_bytes, largest_micro_batch
     from harness.forecast.memory import predict_pack_memory
 
     on_gpu = True if options.gpu is not None else None
-    predict = partial(
-        predict_pack_memory, num_runs=options.pack, num_labels=_num_labels(options, config, data), on_gpu=on_gpu
-    )
+    predict = partial(predict_pack_memory, num_runs=options.pack, num_labels=num_labels, on_gpu=on_gpu)
     forecast = predict(config, data=data)
     table = Table(box=None, pad_edge=False)
     table.add_column("bytes at the peak")
@@ -465,10 +467,11 @@ def _print_placements(options: argparse.Namespace, overrides: list[str], console
                 config = read_config([*own, *solved.overrides])
             if options.data and data is None:  # the same at every placement
                 data = load_run_data(config)
-            size = size_of(config, num_labels=_num_labels(options, config, data))
+            num_labels = _num_labels(options, config, data)
+            size = size_of(config, num_labels=num_labels)
             costs: list[str] = []
             if options.compute or rate is not None:
-                compute = predict_flops(config, num_labels=_num_labels(options, config, data), data=data)
+                compute = predict_flops(config, num_labels=num_labels, data=data)
                 shown = compute.step_flops if compute.run_flops is None else compute.run_flops
                 costs = [f"{shown:,}{' a step' if compute.run_flops is None else ''}"]
                 costs += [_hours_text(compute, rate)] if rate is not None else []

@@ -89,9 +89,9 @@ def print_latency(options: argparse.Namespace) -> int:
                 lengths=options.lengths,
                 rounds=options.rounds,
                 warm_up=options.warm_up,
-                new_tokens=of_its_task(config, "--new-tokens", options.new_tokens, 16, of_language=True),
+                new_tokens=of_its_task(config, "--new-tokens", options.new_tokens, Passes.new_tokens, of_language=True),
                 num_adapters=options.adapters,
-                num_labels=of_its_task(config, "--labels", options.labels, 2, of_language=False),
+                num_labels=of_its_task(config, "--labels", options.labels, Passes.num_labels, of_language=False),
             )
             found = measure_latency(config, passes, progress=lambda text: print(text, file=sys.stderr, flush=True))
     except ForecastError as error:

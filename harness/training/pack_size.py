@@ -53,8 +53,8 @@ class Pass:
         num_runs: that trained at once.
         alone_seconds: that they would take one after the other.
         seconds: of forward and backward.
-        is_shared: whether some of them were computed in one pass.
         bytes_per_run: what a step of the largest of them takes above the weights that all share.
+        is_shared: whether some of them were computed in one pass.
     """
 
     num_runs: int
@@ -134,15 +134,15 @@ class Growing:
         doubled = min(2 * self.target, self.most)
         # Runs that are computed one after the other anyway are no faster in any number.
         if len(self._against) == (NUM_TRIES if done.is_shared else 1) or doubled == self.target:
-            return self._settle(", ".join(self._against) or "more do not wait")
+            return self._settle()
         available, needed = self.available(), doubled * done.bytes_per_run
         if available is not None and needed > MEMORY_SHARE * available:
             self._against.append(f"{doubled} need {bytes_text(needed)}, available are {bytes_text(available)}")
-            return self._settle(", ".join(self._against))
+            return self._settle()
         self.target = doubled
         return ""
 
-    def _settle(self, reason: str) -> str:
+    def _settle(self) -> str:
         assert self._best is not None
         self.target, self.is_settled = self._best[0], True
-        return f"{self.target} at once: {reason}"
+        return f"{self.target} at once: {', '.join(self._against) or 'more do not wait'}"
