@@ -40,6 +40,7 @@ from harness.processes.distributed import Companions
 from harness.results.metrics import scores_of
 from harness.tasks.families import TaskData, TaskFamily, find_family
 from harness.tasks.generation import num_truncated_prompts
+from harness.training.known_peaks import KnownPeaks
 from harness.training.optimizer import count_steps, require_optimizer
 
 
@@ -65,6 +66,8 @@ class PreparedRun:
     earlier: list[EarlierTask]
     num_packed: Callable[[], int] | None = None
     """Where the process is shared with other runs: how many have trained together so far."""
+    known_peaks: KnownPeaks | None = None
+    """Where it is, the peak memory that they have measured."""
 
 
 class KeptData:

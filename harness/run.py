@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -56,6 +57,7 @@ from harness.score import (
 from harness.tasks.objective import Objective
 from harness.tracking.tracker import open_tracker
 from harness.training.callbacks import FollowerCallbacks, RunCallbacks
+from harness.training.known_peaks import KnownPeaks
 from harness.training.learner import TrainingDivergedError
 from harness.training.ledger import Spending
 from harness.training.loop import TrainingOutcome, train_in_turns
@@ -102,12 +104,14 @@ def run_in_turns(
     stop: StopRequest,
     num_packed: Callable[[], int] | None = None,
     kept_data: KeptData | None = None,
+    known_peaks: KnownPeaks | None = None,
 ) -> Turns[RunResult]:
     """Runs one config and returns its result, which lies in `<runs_dir>/<run_id>/result.json`.
 
     A generator: it stops at each micro-batch of training (see `harness.training.turns`). `stop` is the request to stop.
     With `num_packed` the process is shared with other runs, and it gives how many trained together: what is measured of
-    the whole process is left out. `kept_data` holds the datasets that those runs have read.
+    the whole process is left out. `kept_data` holds the datasets that those runs have read, and `known_peaks` the peak
+    memory that they have measured.
 
     `identity` is what the run was planned as; without it, it is determined here. A run that has a result already (see
     `kept_result`) is not repeated; one that left a checkpoint resumes from it.
@@ -130,7 +134,7 @@ def run_in_turns(
     require_writable(config.runs_dir)
     with stop.interrupting("loading"), preparation_of_a_run() as preparation:
         prepared = prepare(config, planned.identity, kept_data=kept_data)
-    prepared = replace(prepared, num_packed=num_packed)
+    prepared = replace(prepared, num_packed=num_packed, known_peaks=known_peaks)
     stop.share(prepared.accelerator)
     spending = Spending(started, prepared.accelerator.device, preparation)
     with prepared.companions.together(shared=(PreemptedError,)):
@@ -306,6 +310,7 @@ def _train(
             method=prepared.during_training,
             untrained=untrained,
             times_rehearsal=prepared.num_packed is not None,
+            known_peak=None if prepared.known_peaks is None else partial(prepared.known_peaks.find, config),
         )
     )
 

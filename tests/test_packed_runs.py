@@ -18,6 +18,8 @@ from harness.config.schema import Device, ModelConfig, RunConfig, TinyModel
 from harness.config.validation import ConfigError
 from harness.content.identity import PlannedRun, identify, planned
 from harness.data import labelled, sources
+from harness.data.batches import Batch
+from harness.measure.memory import MemoryPeak
 from harness.methods.packable import why_alone
 from harness.methods.packed import PackedLayer
 from harness.models.loading import load_model
@@ -29,6 +31,8 @@ from harness.results.schema import RunResult, Status, read_result
 from harness.run import run
 from harness.tasks.families import find_family
 from harness.training import packs
+from harness.training.known_peaks import KnownPeaks
+from harness.training.learner import Learner
 from hydra_plugins.lora_harness import _worker as worker
 from hydra_plugins.lora_harness._packs import in_order, pack_key, pack_size
 
@@ -346,6 +350,67 @@ def test_runs_of_a_pack_read_their_dataset_once(
     assert {outcome.status for outcome in outcomes.values()} == {"finished"}
     assert len(opened) == 2
     assert opened[1] == 20
+
+
+def test_runs_of_a_pack_measure_the_memory_of_a_cell_once(
+    rows: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    measured: list[Learner] = []
+
+    def step_peak(learner: Learner, **steps: Any) -> MemoryPeak:
+        measured.append(learner)
+        return own(learner, **steps)
+
+    own = Learner.step_peak
+    monkeypatch.setattr(Learner, "step_peak", step_peak)
+    folder = tmp_path / "packed"
+    alike = [
+        config(rows, folder, trainer={"learning_rate": rate}, seed=seed) for rate in (1e-3, 2e-3) for seed in (1, 2)
+    ]
+    others = [
+        config(rows, folder, rank={"rank": 3}),
+        config(rows, folder, trainer={"micro_batch_size": 4}),
+        config(rows, folder, trainer={"learning_rate_head": 1e-2}),  # a group of parameters more in the optimizer
+        config(rows, folder, dataset={"max_length": 7}),  # and a config key that KnownPeaks has not heard of
+    ]
+    outcomes = compute([*alike, *others], size=2)
+    assert {outcome.status for outcome in outcomes.values()} == {"finished"}
+    assert len(measured) == 1 + len(others)
+    for each in [*alike, *others]:
+        ours, alone = result_of(each), run(replace(each, runs_dir=str(tmp_path / "alone")))
+        sizes = {name for name in alone.metrics if name.endswith("bytes")} - OF_THE_PROCESS
+        assert "activations_bytes" in sizes
+        assert {name: ours.metrics[name] for name in sizes} == {name: alone.metrics[name] for name in sizes}
+
+
+def test_a_peak_is_known_by_what_is_in_the_batches(rows: Path, tmp_path: Path) -> None:  # noqa: F811
+    """A step of as many tokens and fewer targets makes fewer logits, so shapes alone do not say what it takes."""
+    peaks, wanted = KnownPeaks(), config(rows, tmp_path)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))])
+    ids = torch.arange(6).view(2, 3)
+    first = Batch({"input_ids": ids}, torch.tensor([0, 1]), 6, 2)
+    made: list[MemoryPeak] = []
+
+    def find(*steps: list[Batch], of: RunConfig = wanted) -> MemoryPeak:
+        def measure() -> MemoryPeak:
+            made.append(MemoryPeak(len(made), 0, 0, activations_bytes=0))
+            return made[-1]
+
+        return peaks.find(of, optimizer, steps, measure)
+
+    assert find([first]) is find([first])
+    find([first], of=replace(wanted, seed=wanted.seed + 1))
+    assert len(made) == 1
+    changed = [replace(first, labels=torch.tensor([0, 2])), replace(first, num_targets=1)]
+    changed.append(replace(first, inputs={"input_ids": ids + 1}))
+    for number, batch in enumerate(changed, start=2):
+        find([batch])
+        assert len(made) == number
+    find([first], [first])
+    find([first, first])
+    assert len(made) == 6
 
 
 def test_rows_that_changed_between_two_runs_are_read_again(rows: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -45,6 +45,10 @@ RECENT_STEPS = 10
 _BEST_LOGITS = "best_logits"
 
 
+FindsPeak = Callable[[Any, Sequence[Sequence[Batch]], Callable[[], MemoryPeak]], MemoryPeak]
+"""Gives the peak of some steps with an optimizer: what another run has measured, or what the function measures."""
+
+
 class TrainingDivergedError(RuntimeError):
     """The model stopped giving finite numbers. `what` names which, `step` says when."""
 
@@ -180,20 +184,31 @@ class Learner:
         self._seconds_per_token: float | None = None  # of rehearsed passes, padding counted
 
     def rehearse(
-        self, *, shortest: Callable[[], Sequence[Batch]], longest: Callable[[], Sequence[Batch]]
+        self,
+        *,
+        shortest: Callable[[], Sequence[Batch]],
+        longest: Callable[[], Sequence[Batch]],
+        known: FindsPeak | None = None,
     ) -> dict[str, float]:
-        """Rehearses scoring and the longest step, and changes nothing; the peak memory of that step, by metric name."""
+        """Rehearses scoring and the longest step, and changes nothing; the peak memory of that step, by metric name.
+
+        With `known` nothing is rehearsed where it has the peak.
+        """
         scaler = self._accelerator.scaler
         scaler_state = scaler.state_dict() if scaler is not None else {}
         measured: dict[str, float] = {}
         if self._is_sharded:  # a part of a matrix has no storage that could be followed
             self._rehearse_scoring()
         else:
-            rehearse_beside_optimizer(
-                self._rehearse_scoring, self._model, self._optimizer, first=lambda: self._rehearse_step(shortest())
-            )
-            reset_device_peaks(self._accelerator.device)
-            memory = self.step_peak(shortest=shortest, longest=longest)
+
+            def measure() -> MemoryPeak:
+                rehearse_beside_optimizer(
+                    self._rehearse_scoring, self._model, self._optimizer, first=lambda: self._rehearse_step(shortest())
+                )
+                reset_device_peaks(self._accelerator.device)
+                return self.step_peak(shortest=shortest, longest=longest)
+
+            memory = known(self._optimizer, (shortest(), longest()), measure) if known is not None else measure()
             measured |= memory.as_metrics()
             self._own_bytes = memory.total_bytes - memory.weights_bytes
             if self._config.compile is not Compile.none:  # which it is now, before the clock starts

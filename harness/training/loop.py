@@ -22,7 +22,7 @@ from harness.methods.flops import StepFlops
 from harness.methods.rates import LearningRates
 from harness.processes.distributed import all_reduce_sum, copy_into
 from harness.tasks.objective import Evaluation, Objective
-from harness.training.learner import Learner, TrainingCallbacks
+from harness.training.learner import FindsPeak, Learner, TrainingCallbacks
 from harness.training.optimizer import count_steps
 from harness.training.prefetch import prefetched
 from harness.training.turns import Turns, alone
@@ -82,6 +82,7 @@ def train_in_turns(
     method: DuringTraining | None = None,
     untrained: Mapping[str, float] | None = None,
     times_rehearsal: bool = False,
+    known_peak: FindsPeak | None = None,
 ) -> Turns[TrainingOutcome]:
     """Trains the parameters that require a gradient; the model ends at its last step.
 
@@ -107,6 +108,9 @@ def train_in_turns(
 
     With `times_rehearsal` the times of steps are those of a few that are rehearsed alone before the first one: in a
     pack the clock would say how long all runs took. `train_seconds` is missing then.
+
+    `known_peak` has the peak memory that runs before this one in its process have measured: see
+    `harness.training.known_peaks`. Nothing is rehearsed where it knows that of this run.
 
     Several processes (see `harness.processes.distributed`) make the steps that one would make; each scores all of val.
     The model lies on the accelerator's device already, whole or sharded.
@@ -137,7 +141,8 @@ def train_in_turns(
         learner.at = checkpoint[1]
     at, measured = learner.at, dict[str, float]()
     if not at.measured:
-        measured = learner.rehearse(shortest=batches.shortest, longest=batches.longest) | {"num_steps": num_steps}
+        measured = learner.rehearse(shortest=batches.shortest, longest=batches.longest, known=known_peak)
+        measured |= {"num_steps": num_steps}
         if times_rehearsal:
             measured |= learner.time_rehearsal(islice(batches.epoch(0), REHEARSED_STEPS))
     if checkpoint is not None:

@@ -79,11 +79,12 @@ def compute_pack(runs: Sequence[PlannedRun], *, size: int | None, report: Callab
     from harness.prepare import KeptData
     from harness.processes.stopping import StopRequest
     from harness.run import run_in_turns
+    from harness.training.known_peaks import KnownPeaks
     from harness.training.pack_size import Growing
     from harness.training.packs import HALF_TOLERANCE, TOLERANCE, Pack
 
     load_extensions()
-    stop, kept_data = StopRequest(), KeptData()
+    stop, kept_data, known_peaks = StopRequest(), KeptData(), KnownPeaks()
     planned = {one.run_id: _quiet(one) for one in runs}
     for one in list(planned.values())[1:]:  # whose device this process uses by then
         planned[one.run_id] = replace(one, config=replace(one.config, allow_busy_device=True))
@@ -96,6 +97,7 @@ def compute_pack(runs: Sequence[PlannedRun], *, size: int | None, report: Callab
             stop=stop,
             num_packed=lambda: pack.most_together(run_id),
             kept_data=kept_data,
+            known_peaks=known_peaks,
         )
 
     rounds = any(one.config.trainer.precision is not Precision.fp32 for one in planned.values())
