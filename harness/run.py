@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -59,7 +58,7 @@ from harness.tracking.tracker import open_tracker
 from harness.training.callbacks import FollowerCallbacks, RunCallbacks
 from harness.training.known_peaks import KnownPeaks
 from harness.training.learner import TrainingDivergedError
-from harness.training.ledger import Spending
+from harness.training.ledger import PACKED, Spending
 from harness.training.loop import TrainingOutcome, train_in_turns
 from harness.training.turns import Turns, drive_alone
 
@@ -136,7 +135,7 @@ def run_in_turns(
         prepared = prepare(config, planned.identity, kept_data=kept_data)
     prepared = replace(prepared, num_packed=num_packed, known_peaks=known_peaks)
     stop.share(prepared.accelerator)
-    spending = Spending(started, prepared.accelerator.device, preparation)
+    spending = Spending(started, prepared.accelerator.device, preparation, num_packed=num_packed)
     with prepared.companions.together(shared=(PreemptedError,)):
         if not prepared.accelerator.is_main_process:
             return (yield from _follow(prepared, folder, stop, spending))
@@ -257,12 +256,13 @@ def _train_and_evaluate(
         logger.error("%s", traceback.format_exc())
     metrics = callbacks.measured | metrics
     metrics |= spending.total()
-    if prepared.num_packed is not None:
+    packed = metrics.pop(PACKED, None)
+    if packed is not None:
         metrics = {name: value for name, value in metrics.items() if name not in _OF_THE_PROCESS}
     times = {"started_at": started_at, "first_step_at": callbacks.first_step_at, "ended_at": time.time()}
     recorded: dict[str, Any] = {name: value for name, value in times.items() if value is not None}
-    if prepared.num_packed is not None:
-        recorded["packed"] = prepared.num_packed()
+    if packed is not None:
+        recorded["packed"] = round(packed)
     if len(callbacks.made_by) > 1:
         recorded["made_by"] = callbacks.made_by
     return RunResult(
@@ -310,7 +310,7 @@ def _train(
             method=prepared.during_training,
             untrained=untrained,
             times_rehearsal=prepared.num_packed is not None,
-            known_peak=None if prepared.known_peaks is None else partial(prepared.known_peaks.find, config),
+            known_peaks=None if prepared.known_peaks is None else prepared.known_peaks.of(config),
         )
     )
 

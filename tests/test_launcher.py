@@ -486,6 +486,28 @@ def test_memory_runs_out_in_one_run_and_the_next_measures_what_it_measures_alone
     assert after[4].metrics["peak_memory_bytes"] == alone.metrics["peak_memory_bytes"]
 
 
+def test_what_does_not_fit_into_a_pack_is_computed_alone(base: list[str], forked: Forked, tmp_path: Path) -> None:
+    """As above, in packs; and a result of before stands with `rerun=never`, but not the one that the pack has left."""
+    lines = ["text,label", *(f"{' '.join([WORDS[number % 2]] * 8)} {number},{number % 2}" for number in range(3000))]
+    (tmp_path / "long.csv").write_text("\n".join(lines) + "\n")
+    long_rows = [f"dataset.train_file={tmp_path / 'long.csv'}", "dataset.max_length=128", "trainer.max_steps=1"]
+    common = [*base, *long_rows, "rank=r2", "target_layers=qv", "num_threads=1", "rerun=never"]
+    limit = forked.address_space_bytes + 2**30
+    code, output = sweep(
+        tmp_path / "runs", *common, "trainer.batch_size=8,2048,4", "hydra.launcher.pack=3", address_space=limit
+    )
+    assert code == 1, output
+    found = {result.config["trainer"]["batch_size"]: result for result in results(tmp_path / "runs").values()}
+    assert {size: result.status for size, result in found.items()} == {
+        8: Status.FINISHED,
+        2048: Status.OUT_OF_MEMORY,
+        4: Status.FINISHED,
+    }
+    assert output.count("ran out of memory in its pack; it is computed alone") == 1
+    assert "3/3 runs: 2 finished, 1 out_of_memory" in output
+    assert "packed" not in found[2048].environment, "the result is that of the attempt alone"
+
+
 def test_a_full_disk(base: list[str], sweep_here: SweepHere, small_disk: Path) -> None:
     """The heads fit, the second model does not: what had finished stays, and the message says why."""
     arguments = [*base, "method=head_only,full", "seed=0,1"]

@@ -105,3 +105,37 @@ def test_a_fixed_size_stays() -> None:
     assert size.passed(Pass(3, ALONE, 1.0, 1)) == "" and size.target == 3
     with pytest.raises(ValueError, match="size=0: a pack has at least one run"):
         Fixed(0)
+
+
+def test_a_larger_run_that_entered_later_keeps_others_out() -> None:
+    """Settled at four of 10 MiB; one of 25 MiB takes the place of two."""
+    size = Growing(most=4, available=lambda: 50 * 2**20)
+    small, large = 10 * 2**20, 13 * 2**20
+    assert size.admits([])
+    assert not size.admits([small])  # before two are wanted
+    assert train(size, lambda runs: 1.0, bytes_per_run=small) == ["4 at once: more do not wait"]
+    assert size.admits([small] * 3)
+    assert not size.admits([small] * 4)
+    assert not size.admits([small, small, large])
+    assert size.admits([small, large])
+    assert size.admits([]), "one run alone is always tried"
+    assert size.target == 4
+
+
+def test_what_is_not_admitted_before_it_has_settled_is_not_waited_for() -> None:
+    size = Growing(most=8, available=lambda: 50 * 2**20)
+    small, large = 10 * 2**20, 30 * 2**20
+    for _ in range(NUM_PASSES):
+        size.passed(Pass(1, ALONE, 1.0, small))
+    for _ in range(NUM_PASSES):
+        size.passed(Pass(2, 2 * ALONE, 1.0, small))
+    assert size.target == 4
+    assert not size.admits([small, large])
+    for _ in range(NUM_PASSES):
+        decided = size.passed(Pass(2, 2 * ALONE, 1.0, large))
+    assert decided == "2 at once: 2 are 1.00 times as fast, 4 need 120.00 MiB, available are 50.00 MiB"
+
+
+def test_a_given_number_admits_as_many() -> None:
+    assert Fixed(2).admits([2**60])
+    assert not Fixed(2).admits([0, 0])

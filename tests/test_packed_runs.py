@@ -31,7 +31,7 @@ from harness.results.schema import RunResult, Status, read_result
 from harness.run import run
 from harness.tasks.families import find_family
 from harness.training import packs
-from harness.training.known_peaks import KnownPeaks
+from harness.training.known_peaks import KnownPeaks, step_key
 from harness.training.learner import Learner
 from hydra_plugins.lora_harness import _worker as worker
 from hydra_plugins.lora_harness._packs import in_order, pack_key, pack_size
@@ -183,10 +183,10 @@ def test_a_pack_that_is_stopped_resumes_where_its_runs_were(
     again = compute([wanted[3], wanted[0], wanted[1]], size=2)
     assert {outcome.status for outcome in again.values()} == {"finished"}
     assert run(wanted[2]).status is Status.FINISHED
-    for each in varied(rows, tmp_path / "alone")[:2]:
+    for each in varied(rows, tmp_path / "alone")[:3]:  # of the third, which ends alone, no figure is the pack's either
         run_id = run(each).run_id
         require_equal(tmp_path / "stopped" / run_id, tmp_path / "alone" / run_id)
-        assert "resumes from its checkpoint at step 2" in (tmp_path / "stopped" / run_id / "log.txt").read_text()
+        assert "resumes from its checkpoint at step" in (tmp_path / "stopped" / run_id / "log.txt").read_text()
 
 
 def test_a_run_that_somebody_else_computes_is_left_to_them(rows: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -358,13 +358,19 @@ def test_runs_of_a_pack_measure_the_memory_of_a_cell_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     measured: list[Learner] = []
+    scored: list[Learner] = []
 
     def step_peak(learner: Learner, **steps: Any) -> MemoryPeak:
         measured.append(learner)
-        return own(learner, **steps)
+        return own_peak(learner, **steps)
 
-    own = Learner.step_peak
+    def rehearse_scoring(learner: Learner) -> None:
+        scored.append(learner)
+        own_scoring(learner)
+
+    own_peak, own_scoring = Learner.step_peak, Learner._rehearse_scoring
     monkeypatch.setattr(Learner, "step_peak", step_peak)
+    monkeypatch.setattr(Learner, "_rehearse_scoring", rehearse_scoring)
     folder = tmp_path / "packed"
     alike = [
         config(rows, folder, trainer={"learning_rate": rate}, seed=seed) for rate in (1e-3, 2e-3) for seed in (1, 2)
@@ -373,11 +379,12 @@ def test_runs_of_a_pack_measure_the_memory_of_a_cell_once(
         config(rows, folder, rank={"rank": 3}),
         config(rows, folder, trainer={"micro_batch_size": 4}),
         config(rows, folder, trainer={"learning_rate_head": 1e-2}),  # a group of parameters more in the optimizer
-        config(rows, folder, dataset={"max_length": 7}),  # and a config key that KnownPeaks has not heard of
+        config(rows, folder, dataset={"max_length": 7}),
     ]
     outcomes = compute([*alike, *others], size=2)
     assert {outcome.status for outcome in outcomes.values()} == {"finished"}
     assert len(measured) == 1 + len(others)
+    assert len(scored) == len(alike) + len(others), "each sees whether it fits, beside the others as they are by then"
     for each in [*alike, *others]:
         ours, alone = result_of(each), run(replace(each, runs_dir=str(tmp_path / "alone")))
         sizes = {name for name in alone.metrics if name.endswith("bytes")} - OF_THE_PROCESS
@@ -385,32 +392,41 @@ def test_runs_of_a_pack_measure_the_memory_of_a_cell_once(
         assert {name: ours.metrics[name] for name in sizes} == {name: alone.metrics[name] for name in sizes}
 
 
-def test_a_peak_is_known_by_what_is_in_the_batches(rows: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_peak_is_known_by_what_trains_and_what_is_in_the_batches() -> None:
     """A step of as many tokens and fewer targets makes fewer logits, so shapes alone do not say what it takes."""
-    peaks, wanted = KnownPeaks(), config(rows, tmp_path)
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))])
     ids = torch.arange(6).view(2, 3)
-    first = Batch({"input_ids": ids}, torch.tensor([0, 1]), 6, 2)
-    made: list[MemoryPeak] = []
+    model = torch.nn.Linear(2, 3)
+    batch = Batch({"input_ids": ids}, torch.tensor([0, 1]), 6, 2)
 
-    def find(*steps: list[Batch], of: RunConfig = wanted) -> MemoryPeak:
-        def measure() -> MemoryPeak:
-            made.append(MemoryPeak(len(made), 0, 0, activations_bytes=0))
-            return made[-1]
+    def key(*steps: list[Batch], of: torch.nn.Module = model, groups: int = 1) -> str:
+        parameters = list(of.parameters())
+        split = [parameters] if groups == 1 else [[each] for each in parameters]
+        return step_key(of, torch.optim.AdamW([{"params": group} for group in split]), steps)
 
-        return peaks.find(of, optimizer, steps, measure)
+    partly = torch.nn.Linear(2, 3)
+    partly.weight.requires_grad_(False)
+    assert key([batch]) == key([replace(batch, num_tokens=5)], of=torch.nn.Linear(2, 3))
+    different = [
+        key([batch]),
+        key([replace(batch, labels=torch.tensor([0, 2]))]),
+        key([replace(batch, num_targets=1)]),
+        key([replace(batch, inputs={"input_ids": ids + 1})]),
+        key([batch], [batch]),
+        key([batch, batch]),
+        key([batch], groups=2),
+        key([batch], of=torch.nn.Linear(3, 2)),
+        key([batch], of=partly),
+    ]
+    assert len(set(different)) == len(different)
 
-    assert find([first]) is find([first])
-    find([first], of=replace(wanted, seed=wanted.seed + 1))
-    assert len(made) == 1
-    changed = [replace(first, labels=torch.tensor([0, 2])), replace(first, num_targets=1)]
-    changed.append(replace(first, inputs={"input_ids": ids + 1}))
-    for number, batch in enumerate(changed, start=2):
-        find([batch])
-        assert len(made) == number
-    find([first], [first])
-    find([first, first])
-    assert len(made) == 6
+
+def test_peaks_are_those_of_a_cell(rows: Path, tmp_path: Path) -> None:  # noqa: F811
+    peaks, wanted = KnownPeaks(), config(rows, tmp_path)
+    other_rates = {"learning_rate": 1.0, "learning_rate_head": 0.5}
+    of_cell = peaks.of(wanted)
+    assert peaks.of(config(rows, tmp_path, seed=9, trainer=other_rates)) is of_cell
+    assert peaks.of(config(rows, tmp_path, rank={"rank": 5})) is not of_cell
+    assert peaks.of(config(rows, tmp_path, trainer={"optimizer": "sgd"})) is not of_cell
 
 
 def test_rows_that_changed_between_two_runs_are_read_again(rows: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -23,6 +23,7 @@ from harness.measure.device import reset_device_peaks
 from harness.measure.memory import (
     LiveTensors,
     MemoryPeak,
+    garbage_collected_before,
     measure_peak_memory,
     rehearse_beside_optimizer,
     time_rehearsed_steps,
@@ -34,6 +35,7 @@ from harness.processes.distributed import all_reduce_sum, all_reduce_sum_on_devi
 from harness.processes.stopping import PreemptedError
 from harness.tasks.objective import Evaluation, Objective, why_hopeless
 from harness.training.checkpoint import pack_training, unpack_training
+from harness.training.known_peaks import PeaksOfCell, step_key
 from harness.training.optimizer import build_optimizer, learning_rate_at, set_learning_rates
 from harness.training.turns import MicroBatch, Turns, drive_alone
 
@@ -43,10 +45,6 @@ RECENT_STEPS = 10
 
 # In a checkpoint, what was predicted on val at the best step.
 _BEST_LOGITS = "best_logits"
-
-
-FindsPeak = Callable[[Any, Sequence[Sequence[Batch]], Callable[[], MemoryPeak]], MemoryPeak]
-"""Gives the peak of some steps with an optimizer: what another run has measured, or what the function measures."""
 
 
 class TrainingDivergedError(RuntimeError):
@@ -68,7 +66,9 @@ class Position:
     computed_tokens: int = 0
     squared_tokens: int = 0
     num_targets: int = 0
+    # Of all steps; of no use where some were made in a process that other runs shared.
     seconds: float = 0.0
+    shares_process: bool = False
     lap_seconds: list[float] = field(default_factory=list)
     recent_losses: list[tuple[float, int]] = field(default_factory=list)
     best: Evaluation | None = None
@@ -188,11 +188,11 @@ class Learner:
         *,
         shortest: Callable[[], Sequence[Batch]],
         longest: Callable[[], Sequence[Batch]],
-        known: FindsPeak | None = None,
+        known: PeaksOfCell | None = None,
     ) -> dict[str, float]:
         """Rehearses scoring and the longest step, and changes nothing; the peak memory of that step, by metric name.
 
-        With `known` nothing is rehearsed where it has the peak.
+        What `known` has is not measured again, and what it has not is added to it.
         """
         scaler = self._accelerator.scaler
         scaler_state = scaler.state_dict() if scaler is not None else {}
@@ -200,15 +200,17 @@ class Learner:
         if self._is_sharded:  # a part of a matrix has no storage that could be followed
             self._rehearse_scoring()
         else:
-
-            def measure() -> MemoryPeak:
+            known = {} if known is None else known
+            key = step_key(self._model, self._optimizer, (shortest(), longest()))
+            first = longest if key in known else shortest
+            with garbage_collected_before():
                 rehearse_beside_optimizer(
-                    self._rehearse_scoring, self._model, self._optimizer, first=lambda: self._rehearse_step(shortest())
+                    self._rehearse_scoring, self._model, self._optimizer, first=lambda: self._rehearse_step(first())
                 )
+            if key not in known:
                 reset_device_peaks(self._accelerator.device)
-                return self.step_peak(shortest=shortest, longest=longest)
-
-            memory = known(self._optimizer, (shortest(), longest()), measure) if known is not None else measure()
+                known[key] = self.step_peak(shortest=shortest, longest=longest)
+            memory = known[key]
             measured |= memory.as_metrics()
             self._own_bytes = memory.total_bytes - memory.weights_bytes
             if self._config.compile is not Compile.none:  # which it is now, before the clock starts

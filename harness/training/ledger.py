@@ -23,18 +23,33 @@ from harness.processes.preparation import Preparation
 
 logger = logging.getLogger("harness")
 
+PACKED = "packed"
+
 
 class Spending:
     """What a run has taken over all its attempts: seconds are summed, of peaks the highest counts.
 
     Of an attempt that was killed, what it took after its last checkpoint or phase is not known.
+
+    Args:
+        started: when this attempt began, by `time.perf_counter`.
+        device: whose peaks count.
+        preparation: what is timed apart.
+        num_packed: gives how many runs have trained together so far, in a process that is shared with others.
     """
 
-    def __init__(self, started: float, device: torch.device, preparation: Preparation) -> None:
-        """`started` is when this attempt began, by `time.perf_counter`; `preparation` is timed apart."""
+    def __init__(
+        self,
+        started: float,
+        device: torch.device,
+        preparation: Preparation,
+        *,
+        num_packed: Callable[[], int] | None = None,
+    ) -> None:
         self._started = started
         self._device = device
         self._preparation = preparation
+        self._num_packed = num_packed
         self._earlier: dict[str, float] = {}
         self._is_training = False
 
@@ -63,7 +78,7 @@ class Spending:
             self._preparation.seconds += time.perf_counter() - began
 
     def total(self) -> dict[str, float]:
-        """Metrics by name."""
+        """Metrics by name, and as `PACKED` the most runs that trained together, where an attempt shared its process."""
         total = dict(self._earlier)
         seconds = {
             "wall_seconds": time.perf_counter() - self._started - self._preparation.seconds,
@@ -72,6 +87,8 @@ class Spending:
         peaks: dict[str, float] = {} if self._preparation.is_in_peak_rss else {"peak_rss_bytes": peak_rss_bytes()}
         if self._is_training:
             peaks |= device_peaks(self._device)
+        if self._num_packed is not None:
+            peaks[PACKED] = self._num_packed()
         total |= {name: value + total.get(name, 0.0) for name, value in seconds.items()}
         return total | {name: max(value, total.get(name, 0)) for name, value in peaks.items()}
 

@@ -22,7 +22,8 @@ from harness.methods.flops import StepFlops
 from harness.methods.rates import LearningRates
 from harness.processes.distributed import all_reduce_sum, copy_into
 from harness.tasks.objective import Evaluation, Objective
-from harness.training.learner import FindsPeak, Learner, TrainingCallbacks
+from harness.training.known_peaks import PeaksOfCell
+from harness.training.learner import Learner, TrainingCallbacks
 from harness.training.optimizer import count_steps
 from harness.training.prefetch import prefetched
 from harness.training.turns import Turns, alone
@@ -82,7 +83,7 @@ def train_in_turns(
     method: DuringTraining | None = None,
     untrained: Mapping[str, float] | None = None,
     times_rehearsal: bool = False,
-    known_peak: FindsPeak | None = None,
+    known_peaks: PeaksOfCell | None = None,
 ) -> Turns[TrainingOutcome]:
     """Trains the parameters that require a gradient; the model ends at its last step.
 
@@ -107,10 +108,11 @@ def train_in_turns(
     worse than them after warm-up is to end.
 
     With `times_rehearsal` the times of steps are those of a few that are rehearsed alone before the first one: in a
-    pack the clock would say how long all runs took. `train_seconds` is missing then.
+    pack the clock would say how long all runs took. `train_seconds` is missing then. So it is where a run resumes alone
+    what it began in a pack.
 
-    `known_peak` has the peak memory that runs before this one in its process have measured: see
-    `harness.training.known_peaks`. Nothing is rehearsed where it knows that of this run.
+    `known_peaks` has the peak memory that runs of its cell before it in its process have measured; where it has that of
+    this run, the step is rehearsed and not measured again.
 
     Several processes (see `harness.processes.distributed`) make the steps that one would make; each scores all of val.
     The model lies on the accelerator's device already, whole or sharded.
@@ -140,8 +142,9 @@ def train_in_turns(
     if checkpoint is not None:
         learner.at = checkpoint[1]
     at, measured = learner.at, dict[str, float]()
+    at.shares_process = times_rehearsal = times_rehearsal or at.shares_process
     if not at.measured:
-        measured = learner.rehearse(shortest=batches.shortest, longest=batches.longest, known=known_peak)
+        measured = learner.rehearse(shortest=batches.shortest, longest=batches.longest, known=known_peaks)
         measured |= {"num_steps": num_steps}
         if times_rehearsal:
             measured |= learner.time_rehearsal(islice(batches.epoch(0), REHEARSED_STEPS))

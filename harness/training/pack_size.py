@@ -9,7 +9,7 @@ does more work, and that is not the pack's doing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import ClassVar, Protocol
@@ -65,16 +65,15 @@ class Pass:
 
 
 class PackSize(Protocol):
-    """How many runs are in training at once, from what their passes took."""
-
-    @property
-    def target(self) -> int:
-        """Runs that may be in training now. More that are stay until they end."""
-        ...
+    """How many runs are in training at once, from what their passes took. More that are stay until they end."""
 
     @property
     def is_settled(self) -> bool:
         """Whether it will stay, so that no pass has to be timed."""
+        ...
+
+    def admits(self, own_bytes: Sequence[int]) -> bool:
+        """Whether one more run may enter beside those whose longest steps take so much above the weights."""
         ...
 
     def passed(self, done: Pass) -> str:
@@ -96,6 +95,10 @@ class Fixed:
     def __post_init__(self) -> None:
         if self.target < 1:
             raise ValueError(f"size={self.target}: a pack has at least one run")
+
+    def admits(self, own_bytes: Sequence[int]) -> bool:
+        """As many as were asked for."""
+        return len(own_bytes) < self.target
 
     def passed(self, done: Pass) -> str:
         """Nothing to decide."""
@@ -119,6 +122,15 @@ class Growing:
     _best: tuple[int, float] | None = None
     _against: list[str] = field(default_factory=list)
 
+    def admits(self, own_bytes: Sequence[int]) -> bool:
+        """While memory allows: runs that enter later may be larger than those by which it was decided."""
+        if not own_bytes or len(own_bytes) >= self.target:
+            return not own_bytes
+        fits = self._why_too_large(len(own_bytes) + 1, max(own_bytes)) is None
+        if not fits and not self.is_settled:
+            self.target = len(own_bytes)  # which is judged then
+        return fits
+
     def passed(self, done: Pass) -> str:
         """Takes note of a pass in which as many runs trained as wanted, and decides after `NUM_PASSES` of them."""
         if self.is_settled or done.num_runs != self.target:
@@ -135,12 +147,18 @@ class Growing:
         # Runs that are computed one after the other anyway are no faster in any number.
         if len(self._against) == (NUM_TRIES if done.is_shared else 1) or doubled == self.target:
             return self._settle()
-        available, needed = self.available(), doubled * done.bytes_per_run
-        if available is not None and needed > MEMORY_SHARE * available:
-            self._against.append(f"{doubled} need {bytes_text(needed)}, available are {bytes_text(available)}")
+        too_large = self._why_too_large(doubled, done.bytes_per_run)
+        if too_large is not None:
+            self._against.append(too_large)
             return self._settle()
         self.target = doubled
         return ""
+
+    def _why_too_large(self, num_runs: int, bytes_per_run: int) -> str | None:
+        available, needed = self.available(), num_runs * bytes_per_run
+        if available is None or needed <= MEMORY_SHARE * available:
+            return None
+        return f"{num_runs} need {bytes_text(needed)}, available are {bytes_text(available)}"
 
     def _settle(self) -> str:
         assert self._best is not None

@@ -104,6 +104,15 @@ class _Member(Generic[Name, Outcome]):
         assert self.micro_batch is not None
         return self.micro_batch.batch
 
+    @property
+    def own_bytes(self) -> int:
+        """What its longest step takes above the weights, as it rehearsed it."""
+        return 0 if self.micro_batch is None else self.micro_batch.own_bytes
+
+    def tell(self, level: int, message: str, *values: object) -> None:
+        """Writes into the run's own log."""
+        self.context.run(logger.log, level, message, *values)
+
     def advance(self, step: Callable[[], MicroBatch]) -> None:
         """Lets the run come to its next micro-batch. Raises `StopIteration` at its end."""
         self.micro_batch = self.own(step)
@@ -151,6 +160,7 @@ class Pack(Generic[Name, Outcome]):
         self.memory = TrunkMemory()
         self.num_passes = 0
         self.num_alone = 0
+        self._decided = ""  # about the size, since the last pass that was timed
 
     def run(self) -> Iterator[Ended[Name, Outcome]]:
         """Runs everything; gives every run once it has ended.
@@ -174,11 +184,15 @@ class Pack(Generic[Name, Outcome]):
         return max((member.most_together for member in self._members if member.name == name), default=1)
 
     def _enter(self) -> Iterator[Ended[Name, Outcome]]:
-        while len(self._members) < self._size.target and (found := next(self._waiting, None)) is not None:
+        while self._size.admits([member.own_bytes for member in self._members]):
+            if (found := next(self._waiting, None)) is None:
+                return
             name, begin = found
             member = _Member(name, begin(), RandomState.now())
             self._members.append(member)
             yield from self._advance(member, lambda member=member: next(member.turns))
+            if self._decided and member in self._members:
+                member.tell(logging.INFO, "pack=auto: %s", self._decided)
 
     def _step(self) -> Iterator[Ended[Name, Outcome]]:
         """Answers every run once."""
@@ -201,9 +215,9 @@ class Pack(Generic[Name, Outcome]):
         seconds = queue.seconds(began, queue.mark())
         # A run that has just entered is computed twice, and the first run alone warms up.
         if unchecked == sum(not member.is_checked for member in members):
-            decided = self._size.passed(_pass_of(members, seconds, is_shared=self.num_passes > num_passes))
-            for member in members if decided else ():
-                member.context.run(logger.info, "pack=auto: %s", decided)
+            self._decided = self._size.passed(_pass_of(members, seconds, is_shared=self.num_passes > num_passes))
+            for member in members if self._decided else ():
+                member.tell(logging.INFO, "pack=auto: %s", self._decided)
         return answers
 
     def _answers(self) -> dict[int, Losses | BaseException]:
@@ -242,7 +256,7 @@ class Pack(Generic[Name, Outcome]):
     def _stay_alone(self, member: _Member[Name, Outcome], reason: str) -> None:
         """From here on, the run is computed alone."""
         self.why_alone[member.name] = reason
-        member.context.run(logger.warning, "%s: computed alone in its pack: %s", member.name, reason)
+        member.tell(logging.WARNING, "%s: computed alone in its pack: %s", member.name, reason)
 
     def _leave(self, member: _Member[Name, Outcome]) -> None:
         self._members.remove(member)
@@ -353,7 +367,7 @@ def _pass_of(members: Sequence[_Member[Name, Outcome]], seconds: float, *, is_sh
     alone = [at.alone_seconds for at in micro_batches if at.alone_seconds is not None]
     if len(alone) < len(members):
         raise ValueError("a pack that finds its size wants runs that time their rehearsal (times_rehearsal=True)")
-    bytes_per_run = max(at.own_bytes for at in micro_batches)
+    bytes_per_run = max(member.own_bytes for member in members)
     return Pass(len(members), sum(alone), seconds, bytes_per_run, is_shared=is_shared)
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from harness.config.schema import RunConfig
     from harness.content.identity import PlannedRun
-    from harness.results.schema import RunResult
+    from harness.results.schema import RunResult, Status
     from harness.training.turns import Turns
 
 # How a run can end beside the statuses of the results contract; it has no result then.
@@ -133,8 +133,10 @@ def _quiet(planned: PlannedRun) -> PlannedRun:
 
 def _outcome_of_error(planned: PlannedRun, error: Exception) -> Outcome:
     """What became of a run that raised and left no result."""
+    from harness.measure.device import is_out_of_memory
     from harness.processes.stopping import PreemptedError
     from harness.results.claims import ClaimLostError, RunClaimedError
+    from harness.results.schema import Status
     from harness.run import USER_ERRORS
 
     if isinstance(error, RunClaimedError | ClaimLostError):
@@ -146,22 +148,26 @@ def _outcome_of_error(planned: PlannedRun, error: Exception) -> Outcome:
     # The disk is full, the folder went away: the sweep's other runs must hear why.
     with contextlib.suppress(OSError):
         traceback.print_exception(error)
-    return write_failure(planned, f"{type(error).__name__}: {error}")
+    status = Status.OUT_OF_MEMORY if is_out_of_memory(error) else Status.FAILED
+    return write_failure(planned, f"{type(error).__name__}: {error}", status=status)
 
 
-def write_failure(planned: PlannedRun, error: str) -> Outcome:
-    """Leaves a result for a run that could not leave one itself, unless another process has the run or has ended it."""
+def write_failure(planned: PlannedRun, error: str, *, status: Status | None = None) -> Outcome:
+    """Leaves a result for a run that could not leave one itself, unless another process has the run or has ended it.
+
+    Its status is `failed`, or the one that is given.
+    """
     from harness.config.composing import to_dict
     from harness.folder import record_failure
     from harness.results.claims import ClaimLostError, RunClaimedError
     from harness.results.schema import RunResult, Status
 
-    config = planned.config
+    config, status = planned.config, status or Status.FAILED
     result = RunResult(
         run_id=planned.identity.run_id,
         cell_id=planned.identity.cell_id,
         sweep=config.sweep,
-        status=Status.FAILED,
+        status=status,
         config=to_dict(config),
         error=error,
     )
@@ -171,7 +177,7 @@ def write_failure(planned: PlannedRun, error: str) -> Outcome:
         return Outcome(CLAIMED, str(problem))
     except OSError as problem:
         error += f" (this could not be written to {config.runs_dir}: {problem.strerror})"
-        return Outcome(str(Status.FAILED), error)
+        return Outcome(str(status), error)
     return outcome_of(recorded, was_kept=recorded is not result)
 
 

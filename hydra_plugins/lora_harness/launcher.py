@@ -26,7 +26,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from harness.config.schema import Device, RunConfig
+from harness.config.schema import Device, Rerun, RunConfig
 from harness.config.validation import ConfigError
 from harness.content.identity import PlannedRun
 from harness.folder import kept_result, result_stamp, run_dir
@@ -345,7 +345,9 @@ class Queue:
             is_alive = job.process.is_alive()  # asked first: what it sent before it ended is read below
             for run_id, outcome in _replies(job):
                 run = job.runs.pop(run_id)
-                if self._end(run, outcome, screen):
+                if job.is_pack and outcome.status == Status.OUT_OF_MEMORY and not outcome.was_kept:
+                    self._compute_alone(run, "ran out of memory in its pack", screen)
+                elif self._end(run, outcome, screen):
                     self._note_gap(run, job)
             if is_alive:
                 continue
@@ -355,11 +357,16 @@ class Queue:
             for run in job.runs.values():
                 is_over = result_stamp(run) not in (None, job.stamps_before[run.run_id])
                 if job.is_pack and not is_over and _may_be_a_neighbours_fault(job):
-                    screen.say(f"{run.run_id}: the process of its pack {_how_it_ended(job)}; it is computed alone")
-                    self._alone.add(run.run_id)
-                    self._todo.appendleft(run)
+                    self._compute_alone(run, f"the process of its pack {_how_it_ended(job)}", screen)
                 elif self._end(run, _outcome_of_dead(job, run), screen):
                     self._note_gap(run, job)
+
+    def _compute_alone(self, run: PlannedRun, reason: str, screen: Screen) -> None:
+        """Puts back a run that may have failed because of others, whatever result it has left."""
+        screen.say(f"{run.run_id}: {reason}; it is computed alone")
+        self._alone.add(run.run_id)
+        rerun = Rerun.failed if run.config.rerun is Rerun.never else run.config.rerun
+        self._todo.appendleft(replace(run, config=replace(run.config, rerun=rerun)))
 
     def _end(self, run: PlannedRun, outcome: Outcome, screen: Screen) -> bool:
         """Keeps what became of a run, unless that is for another launcher to say."""
