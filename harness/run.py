@@ -58,7 +58,7 @@ from harness.tracking.tracker import open_tracker
 from harness.training.callbacks import FollowerCallbacks, RunCallbacks
 from harness.training.known_peaks import KnownPeaks
 from harness.training.learner import TrainingDivergedError
-from harness.training.ledger import PACKED, Spending
+from harness.training.ledger import Spending
 from harness.training.loop import TrainingOutcome, train_in_turns
 from harness.training.turns import Turns, drive_alone
 
@@ -119,6 +119,8 @@ def run_in_turns(
 
     Raises:
         PreemptedError: SIGTERM came; the checkpoint is written, and there is no result.
+        torch.OutOfMemoryError, MemoryError, RuntimeError: memory ran out beside other runs; there is no result, and the
+            checkpoint stays.
         RunClaimedError: another process is computing this run.
         ClaimLostError: another process took the run over from this one, and its result is what counts.
         One of `USER_ERRORS`, with nothing written, for what can be known before training.
@@ -232,7 +234,7 @@ def _train_and_evaluate(
         before = score_before_training(prepared, objective, callbacks, spending)
         metrics |= before
         untrained = untrained_scores(prepared, objective, callbacks, spending)
-        outcome = yield from _train(prepared, objective, callbacks, untrained=untrained)
+        outcome = yield from _train(prepared, objective, callbacks, spending, untrained=untrained)
         spending.end_training()
         metrics |= outcome.measured
         metrics |= score_after_training(prepared, objective, callbacks, outcome, before, folder=directory)
@@ -248,6 +250,9 @@ def _train_and_evaluate(
     except TrainingDivergedError as problem:
         status, error = Status.DIVERGED, str(problem)
     except Exception as problem:
+        if prepared.num_packed is not None and is_out_of_memory(problem):
+            logger.warning("there was not enough memory beside the runs of its pack: %s", problem)
+            raise
         status = Status.OUT_OF_MEMORY if is_out_of_memory(problem) else Status.FAILED
         error = f"{type(problem).__name__}: {problem}"
         cause = prepared.companions.report(problem, status=status)
@@ -256,13 +261,13 @@ def _train_and_evaluate(
         logger.error("%s", traceback.format_exc())
     metrics = callbacks.measured | metrics
     metrics |= spending.total()
-    packed = metrics.pop(PACKED, None)
+    packed = spending.packed
     if packed is not None:
         metrics = {name: value for name, value in metrics.items() if name not in _OF_THE_PROCESS}
     times = {"started_at": started_at, "first_step_at": callbacks.first_step_at, "ended_at": time.time()}
     recorded: dict[str, Any] = {name: value for name, value in times.items() if value is not None}
     if packed is not None:
-        recorded["packed"] = round(packed)
+        recorded["packed"] = packed
     if len(callbacks.made_by) > 1:
         recorded["made_by"] = callbacks.made_by
     return RunResult(
@@ -282,6 +287,7 @@ def _train(
     prepared: PreparedRun,
     objective: Objective,
     callbacks: RunCallbacks | FollowerCallbacks,
+    spending: Spending,
     *,
     untrained: dict[str, float] | None,
 ) -> Turns[TrainingOutcome]:
@@ -309,7 +315,7 @@ def _train(
             rates=learning_rates(config, prepared.head),
             method=prepared.during_training,
             untrained=untrained,
-            times_rehearsal=prepared.num_packed is not None,
+            shares_process=lambda: spending.packed is not None,
             known_peaks=None if prepared.known_peaks is None else prepared.known_peaks.of(config),
         )
     )

@@ -107,35 +107,51 @@ def test_a_fixed_size_stays() -> None:
         Fixed(0)
 
 
-def test_a_larger_run_that_entered_later_keeps_others_out() -> None:
-    """Settled at four of 10 MiB; one of 25 MiB takes the place of two."""
+def test_memory_is_looked_at_whenever_a_run_enters() -> None:
+    """Four of 10 MiB were decided on; beside a larger one there is room for three."""
     size = Growing(most=4, available=lambda: 50 * 2**20)
-    small, large = 10 * 2**20, 13 * 2**20
-    assert size.admits([])
-    assert not size.admits([small])  # before two are wanted
+    small, large = 10 * 2**20, 12 * 2**20
     assert train(size, lambda runs: 1.0, bytes_per_run=small) == ["4 at once: more do not wait"]
-    assert size.admits([small] * 3)
-    assert not size.admits([small] * 4)
-    assert not size.admits([small, small, large])
-    assert size.admits([small, large])
-    assert size.admits([]), "one run alone is always tried"
+    assert size.why_full([small] * 3) is None
+    assert size.why_full([small, large]) is None
+    assert size.why_full([small, small, large]) == "4 need 48.00 MiB, available are 50.00 MiB"
+
+
+def grown_to_four(*, most: int = 8) -> Growing:
+    size = Growing(most=most, available=lambda: 50 * 2**20)
+    for runs in (1, 2):
+        for _ in range(NUM_PASSES):
+            size.passed(Pass(runs, runs * ALONE, 1.0, 10 * 2**20))
     assert size.target == 4
+    return size
 
 
-def test_what_is_not_admitted_before_it_has_settled_is_not_waited_for() -> None:
-    size = Growing(most=8, available=lambda: 50 * 2**20)
-    small, large = 10 * 2**20, 30 * 2**20
-    for _ in range(NUM_PASSES):
-        size.passed(Pass(1, ALONE, 1.0, small))
-    for _ in range(NUM_PASSES):
-        size.passed(Pass(2, 2 * ALONE, 1.0, small))
-    assert size.target == 4
-    assert not size.admits([small, large])
-    for _ in range(NUM_PASSES):
-        decided = size.passed(Pass(2, 2 * ALONE, 1.0, large))
-    assert decided == "2 at once: 2 are 1.00 times as fast, 4 need 120.00 MiB, available are 50.00 MiB"
+def test_before_it_has_settled_it_judges_as_many_as_fit() -> None:
+    """The rates of passes of four do not count as those of three."""
+    size = grown_to_four()
+    for _ in range(NUM_PASSES - 1):
+        size.passed(Pass(4, 4 * ALONE, 100.0, 10 * 2**20))
+    size.keep_to(3, "4 need 120.00 MiB, available are 50.00 MiB")
+    decided = [size.passed(Pass(3, 3 * ALONE, 1.0, 30 * 2**20)) for _ in range(NUM_PASSES)]
+    assert decided == [""] * (NUM_PASSES - 1) + ["3 at once: 4 need 120.00 MiB, available are 50.00 MiB"]
 
 
-def test_a_given_number_admits_as_many() -> None:
-    assert Fixed(2).admits([2**60])
-    assert not Fixed(2).admits([0, 0])
+def test_what_did_not_fit_is_not_tried_again() -> None:
+    size = grown_to_four()
+    size.keep_to(1, "2 did not fit into the memory")
+    decided = [size.passed(Pass(1, ALONE, 1.0, 1)) for _ in range(NUM_PASSES)]
+    assert decided[-1] == "1 at once: 1 are 0.50 times as fast, 2 did not fit into the memory"
+    assert size.target == 1
+    size = grown_to_four(most=4)
+    assert train(size, lambda runs: 1.0)
+    size.keep_to(2, "3 did not fit into the memory")
+    assert size.target == 2
+
+
+def test_a_given_number_is_tried_until_memory_runs_out() -> None:
+    size = Fixed(3)
+    assert size.why_full([2**60]) is None
+    size.keep_to(2, "3 did not fit into the memory")
+    assert size.target == 2
+    size.keep_to(5, "6 did not fit into the memory")
+    assert size.target == 2

@@ -26,6 +26,7 @@ from harness.models.loading import load_model
 from harness.models.saving import save_model
 from harness.models.tokenizers import load_tokenizer
 from harness.prepare import KeptData
+from harness.results.claims import current_owner
 from harness.results.files import CURVE_FILE
 from harness.results.schema import RunResult, Status, read_result
 from harness.run import run
@@ -352,6 +353,49 @@ def test_runs_of_a_pack_read_their_dataset_once(
     assert opened[1] == 20
 
 
+def test_a_run_for_which_memory_runs_out_in_a_pack_is_for_another_process(
+    rows: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One in its fourth step, after a checkpoint, and one that enters as the third. The two that wait are computed."""
+    folder = tmp_path / "packed"
+    wanted = [config(rows, folder, seed=seed, trainer={"checkpoint_every": 2}) for seed in range(5)]
+    begun: list[int] = []
+
+    def step(learner: Learner, micro_batches: list[Batch]) -> Any:
+        if learner.at.step == 3 and learner._config.learning_rate == 7e-3:
+            raise torch.OutOfMemoryError("out of memory: step")
+        yield from own_step(learner, micro_batches)
+
+    def rehearse(learner: Learner, **steps: Any) -> dict[str, float]:
+        begun.append(len(begun))
+        if len(begun) == 3:
+            raise torch.OutOfMemoryError("out of memory: third")
+        return own_rehearse(learner, **steps)
+
+    wanted[0] = config(rows, folder, trainer={"checkpoint_every": 2, "learning_rate": 7e-3})
+    own_step, own_rehearse = Learner.step, Learner.rehearse
+    monkeypatch.setattr(Learner, "step", step)
+    monkeypatch.setattr(Learner, "rehearse", rehearse)
+    outcomes = compute(wanted, size=3)
+    monkeypatch.undo()
+    assert [outcomes[identify(each).run_id].status for each in wanted] == [
+        *(worker.NO_ROOM, "finished", worker.NO_ROOM),
+        *("finished", "finished"),
+    ]
+    first, third = (folder / identify(wanted[number]).run_id for number in (0, 2))
+    for one in (first, third):
+        assert not (one / "result.json").exists()
+        assert current_owner(one) is None
+        assert "there was not enough memory beside the runs of its pack" in (one / "log.txt").read_text()
+    assert result_of(wanted[4]).environment["packed"] == 1, "where three did not fit and then two did not, one is tried"
+    assert [run(wanted[number]).status for number in (0, 2)] == ["finished"] * 2
+    assert "resumes from its checkpoint at step 2" in (first / "log.txt").read_text()
+    alone = run(replace(wanted[0], runs_dir=str(tmp_path / "alone")))
+    require_equal(folder / alone.run_id, tmp_path / "alone" / alone.run_id)
+
+
 def test_runs_of_a_pack_measure_the_memory_of_a_cell_once(
     rows: Path,  # noqa: F811
     tmp_path: Path,
@@ -368,9 +412,17 @@ def test_runs_of_a_pack_measure_the_memory_of_a_cell_once(
         scored.append(learner)
         own_scoring(learner)
 
-    own_peak, own_scoring = Learner.step_peak, Learner._rehearse_scoring
+    def rehearse_step(learner: Learner, micro_batches: list[Batch]) -> None:
+        own_step(learner, micro_batches)
+        has_state.setdefault(learner, False)
+        has_state[learner] |= sum(len(batch.labels) for batch in micro_batches) > 1 and bool(learner._optimizer.state)
+
+    has_state: dict[Learner, bool] = {}
+    own_peak, own_scoring, own_step = Learner.step_peak, Learner._rehearse_scoring, Learner._rehearse_step
     monkeypatch.setattr(Learner, "step_peak", step_peak)
     monkeypatch.setattr(Learner, "_rehearse_scoring", rehearse_scoring)
+    monkeypatch.setattr(Learner, "_rehearse_step", rehearse_step)
+    monkeypatch.setattr(Learner, "time_rehearsal", lambda learner, steps: {})  # which makes such steps as well
     folder = tmp_path / "packed"
     alike = [
         config(rows, folder, trainer={"learning_rate": rate}, seed=seed) for rate in (1e-3, 2e-3) for seed in (1, 2)
@@ -385,6 +437,10 @@ def test_runs_of_a_pack_measure_the_memory_of_a_cell_once(
     assert {outcome.status for outcome in outcomes.values()} == {"finished"}
     assert len(measured) == 1 + len(others)
     assert len(scored) == len(alike) + len(others), "each sees whether it fits, beside the others as they are by then"
+    assert list(has_state.values()) == [True] * len(scored), (
+        "and so it is with its longest step, beside the optimizer's"
+    )
+    monkeypatch.undo()
     for each in [*alike, *others]:
         ours, alone = result_of(each), run(replace(each, runs_dir=str(tmp_path / "alone")))
         sizes = {name for name in alone.metrics if name.endswith("bytes")} - OF_THE_PROCESS

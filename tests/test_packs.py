@@ -268,9 +268,11 @@ def alone(spec: Spec, record: Record | None = None) -> Run:
     return run
 
 
-def turns(run: Run, *, times_rehearsal: bool = False) -> Turns[TrainingOutcome]:
+def turns(run: Run, *, shares_process: bool = False) -> Turns[TrainingOutcome]:
     rows, objective = Rows(run.spec), Objective(run.spec)
-    return (yield from train_in_turns(run.model, rows, objective, times_rehearsal=times_rehearsal, **run.settings()))
+    return (
+        yield from train_in_turns(run.model, rows, objective, shares_process=lambda: shares_process, **run.settings())
+    )
 
 
 def together(
@@ -581,7 +583,7 @@ def test_a_pack_grows_while_that_makes_it_faster(caplog: pytest.LogCaptureFixtur
             return super().passed(replace(done, alone_seconds=done.num_runs, seconds=seconds))
 
     def counted(number: int, run: Run) -> Turns[TrainingOutcome]:
-        outcome = yield from turns(run, times_rehearsal=True)
+        outcome = yield from turns(run, shares_process=True)
         together[number] = pack.most_together(number)
         return outcome
 
@@ -606,7 +608,7 @@ def test_what_a_pass_takes_alone_is_what_it_took_in_the_rehearsal(monkeypatch: p
 
     monkeypatch.setattr(learner, "device_queue", lambda device: Ticking(lambda: None))
     spec = replace(SIX[4], num_steps=4)
-    first = next(turns(begin(spec), times_rehearsal=True))
+    first = next(turns(begin(spec), shares_process=True))
     rehearsed = [
         sum(batch.inputs["input_ids"].numel() for batch in step)
         for step in itertools.islice(Rows(spec).epoch(0), REHEARSED_STEPS)
@@ -617,7 +619,7 @@ def test_what_a_pass_takes_alone_is_what_it_took_in_the_rehearsal(monkeypatch: p
 
 def test_a_pack_that_finds_its_size_wants_timed_rehearsals() -> None:
     run = begin(replace(SIX[4], num_steps=2))
-    with pytest.raises(ValueError, match=r"runs that time their rehearsal \(times_rehearsal=True\)"):
+    with pytest.raises(ValueError, match=r"runs that time their rehearsal \(shares_process\)"):
         list(Pack(iter([(0, lambda: turns(run))]), size=Growing(most=2, available=lambda: None)).run())
 
 

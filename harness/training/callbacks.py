@@ -252,7 +252,7 @@ class RunCallbacks:
             "position": asdict(replace(position, best=None, last=None)) | evaluations,
             "losses": self._losses,
             "rows": self._rows,
-            "spent": self._spending.total(),
+            "spent": self._spending.so_far(),
             "id": self._trained,
             "made_by": self.made_by,
         }

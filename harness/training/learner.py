@@ -66,9 +66,7 @@ class Position:
     computed_tokens: int = 0
     squared_tokens: int = 0
     num_targets: int = 0
-    # Of all steps; of no use where some were made in a process that other runs shared.
     seconds: float = 0.0
-    shares_process: bool = False
     lap_seconds: list[float] = field(default_factory=list)
     recent_losses: list[tuple[float, int]] = field(default_factory=list)
     best: Evaluation | None = None
@@ -192,7 +190,7 @@ class Learner:
     ) -> dict[str, float]:
         """Rehearses scoring and the longest step, and changes nothing; the peak memory of that step, by metric name.
 
-        What `known` has is not measured again, and what it has not is added to it.
+        Where `known` has the peak it is not measured, and otherwise added to it.
         """
         scaler = self._accelerator.scaler
         scaler_state = scaler.state_dict() if scaler is not None else {}
@@ -200,17 +198,23 @@ class Learner:
         if self._is_sharded:  # a part of a matrix has no storage that could be followed
             self._rehearse_scoring()
         else:
-            known = {} if known is None else known
-            key = step_key(self._model, self._optimizer, (shortest(), longest()))
-            first = longest if key in known else shortest
+            key = "" if known is None else step_key(self._model, self._optimizer, (shortest(), longest()))
+            memory = None if known is None else known.get(key)
+
+            def fits() -> None:
+                self._rehearse_scoring()
+                if memory is not None:
+                    self._rehearse_step(longest())
+
             with garbage_collected_before():
                 rehearse_beside_optimizer(
-                    self._rehearse_scoring, self._model, self._optimizer, first=lambda: self._rehearse_step(first())
+                    fits, self._model, self._optimizer, first=lambda: self._rehearse_step(shortest())
                 )
-            if key not in known:
+            if memory is None:
                 reset_device_peaks(self._accelerator.device)
-                known[key] = self.step_peak(shortest=shortest, longest=longest)
-            memory = known[key]
+                memory = self.step_peak(shortest=shortest, longest=longest)
+                if known is not None:
+                    known[key] = memory
             measured |= memory.as_metrics()
             self._own_bytes = memory.total_bytes - memory.weights_bytes
             if self._config.compile is not Compile.none:  # which it is now, before the clock starts

@@ -23,7 +23,7 @@ from harness.processes.preparation import Preparation
 
 logger = logging.getLogger("harness")
 
-PACKED = "packed"
+_PACKED = "packed"
 
 
 class Spending:
@@ -50,13 +50,16 @@ class Spending:
         self._device = device
         self._preparation = preparation
         self._num_packed = num_packed
+        self._packed_before: int | None = None
         self._earlier: dict[str, float] = {}
         self._is_training = False
 
     def resume(self, earlier: dict[str, float]) -> None:
-        """Adds what earlier attempts took, as `total` gave it; of several reports the latest counts."""
+        """Adds what earlier attempts took, as `so_far` gave it; of several reports the latest counts."""
         if earlier.get("wall_seconds", 0.0) >= self._earlier.get("wall_seconds", 0.0):
-            self._earlier = dict(earlier)
+            self._earlier = {name: value for name, value in earlier.items() if name != _PACKED}
+        if _PACKED in earlier:
+            self._packed_before = max(self._packed_before or 0, round(earlier[_PACKED]))
 
     def begin_training(self) -> None:
         """From here on the peaks of the device are those of training."""
@@ -77,8 +80,18 @@ class Spending:
         finally:
             self._preparation.seconds += time.perf_counter() - began
 
+    @property
+    def packed(self) -> int | None:
+        """The most runs that trained together; None where no attempt shared its process."""
+        now = None if self._num_packed is None else self._num_packed()
+        return max((packed for packed in (now, self._packed_before) if packed is not None), default=None)
+
+    def so_far(self) -> dict[str, float]:
+        """What a next attempt is to `resume`."""
+        return self.total() | ({} if self.packed is None else {_PACKED: self.packed})
+
     def total(self) -> dict[str, float]:
-        """Metrics by name, and as `PACKED` the most runs that trained together, where an attempt shared its process."""
+        """Metrics by name."""
         total = dict(self._earlier)
         seconds = {
             "wall_seconds": time.perf_counter() - self._started - self._preparation.seconds,
@@ -87,8 +100,6 @@ class Spending:
         peaks: dict[str, float] = {} if self._preparation.is_in_peak_rss else {"peak_rss_bytes": peak_rss_bytes()}
         if self._is_training:
             peaks |= device_peaks(self._device)
-        if self._num_packed is not None:
-            peaks[PACKED] = self._num_packed()
         total |= {name: value + total.get(name, 0.0) for name, value in seconds.items()}
         return total | {name: max(value, total.get(name, 0)) for name, value in peaks.items()}
 
@@ -118,7 +129,7 @@ class Ledger:
         self._values[of, phase] = value
         if not self._is_writer:
             return
-        entry = {"of": of, "phase": phase, "value": value, "spent": self._spending.total()}
+        entry = {"of": of, "phase": phase, "value": value, "spent": self._spending.so_far()}
         try:
             with self._path.open("a+b") as file:
                 # After a line that was cut off, its rest must not swallow this one.

@@ -7,7 +7,7 @@ at a step than have parameters do it by `DuringTraining`, which the loop calls f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
@@ -82,7 +82,7 @@ def train_in_turns(
     rates: LearningRates | None = None,
     method: DuringTraining | None = None,
     untrained: Mapping[str, float] | None = None,
-    times_rehearsal: bool = False,
+    shares_process: Callable[[], bool] = lambda: False,
     known_peaks: PeaksOfCell | None = None,
 ) -> Turns[TrainingOutcome]:
     """Trains the parameters that require a gradient; the model ends at its last step.
@@ -107,11 +107,11 @@ def train_in_turns(
     at a step; without it nothing. `untrained` are the scores on val that the model begins with, where a run that is
     worse than them after warm-up is to end.
 
-    With `times_rehearsal` the times of steps are those of a few that are rehearsed alone before the first one: in a
-    pack the clock would say how long all runs took. `train_seconds` is missing then. So it is where a run resumes alone
-    what it began in a pack.
+    `shares_process` says, once a checkpoint is read, whether other runs share the process or shared that of an earlier
+    attempt. The clock says how long all of them took, so the times of steps are then those of a few that are rehearsed
+    alone before the first one, and `train_seconds` is missing.
 
-    `known_peaks` has the peak memory that runs of its cell before it in its process have measured; where it has that of
+    `known_peaks` has the peak memory that earlier runs of this cell have measured in this process; where it has that of
     this run, the step is rehearsed and not measured again.
 
     Several processes (see `harness.processes.distributed`) make the steps that one would make; each scores all of val.
@@ -142,7 +142,7 @@ def train_in_turns(
     if checkpoint is not None:
         learner.at = checkpoint[1]
     at, measured = learner.at, dict[str, float]()
-    at.shares_process = times_rehearsal = times_rehearsal or at.shares_process
+    times_rehearsal = shares_process()
     if not at.measured:
         measured = learner.rehearse(shortest=batches.shortest, longest=batches.longest, known=known_peaks)
         measured |= {"num_steps": num_steps}

@@ -65,15 +65,24 @@ class Pass:
 
 
 class PackSize(Protocol):
-    """How many runs are in training at once, from what their passes took. More that are stay until they end."""
+    """How many runs are in training at once, from what their passes took."""
+
+    @property
+    def target(self) -> int:
+        """Runs that may be in training now. More that are stay until they end."""
+        ...
 
     @property
     def is_settled(self) -> bool:
         """Whether it will stay, so that no pass has to be timed."""
         ...
 
-    def admits(self, own_bytes: Sequence[int]) -> bool:
-        """Whether one more run may enter beside those whose longest steps take so much above the weights."""
+    def why_full(self, own_bytes: Sequence[int]) -> str | None:
+        """Why memory does not allow one more run beside those whose longest steps take so much above the weights."""
+        ...
+
+    def keep_to(self, num_runs: int, reason: str) -> None:
+        """Makes so many the most from here on."""
         ...
 
     def passed(self, done: Pass) -> str:
@@ -81,9 +90,9 @@ class PackSize(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class Fixed:
-    """Always so many.
+    """So many, or as many as there was memory for.
 
     Raises:
         ValueError: less than one.
@@ -96,9 +105,13 @@ class Fixed:
         if self.target < 1:
             raise ValueError(f"size={self.target}: a pack has at least one run")
 
-    def admits(self, own_bytes: Sequence[int]) -> bool:
-        """As many as were asked for."""
-        return len(own_bytes) < self.target
+    def why_full(self, own_bytes: Sequence[int]) -> str | None:
+        """As many as were asked for are tried."""
+        return None
+
+    def keep_to(self, num_runs: int, reason: str) -> None:
+        """The others do not fit."""
+        self.target = min(self.target, num_runs)
 
     def passed(self, done: Pass) -> str:
         """Nothing to decide."""
@@ -121,15 +134,18 @@ class Growing:
     _rates: list[float] = field(default_factory=list)
     _best: tuple[int, float] | None = None
     _against: list[str] = field(default_factory=list)
+    _limits: list[str] = field(default_factory=list)
 
-    def admits(self, own_bytes: Sequence[int]) -> bool:
-        """While memory allows: runs that enter later may be larger than those by which it was decided."""
-        if not own_bytes or len(own_bytes) >= self.target:
-            return not own_bytes
-        fits = self._why_too_large(len(own_bytes) + 1, max(own_bytes)) is None
-        if not fits and not self.is_settled:
-            self.target = len(own_bytes)  # which is judged then
-        return fits
+    def why_full(self, own_bytes: Sequence[int]) -> str | None:
+        """Looks again: runs that enter later may be larger than those by which the size was decided."""
+        return self._why_too_large(len(own_bytes) + 1, max(own_bytes))
+
+    def keep_to(self, num_runs: int, reason: str) -> None:
+        """Before the size is decided, so many are judged next, and then no more are tried."""
+        self.most = min(self.most, num_runs)
+        if self.target > self.most:
+            self.target, self._rates = self.most, []
+        self._limits = [reason]
 
     def passed(self, done: Pass) -> str:
         """Takes note of a pass in which as many runs trained as wanted, and decides after `NUM_PASSES` of them."""
@@ -149,7 +165,7 @@ class Growing:
             return self._settle()
         too_large = self._why_too_large(doubled, done.bytes_per_run)
         if too_large is not None:
-            self._against.append(too_large)
+            self._limits = [too_large]
             return self._settle()
         self.target = doubled
         return ""
@@ -162,5 +178,5 @@ class Growing:
 
     def _settle(self) -> str:
         assert self._best is not None
-        self.target, self.is_settled = self._best[0], True
-        return f"{self.target} at once: {', '.join(self._against) or 'more do not wait'}"
+        self.target, self.is_settled = min(self._best[0], self.most), True
+        return f"{self.target} at once: {', '.join(self._against + self._limits) or 'more do not wait'}"

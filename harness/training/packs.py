@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from harness.data.batches import Batch
 from harness.measure.clock import device_queue
+from harness.measure.device import is_out_of_memory
 from harness.methods.packed import PackedModel, Shared, draws, share_base, tensors_of, why_alone
 from harness.methods.trunk import TrunkMemory
 from harness.training.pack_size import Fixed, PackSize, Pass, pays_together
@@ -152,7 +153,8 @@ class Pack(Generic[Name, Outcome]):
         as_on_gpu: bool = False,
     ) -> None:
         self._size: PackSize = Fixed(size) if isinstance(size, int) else size
-        self._waiting, self._tolerance, self._as_on_gpu = waiting, tolerance, as_on_gpu
+        self._waiting, self._next = waiting, next(waiting, None)
+        self._tolerance, self._as_on_gpu = tolerance, as_on_gpu
         self._members: list[_Member[Name, Outcome]] = []
         self._shared: Shared = {}
         self._packed: dict[tuple[int, ...], PackedModel] = {}
@@ -160,7 +162,7 @@ class Pack(Generic[Name, Outcome]):
         self.memory = TrunkMemory()
         self.num_passes = 0
         self.num_alone = 0
-        self._decided = ""  # about the size, since the last pass that was timed
+        self._decided = ""  # about the size, once it stays
 
     def run(self) -> Iterator[Ended[Name, Outcome]]:
         """Runs everything; gives every run once it has ended.
@@ -184,10 +186,13 @@ class Pack(Generic[Name, Outcome]):
         return max((member.most_together for member in self._members if member.name == name), default=1)
 
     def _enter(self) -> Iterator[Ended[Name, Outcome]]:
-        while self._size.admits([member.own_bytes for member in self._members]):
-            if (found := next(self._waiting, None)) is None:
+        while len(self._members) < self._size.target and self._next is not None:
+            full = self._size.why_full([member.own_bytes for member in self._members]) if self._members else None
+            if full is not None:
+                if not self._size.is_settled:
+                    self._size.keep_to(len(self._members), full)
                 return
-            name, begin = found
+            (name, begin), self._next = self._next, next(self._waiting, None)
             member = _Member(name, begin(), RandomState.now())
             self._members.append(member)
             yield from self._advance(member, lambda member=member: next(member.turns))
@@ -249,6 +254,8 @@ class Pack(Generic[Name, Outcome]):
             yield Ended(member.name, outcome=end.value)
         except Exception as error:
             self._leave(member)
+            if is_out_of_memory(error) and self._members:  # or all that wait would enter, and fail, one after the other
+                self._size.keep_to(len(self._members), f"{len(self._members) + 1} did not fit into the memory")
             yield Ended(member.name, error=error)
         else:
             self._know_model(member)
@@ -366,7 +373,7 @@ def _pass_of(members: Sequence[_Member[Name, Outcome]], seconds: float, *, is_sh
     micro_batches = [member.micro_batch for member in members if member.micro_batch is not None]
     alone = [at.alone_seconds for at in micro_batches if at.alone_seconds is not None]
     if len(alone) < len(members):
-        raise ValueError("a pack that finds its size wants runs that time their rehearsal (times_rehearsal=True)")
+        raise ValueError("a pack that finds its size wants runs that time their rehearsal (shares_process)")
     bytes_per_run = max(member.own_bytes for member in members)
     return Pass(len(members), sum(alone), seconds, bytes_per_run, is_shared=is_shared)
 

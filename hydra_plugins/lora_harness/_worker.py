@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # How a run can end beside the statuses of the results contract; it has no result then.
 NOT_FINISHED = "not finished"
 CLAIMED = "claimed"
+NO_ROOM = "no room"
 
 # What a process says that is about to time steps.
 READY = "ready"
@@ -33,7 +34,9 @@ READY = "ready"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run: a status of the results contract, `not finished` (stopped) or `claimed` (by another).
+    """What became of a run: a status of the results contract, or that it has no result.
+
+    Then it is `not finished` (stopped), `claimed` (by another) or `no room` (beside the other runs of its pack).
 
     `headline`: its result in one line. `was_kept`: nothing was computed, because the run had a result already.
     """
@@ -70,12 +73,14 @@ def compute(planned: PlannedRun) -> Outcome:
 def compute_pack(runs: Sequence[PlannedRun], *, size: int | None, report: Callable[[str, Outcome], None]) -> None:
     """Computes runs in packs of `size` in this process, and reports each by its run id once it has ended.
 
-    Without a size the pack grows while that makes it faster.
+    Without a size the pack grows while that makes it faster. A run that finds too little memory beside others leaves no
+    result, and is reported as `NO_ROOM`.
 
     Otherwise as `compute`.
     """
     from harness.config.schema import Precision
     from harness.extensions import load_extensions
+    from harness.measure.device import is_out_of_memory
     from harness.prepare import KeptData
     from harness.processes.stopping import StopRequest
     from harness.run import run_in_turns
@@ -112,8 +117,11 @@ def compute_pack(runs: Sequence[PlannedRun], *, size: int | None, report: Callab
         for ended in pack.run():
             if ended.outcome is not None:
                 report(ended.name, outcome_of(ended.outcome))
+                continue
+            assert ended.error is not None
+            if is_out_of_memory(ended.error):
+                report(ended.name, Outcome(NO_ROOM, str(ended.error)))
             else:
-                assert ended.error is not None
                 report(ended.name, _outcome_of_error(planned[ended.name], ended.error))
 
 

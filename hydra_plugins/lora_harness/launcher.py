@@ -26,7 +26,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from harness.config.schema import Device, Rerun, RunConfig
+from harness.config.schema import Device, RunConfig
 from harness.config.validation import ConfigError
 from harness.content.identity import PlannedRun
 from harness.folder import kept_result, result_stamp, run_dir
@@ -82,7 +82,10 @@ class Slot:
 
 @dataclass
 class Job:
-    """Runs that a process is computing and that have no outcome yet; `stamps_before`, of their results, by run id."""
+    """Runs that a process is computing and that have no outcome yet.
+
+    `stamps_before`: of their results, by run id. `no_room`: those that found too little memory beside the others.
+    """
 
     runs: dict[str, PlannedRun]
     slot: Slot
@@ -91,6 +94,7 @@ class Job:
     started: float
     stamps_before: dict[str, object]
     is_pack: bool = False
+    no_room: set[str] = field(default_factory=set)
 
 
 class QueueLauncher(Launcher):
@@ -344,10 +348,11 @@ class Queue:
         for job in list(self._jobs):
             is_alive = job.process.is_alive()  # asked first: what it sent before it ended is read below
             for run_id, outcome in _replies(job):
+                if outcome.status == worker.NO_ROOM:
+                    job.no_room.add(run_id)
+                    continue
                 run = job.runs.pop(run_id)
-                if job.is_pack and outcome.status == Status.OUT_OF_MEMORY and not outcome.was_kept:
-                    self._compute_alone(run, "ran out of memory in its pack", screen)
-                elif self._end(run, outcome, screen):
+                if self._end(run, outcome, screen):
                     self._note_gap(run, job)
             if is_alive:
                 continue
@@ -356,17 +361,18 @@ class Queue:
             self._free.append(job.slot)
             for run in job.runs.values():
                 is_over = result_stamp(run) not in (None, job.stamps_before[run.run_id])
-                if job.is_pack and not is_over and _may_be_a_neighbours_fault(job):
+                if run.run_id in job.no_room:  # only now, when the others have left the memory
+                    self._compute_alone(run, "there was not enough memory in its pack", screen)
+                elif job.is_pack and not is_over and _may_be_a_neighbours_fault(job):
                     self._compute_alone(run, f"the process of its pack {_how_it_ended(job)}", screen)
                 elif self._end(run, _outcome_of_dead(job, run), screen):
                     self._note_gap(run, job)
 
     def _compute_alone(self, run: PlannedRun, reason: str, screen: Screen) -> None:
-        """Puts back a run that may have failed because of others, whatever result it has left."""
+        """Puts back a run that others of its pack have kept from its end."""
         screen.say(f"{run.run_id}: {reason}; it is computed alone")
         self._alone.add(run.run_id)
-        rerun = Rerun.failed if run.config.rerun is Rerun.never else run.config.rerun
-        self._todo.appendleft(replace(run, config=replace(run.config, rerun=rerun)))
+        self._todo.appendleft(run)
 
     def _end(self, run: PlannedRun, outcome: Outcome, screen: Screen) -> bool:
         """Keeps what became of a run, unless that is for another launcher to say."""
