@@ -67,11 +67,6 @@ logger = logging.getLogger("harness")
 MADE_BY = ("git_commit", "git_dirty", "versions", "device_name")
 
 
-# What a clock or the system says of a whole process, and of no run where several share it. The time of a step and the
-# peak of live tensors are rehearsed by each run alone.
-_OF_THE_PROCESS = ("wall_seconds", "peak_rss_bytes", "cuda_peak_allocated_bytes", "cuda_peak_reserved_bytes")
-
-
 # What a user can fix: each ends a run before training, with its message and no traceback.
 USER_ERRORS = (
     ConfigError,
@@ -251,7 +246,7 @@ def _train_and_evaluate(
         status, error = Status.DIVERGED, str(problem)
     except Exception as problem:
         if prepared.num_packed is not None and is_out_of_memory(problem):
-            logger.warning("there was not enough memory beside the runs of its pack: %s", problem)
+            logger.warning("there was not enough memory beside the runs of its pack: %s", str(problem))
             raise
         status = Status.OUT_OF_MEMORY if is_out_of_memory(problem) else Status.FAILED
         error = f"{type(problem).__name__}: {problem}"
@@ -261,13 +256,10 @@ def _train_and_evaluate(
         logger.error("%s", traceback.format_exc())
     metrics = callbacks.measured | metrics
     metrics |= spending.total()
-    packed = spending.packed
-    if packed is not None:
-        metrics = {name: value for name, value in metrics.items() if name not in _OF_THE_PROCESS}
     times = {"started_at": started_at, "first_step_at": callbacks.first_step_at, "ended_at": time.time()}
     recorded: dict[str, Any] = {name: value for name, value in times.items() if value is not None}
-    if packed is not None:
-        recorded["packed"] = packed
+    if spending.packed is not None:
+        recorded["packed"] = spending.packed
     if len(callbacks.made_by) > 1:
         recorded["made_by"] = callbacks.made_by
     return RunResult(

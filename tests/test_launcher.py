@@ -642,6 +642,7 @@ def test_a_pack_whose_process_dies_is_computed_run_by_run(base: list[str], tmp_p
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("*/checkpoint.safetensors"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
+    assert time.monotonic() < deadline
     os.kill(owner.pid, signal.SIGKILL)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output

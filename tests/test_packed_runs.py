@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -362,16 +363,21 @@ def test_a_run_for_which_memory_runs_out_in_a_pack_is_for_another_process(
     folder = tmp_path / "packed"
     wanted = [config(rows, folder, seed=seed, trainer={"checkpoint_every": 2}) for seed in range(5)]
     begun: list[int] = []
+    models: list[weakref.ref[torch.nn.Module]] = []
 
     def step(learner: Learner, micro_batches: list[Batch]) -> Any:
         if learner.at.step == 3 and learner._config.learning_rate == 7e-3:
+            models.append(weakref.ref(learner._model))
             raise torch.OutOfMemoryError("out of memory: step")
         yield from own_step(learner, micro_batches)
 
     def rehearse(learner: Learner, **steps: Any) -> dict[str, float]:
         begun.append(len(begun))
         if len(begun) == 3:
+            models.append(weakref.ref(learner._model))
             raise torch.OutOfMemoryError("out of memory: third")
+        if len(begun) > 3:
+            assert [model() for model in models] == [None, None]
         return own_rehearse(learner, **steps)
 
     wanted[0] = config(rows, folder, trainer={"checkpoint_every": 2, "learning_rate": 7e-3})

@@ -571,6 +571,68 @@ def test_runs_that_end_leave_and_waiting_ones_enter() -> None:
         assert furthest(run, alone(run.spec)) <= 1e-10
 
 
+def test_a_run_enters_when_memory_allows(caplog: pytest.LogCaptureFixture) -> None:
+    """Three were decided on; then there is no room for a third, until the first has ended."""
+    free = [2**40]
+    together: list[int] = []
+
+    class Roomy(Growing):
+        def passed(self, done: Pass) -> str:
+            return super().passed(replace(done, alone_seconds=done.num_runs, seconds=1.0))
+
+    size = Roomy(most=3, available=lambda: free[0])
+
+    def counted(run: Run) -> Turns[TrainingOutcome]:
+        driven = turns(run, shares_process=True)
+        losses = None
+        while True:
+            try:
+                micro_batch = next(driven) if losses is None else driven.send(losses)
+            except StopIteration as end:
+                return end.value
+            together.append(len(pack._members))
+            if size.is_settled and len(together) < 400:
+                free[0] = 1
+            losses = yield micro_batch
+
+    runs = [begin(replace(SIX[4], num_steps=steps, seed=steps)) for steps in (24, 20, 18, 7, 8)]
+    pack = Pack(((number, partial(counted, run)) for number, run in enumerate(runs)), size=size)
+    ended = [(each.name, each.error) for each in pack.run()]
+    assert sorted(name for name, _ in ended) == [0, 1, 2, 3, 4]
+    assert {error for _, error in ended} == {None}
+    assert size.target == 3 and max(together) == 3
+    last = together[-3:]
+    assert last == [1, 1, 1], "the fourth and the fifth, for which there was room with nobody beside them"
+    for run in runs:
+        assert furthest(run, alone(run.spec)) <= 1e-10
+
+
+@pytest.mark.parametrize("fails_at", ["entry", "a step"])
+def test_what_did_not_fit_is_out_of_the_memory_when_the_next_run_enters(fails_at: str) -> None:
+    """The error has the frames in which it was raised, and they have the model; the pack has it as well."""
+    spec = SIX[4]
+    models: list[weakref.ref[nn.Module]] = []
+
+    def too_large() -> Turns[TrainingOutcome]:
+        run = begin(spec)
+        vars(run.model)["itself"] = [run.model]  # a cycle, as hooks make
+        models.append(weakref.ref(run.model))
+        micro_batch = next(turns(run))
+        try:
+            if fails_at == "a step":
+                yield micro_batch
+            raise MemoryError("first")
+        except MemoryError as error:
+            raise torch.OutOfMemoryError("second") from error
+
+    def after_it() -> Turns[TrainingOutcome]:
+        assert models[0]() is None
+        return (yield from turns(begin(spec)))
+
+    pack = Pack(iter([("large", too_large), ("next", after_it)]), size=1)
+    assert [(ended.name, type(ended.error)) for ended in pack.run()] == [("large", MemoryError), ("next", type(None))]
+
+
 def test_a_pack_grows_while_that_makes_it_faster(caplog: pytest.LogCaptureFixture) -> None:
     """By a clock that says so: the runs are still those alone, whenever they enter."""
     runs = [begin(replace(SIX[4], num_steps=steps, seed=steps)) for steps in (24, 16, 8, 7)]

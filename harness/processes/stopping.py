@@ -44,7 +44,8 @@ class StopRequest:
 
     def share(self, accelerator: Accelerator) -> None:
         """From here on all processes stop together."""
-        self._accelerator = accelerator
+        # Of one process it would only keep the last run of a pack in memory: an accelerator has its model.
+        self._accelerator = accelerator if accelerator.num_processes > 1 else None
 
     @property
     def was_heard(self) -> bool:
@@ -53,7 +54,7 @@ class StopRequest:
 
     def is_asked(self) -> bool:
         """Whether to stop now, for all processes alike: all of them must ask at once."""
-        if self._accelerator is None or self._accelerator.num_processes == 1:
+        if self._accelerator is None:
             return self._is_asked
         asked = self._is_asked and self._accelerator.is_main_process
         return any(all_reduce_sum([asked], self._accelerator))

@@ -182,7 +182,7 @@ class RunCallbacks:
             return None
         tensors, position, state = found
         self._trained = state["id"]
-        self._spending.resume(state["spent"])
+        self._spending.resume(state["spent"], has_trained=True)
         self._losses = list(state["losses"])
         for step, values in state["rows"]:
             self._log(step, values)

@@ -43,6 +43,9 @@ from harness.training.turns import MicroBatch, Turns, drive_alone
 # is no setting, because `tracking.log_every` may change and the numbers of a run may not.
 RECENT_STEPS = 10
 
+# Metrics that the time of all steps gives.
+OF_THE_CLOCK = ("train_seconds", "step_seconds_median", "train_tokens_per_second")
+
 # In a checkpoint, what was predicted on val at the best step.
 _BEST_LOGITS = "best_logits"
 
@@ -198,8 +201,9 @@ class Learner:
         if self._is_sharded:  # a part of a matrix has no storage that could be followed
             self._rehearse_scoring()
         else:
-            key = "" if known is None else step_key(self._model, self._optimizer, (shortest(), longest()))
-            memory = None if known is None else known.get(key)
+            known = {} if known is None else known
+            key = step_key(self._model, self._optimizer, (shortest(), longest()))
+            memory = known.get(key)
 
             def fits() -> None:
                 self._rehearse_scoring()
@@ -212,9 +216,7 @@ class Learner:
                 )
             if memory is None:
                 reset_device_peaks(self._accelerator.device)
-                memory = self.step_peak(shortest=shortest, longest=longest)
-                if known is not None:
-                    known[key] = memory
+                known[key] = memory = self.step_peak(shortest=shortest, longest=longest)
             measured |= memory.as_metrics()
             self._own_bytes = memory.total_bytes - memory.weights_bytes
             if self._config.compile is not Compile.none:  # which it is now, before the clock starts
@@ -224,7 +226,12 @@ class Learner:
         return measured
 
     def time_rehearsal(self, steps: Iterable[Sequence[Batch]]) -> dict[str, float]:
-        """Rehearses steps with this run's model alone, and changes nothing; what their times give, by metric name."""
+        """Rehearses steps with this run's model alone, and changes nothing; what their times give, by metric name.
+
+        Nothing for a model that is sharded, whose steps are not rehearsed.
+        """
+        if self._is_sharded:
+            return {}
         chosen = list(steps)
         rehearsals = [partial(self._rehearse_step, micro_batches) for micro_batches in chosen]
         queue = device_queue(self._accelerator.device)

@@ -24,6 +24,7 @@ from harness.processes.preparation import Preparation
 logger = logging.getLogger("harness")
 
 _PACKED = "packed"
+_OF_THE_GPU = "cuda_"
 
 
 class Spending:
@@ -50,16 +51,22 @@ class Spending:
         self._device = device
         self._preparation = preparation
         self._num_packed = num_packed
-        self._packed_before: int | None = None
+        self._trained_before: int | None = None
+        self._was_shared = num_packed is not None
         self._earlier: dict[str, float] = {}
         self._is_training = False
 
-    def resume(self, earlier: dict[str, float]) -> None:
-        """Adds what earlier attempts took, as `so_far` gave it; of several reports the latest counts."""
+    def resume(self, earlier: dict[str, float], *, has_trained: bool = False) -> None:
+        """Adds what earlier attempts took, as `so_far` gave it; of several reports the latest counts.
+
+        `has_trained`: whether this attempt goes on with their training.
+        """
         if earlier.get("wall_seconds", 0.0) >= self._earlier.get("wall_seconds", 0.0):
             self._earlier = {name: value for name, value in earlier.items() if name != _PACKED}
         if _PACKED in earlier:
-            self._packed_before = max(self._packed_before or 0, round(earlier[_PACKED]))
+            self._was_shared = True
+            if has_trained:
+                self._trained_before = max(self._trained_before or 0, round(earlier[_PACKED]))
 
     def begin_training(self) -> None:
         """From here on the peaks of the device are those of training."""
@@ -68,7 +75,7 @@ class Spending:
     def end_training(self) -> None:
         """Keeps the peaks of the device as they are: what comes after is not training."""
         if self._is_training:
-            self._earlier |= {name: value for name, value in self.total().items() if name.startswith("cuda_")}
+            self._earlier |= {name: value for name, value in self._of_all().items() if name.startswith(_OF_THE_GPU)}
             self._is_training = False
 
     @contextmanager
@@ -82,16 +89,25 @@ class Spending:
 
     @property
     def packed(self) -> int | None:
-        """The most runs that trained together; None where no attempt shared its process."""
+        """The most runs that trained together; None where no step was made in a process that others shared."""
         now = None if self._num_packed is None else self._num_packed()
-        return max((packed for packed in (now, self._packed_before) if packed is not None), default=None)
+        return max((packed for packed in (now, self._trained_before) if packed is not None), default=None)
 
     def so_far(self) -> dict[str, float]:
         """What a next attempt is to `resume`."""
-        return self.total() | ({} if self.packed is None else {_PACKED: self.packed})
+        return self._of_all() | ({_PACKED: self.packed or 1} if self._was_shared else {})
 
     def total(self) -> dict[str, float]:
-        """Metrics by name."""
+        """Metrics by name, but those that a clock or the system gives of a whole process, where others shared it."""
+        left_out = ("wall_seconds", "peak_rss_bytes") if self._was_shared else ()
+        return {
+            name: value
+            for name, value in self._of_all().items()
+            if name not in left_out and not (name.startswith(_OF_THE_GPU) and self.packed is not None)
+        }
+
+    def _of_all(self) -> dict[str, float]:
+        """The same of this process and those of earlier attempts, whoever shared them."""
         total = dict(self._earlier)
         seconds = {
             "wall_seconds": time.perf_counter() - self._started - self._preparation.seconds,

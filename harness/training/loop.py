@@ -23,7 +23,7 @@ from harness.methods.rates import LearningRates
 from harness.processes.distributed import all_reduce_sum, copy_into
 from harness.tasks.objective import Evaluation, Objective
 from harness.training.known_peaks import PeaksOfCell
-from harness.training.learner import Learner, TrainingCallbacks
+from harness.training.learner import OF_THE_CLOCK, Learner, TrainingCallbacks
 from harness.training.optimizer import count_steps
 from harness.training.prefetch import prefetched
 from harness.training.turns import Turns, alone
@@ -142,7 +142,7 @@ def train_in_turns(
     if checkpoint is not None:
         learner.at = checkpoint[1]
     at, measured = learner.at, dict[str, float]()
-    times_rehearsal = shares_process()
+    times_rehearsal = any(all_reduce_sum([shares_process()], accelerator))  # the main process alone may know it
     if not at.measured:
         measured = learner.rehearse(shortest=batches.shortest, longest=batches.longest, known=known_peaks)
         measured |= {"num_steps": num_steps}
@@ -180,7 +180,7 @@ def train_in_turns(
     if not at.measured:
         summary = learner.summary(flops)
         if times_rehearsal:
-            summary = {name: value for name, value in summary.items() if name not in (*measured, "train_seconds")}
+            summary = {name: value for name, value in summary.items() if name not in OF_THE_CLOCK}
         at.measured = measured | summary
         learner.keep(with_optimizer=False)
     last = learner.score(is_kept=True)

@@ -157,7 +157,7 @@ class Growing:
         rate, self._rates = median(self._rates), []
         if self._best is None or rate >= LEAST_GAIN * self._best[1]:
             self._best, self._against = (self.target, rate), []
-        else:
+        elif self._best[0] < self.target:  # and not beside what memory has left of it
             self._against.append(f"{self.target} are {rate / self._best[1]:.2f} times as fast")
         doubled = min(2 * self.target, self.most)
         # Runs that are computed one after the other anyway are no faster in any number.

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import gc
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -110,9 +111,9 @@ class _Member(Generic[Name, Outcome]):
         """What its longest step takes above the weights, as it rehearsed it."""
         return 0 if self.micro_batch is None else self.micro_batch.own_bytes
 
-    def tell(self, level: int, message: str, *values: object) -> None:
+    def tell(self, level: int, text: str) -> None:
         """Writes into the run's own log."""
-        self.context.run(logger.log, level, message, *values)
+        self.context.run(logger.log, level, "%s", text)
 
     def advance(self, step: Callable[[], MicroBatch]) -> None:
         """Lets the run come to its next micro-batch. Raises `StopIteration` at its end."""
@@ -162,7 +163,8 @@ class Pack(Generic[Name, Outcome]):
         self.memory = TrunkMemory()
         self.num_passes = 0
         self.num_alone = 0
-        self._decided = ""  # about the size, once it stays
+        self._decided = ""  # about the size, as logs say it
+        self._has_garbage = False
 
     def run(self) -> Iterator[Ended[Name, Outcome]]:
         """Runs everything; gives every run once it has ended.
@@ -186,18 +188,23 @@ class Pack(Generic[Name, Outcome]):
         return max((member.most_together for member in self._members if member.name == name), default=1)
 
     def _enter(self) -> Iterator[Ended[Name, Outcome]]:
-        while len(self._members) < self._size.target and self._next is not None:
+        while True:
+            if self._has_garbage:  # models have cycles, and one that did not fit would stand beside the next
+                gc.collect()
+                self._has_garbage = False
+            if self._next is None or len(self._members) >= self._size.target:
+                return
             full = self._size.why_full([member.own_bytes for member in self._members]) if self._members else None
             if full is not None:
                 if not self._size.is_settled:
-                    self._size.keep_to(len(self._members), full)
+                    self._keep_to(len(self._members), full)
                 return
             (name, begin), self._next = self._next, next(self._waiting, None)
             member = _Member(name, begin(), RandomState.now())
             self._members.append(member)
             yield from self._advance(member, lambda member=member: next(member.turns))
             if self._decided and member in self._members:
-                member.tell(logging.INFO, "pack=auto: %s", self._decided)
+                member.tell(logging.INFO, self._decided)
 
     def _step(self) -> Iterator[Ended[Name, Outcome]]:
         """Answers every run once."""
@@ -220,10 +227,20 @@ class Pack(Generic[Name, Outcome]):
         seconds = queue.seconds(began, queue.mark())
         # A run that has just entered is computed twice, and the first run alone warms up.
         if unchecked == sum(not member.is_checked for member in members):
-            self._decided = self._size.passed(_pass_of(members, seconds, is_shared=self.num_passes > num_passes))
-            for member in members if self._decided else ():
-                member.tell(logging.INFO, "pack=auto: %s", self._decided)
+            decided = self._size.passed(_pass_of(members, seconds, is_shared=self.num_passes > num_passes))
+            if decided:
+                self._decide(f"pack=auto: {decided}")
         return answers
+
+    def _decide(self, text: str) -> None:
+        """Tells all runs about the size of the pack, those that are in training and those that enter later."""
+        self._decided = text
+        for member in self._members:
+            member.tell(logging.INFO, text)
+
+    def _keep_to(self, num_runs: int, reason: str) -> None:
+        self._size.keep_to(num_runs, reason)
+        self._decide(f"its pack trains {num_runs} at once at most from here on: {reason}")
 
     def _answers(self) -> dict[int, Losses | BaseException]:
         answers: dict[int, Losses | BaseException] = {}
@@ -249,21 +266,25 @@ class Pack(Generic[Name, Outcome]):
     ) -> Iterator[Ended[Name, Outcome]]:
         try:
             member.advance(step)
-        except StopIteration as end:
-            self._leave(member)
-            yield Ended(member.name, outcome=end.value)
-        except Exception as error:
-            self._leave(member)
-            if is_out_of_memory(error) and self._members:  # or all that wait would enter, and fail, one after the other
-                self._size.keep_to(len(self._members), f"{len(self._members) + 1} did not fit into the memory")
-            yield Ended(member.name, error=error)
-        else:
             self._know_model(member)
+            return
+        except StopIteration as end:
+            ended: Ended[Name, Outcome] = Ended(member.name, outcome=end.value)
+        except Exception as error:
+            member.own(member.turns.close)
+            # By its traceback an error keeps all that the run had in memory.
+            ended = Ended(member.name, error=MemoryError(str(error)) if is_out_of_memory(error) else error)
+        self._leave(member)
+        if isinstance(ended.error, MemoryError):
+            self._has_garbage = True
+            if self._members:  # or all that wait would enter, and fail, one after the other
+                self._keep_to(len(self._members), f"{len(self._members) + 1} did not fit into the memory")
+        yield ended
 
     def _stay_alone(self, member: _Member[Name, Outcome], reason: str) -> None:
         """From here on, the run is computed alone."""
         self.why_alone[member.name] = reason
-        member.tell(logging.WARNING, "%s: computed alone in its pack: %s", member.name, reason)
+        member.tell(logging.WARNING, f"{member.name}: computed alone in its pack: {reason}")
 
     def _leave(self, member: _Member[Name, Outcome]) -> None:
         self._members.remove(member)
@@ -273,6 +294,7 @@ class Pack(Generic[Name, Outcome]):
             known[:] = [one for one in known if id(one) in used]
         if all(other.base != member.base for other in self._members):  # whose identity may come again
             self.memory.clear()
+        member.micro_batch, member.model, member.parameters = None, None, []  # whoever still knows the run
 
     def _release(self, keys: Iterable[tuple[int, ...]]) -> None:
         for key in keys:
@@ -287,14 +309,16 @@ class Pack(Generic[Name, Outcome]):
         member.draws = draws(member.model)
         reason = why_alone(member.model)
         if reason is None:
-            share_base(member.model, self._shared)
-            member.base = frozenset(id(one) for one in member.model.parameters() if not one.requires_grad)
             try:
+                share_base(member.model, self._shared)
+                member.base = frozenset(id(one) for one in member.model.parameters() if not one.requires_grad)
                 packed = PackedModel([member.model])
                 member.first_own_block = packed.first_own_block
                 blocks, name = packed.frozen_blocks(member.model), (member.base, member.first_own_block)
                 self.memory.attach(member.model, blocks, name=name)
             except Exception as error:  # whatever a model does when it is copied
+                if is_out_of_memory(error):
+                    raise
                 reason = f"{type(error).__name__}: {error}"
         if reason is not None:
             self._stay_alone(member, reason)
@@ -319,6 +343,8 @@ class Pack(Generic[Name, Outcome]):
             for member, state in zip(members, before, strict=True):
                 member.random = state
                 self._stay_alone(member, f"{type(error).__name__}: {error}")
+            if is_out_of_memory(error):
+                self._keep_to(len(self._members) - 1, f"a pass of {len(members)} did not fit into the memory")
             return {}
         self.num_passes += 1
         for member in members:

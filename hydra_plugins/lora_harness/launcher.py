@@ -220,6 +220,7 @@ class Queue:
         self._num_slots = len(slots)
         # Runs that are computed in no pack, because they cannot be or because the process of their pack died.
         self._alone = {run.run_id for run in runs if pack == 1 or why_alone(run.config) is not None}
+        self._after_packs: list[PlannedRun] = []
         self._elsewhere: list[PlannedRun] = []
         self._free = list(slots)
         self._jobs: list[Job] = []
@@ -234,12 +235,16 @@ class Queue:
         # SIGTERM, from a cluster or from `kill`, ends a sweep like Ctrl-C does.
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            while self._todo or self._jobs or self._elsewhere:
+            while self._todo or self._jobs or self._elsewhere or self._after_packs:
+                if not self._todo and not any(job.is_pack for job in self._jobs):
+                    self._todo.extend(self._after_packs)
+                    self._after_packs.clear()
                 self._start(screen)
                 self._reap(screen)
                 self._look_elsewhere(screen)
                 screen.show(
-                    [one for job in self._jobs for one in _running(job)], len(self._todo) + len(self._elsewhere)
+                    [one for job in self._jobs for one in _running(job)],
+                    len(self._todo) + len(self._elsewhere) + len(self._after_packs),
                 )
                 self._wait()
         except KeyboardInterrupt:
@@ -361,18 +366,18 @@ class Queue:
             self._free.append(job.slot)
             for run in job.runs.values():
                 is_over = result_stamp(run) not in (None, job.stamps_before[run.run_id])
-                if run.run_id in job.no_room:  # only now, when the others have left the memory
+                if not is_over and run.run_id in job.no_room:
                     self._compute_alone(run, "there was not enough memory in its pack", screen)
-                elif job.is_pack and not is_over and _may_be_a_neighbours_fault(job):
+                elif not is_over and job.is_pack and _may_be_a_neighbours_fault(job):
                     self._compute_alone(run, f"the process of its pack {_how_it_ended(job)}", screen)
                 elif self._end(run, _outcome_of_dead(job, run), screen):
                     self._note_gap(run, job)
 
     def _compute_alone(self, run: PlannedRun, reason: str, screen: Screen) -> None:
-        """Puts back a run that others of its pack have kept from its end."""
+        """Puts back a run that others of its pack have kept from its end, until no pack takes memory any more."""
         screen.say(f"{run.run_id}: {reason}; it is computed alone")
         self._alone.add(run.run_id)
-        self._todo.appendleft(run)
+        self._after_packs.append(run)
 
     def _end(self, run: PlannedRun, outcome: Outcome, screen: Screen) -> bool:
         """Keeps what became of a run, unless that is for another launcher to say."""
