@@ -27,6 +27,7 @@ from harness.models.loading import load_model
 from harness.models.saving import save_model
 from harness.models.tokenizers import load_tokenizer
 from harness.prepare import KeptData
+from harness.processes.preparation import Preparation
 from harness.results.claims import current_owner
 from harness.results.files import CURVE_FILE
 from harness.results.schema import RunResult, Status, read_result
@@ -35,6 +36,7 @@ from harness.tasks.families import find_family
 from harness.training import packs
 from harness.training.known_peaks import KnownPeaks, step_key
 from harness.training.learner import Learner
+from harness.training.ledger import Spending
 from hydra_plugins.lora_harness import _worker as worker
 from hydra_plugins.lora_harness._packs import in_order, pack_key, pack_size
 
@@ -508,3 +510,37 @@ def test_rows_that_changed_between_two_runs_are_read_again(rows: Path, tmp_path:
     changed = load()
     assert changed is not first
     assert changed.fingerprint != first.fingerprint
+
+
+# ---------------------------------------------------------------- what a shared process says of a run
+
+
+def spending(*, num_packed: Any = None) -> Spending:
+    return Spending(0.0, torch.device("cpu"), Preparation(), num_packed=num_packed)
+
+
+def test_what_a_pack_scored_before_training_is_not_what_it_trained() -> None:
+    """A phase before training leaves its cost; the steps may all be made alone after it."""
+    in_pack = spending(num_packed=lambda: 3)
+    assert in_pack.packed == 3
+    assert not {"wall_seconds", "peak_rss_bytes"} & in_pack.total().keys()
+    kept = json.loads(json.dumps(in_pack.so_far()))
+    assert kept["wall_seconds"] > 0
+
+    alone = spending()
+    alone.resume(kept)
+    assert alone.packed is None
+    assert "preparation_seconds" in alone.total()
+    assert not {"wall_seconds", "peak_rss_bytes"} & alone.total().keys()
+    again = spending()
+    again.resume(alone.so_far())
+    assert "wall_seconds" not in again.total(), "whatever number of attempts lies between"
+
+    goes_on = spending()
+    goes_on.resume(kept, has_trained=True)
+    assert goes_on.packed == 3
+    in_another = spending(num_packed=lambda: 2)
+    in_another.resume(goes_on.so_far(), has_trained=True)
+    assert in_another.packed == 3
+    assert spending().packed is None
+    assert "wall_seconds" in spending().total()
