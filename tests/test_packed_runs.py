@@ -533,7 +533,8 @@ def test_what_a_pack_scored_before_training_is_not_what_it_trained() -> None:
     assert "preparation_seconds" in alone.total()
     assert not {"wall_seconds", "peak_rss_bytes"} & alone.total().keys()
     again = spending()
-    again.resume(alone.so_far())
+    again.resume(alone.so_far(), has_trained=True)
+    assert again.packed is None
     assert "wall_seconds" not in again.total(), "whatever number of attempts lies between"
 
     goes_on = spending()

@@ -23,6 +23,7 @@ from harness.processes.preparation import Preparation
 
 logger = logging.getLogger("harness")
 
+# In what a next attempt resumes: `Spending.packed`, and 0 where a process was shared before training alone.
 _PACKED = "packed"
 _OF_THE_GPU = "cuda_"
 
@@ -65,7 +66,7 @@ class Spending:
             self._earlier = {name: value for name, value in earlier.items() if name != _PACKED}
         if _PACKED in earlier:
             self._was_shared = True
-            if has_trained:
+            if has_trained and earlier[_PACKED]:
                 self._trained_before = max(self._trained_before or 0, round(earlier[_PACKED]))
 
     def begin_training(self) -> None:
@@ -95,7 +96,7 @@ class Spending:
 
     def so_far(self) -> dict[str, float]:
         """What a next attempt is to `resume`."""
-        return self._of_all() | ({_PACKED: self.packed or 1} if self._was_shared else {})
+        return self._of_all() | ({_PACKED: self.packed or 0} if self._was_shared else {})
 
     def total(self) -> dict[str, float]:
         """Metrics by name, but those that a clock or the system gives of a whole process, where others shared it."""
