@@ -460,14 +460,18 @@ def _wait_for_worker(runs_dir: Path, *, but: str = "") -> tuple[str, Owner]:
     raise TimeoutError("no worker has made a step")
 
 
+def long_rows(folder: Path) -> list[str]:
+    """A step of 3,000 rows, which do not fit into 1 GiB at once."""
+    lines = ["text,label", *(f"{' '.join([WORDS[number % 2]] * 8)} {number},{number % 2}" for number in range(3000))]
+    (folder / "long.csv").write_text("\n".join(lines) + "\n")
+    return [f"dataset.train_file={folder / 'long.csv'}", "dataset.max_length=128", "trainer.max_steps=1"]
+
+
 def test_memory_runs_out_in_one_run_and_the_next_measures_what_it_measures_alone(
     base: list[str], forked: Forked, sweep_here: SweepHere, tmp_path: Path
 ) -> None:
     """`ulimit -v` for real: 3,000 rows at once do not fit into 1 GiB beside the program."""
-    lines = ["text,label", *(f"{' '.join([WORDS[number % 2]] * 8)} {number},{number % 2}" for number in range(3000))]
-    (tmp_path / "long.csv").write_text("\n".join(lines) + "\n")
-    long_rows = [f"dataset.train_file={tmp_path / 'long.csv'}", "dataset.max_length=128", "trainer.max_steps=1"]
-    common = [*base, *long_rows, "rank=r2", "target_layers=qv", "num_threads=1"]
+    common = [*base, *long_rows(tmp_path), "rank=r2", "target_layers=qv", "num_threads=1"]
     limit = forked.address_space_bytes + 2**30
 
     code, output = sweep(tmp_path / "after", *common, "trainer.batch_size=8,2048,4", address_space=limit)
@@ -488,10 +492,7 @@ def test_memory_runs_out_in_one_run_and_the_next_measures_what_it_measures_alone
 
 def test_what_does_not_fit_into_a_pack_is_computed_alone(base: list[str], forked: Forked, tmp_path: Path) -> None:
     """As above, in packs; `rerun=never` would let a result stand that the pack had left."""
-    lines = ["text,label", *(f"{' '.join([WORDS[number % 2]] * 8)} {number},{number % 2}" for number in range(3000))]
-    (tmp_path / "long.csv").write_text("\n".join(lines) + "\n")
-    long_rows = [f"dataset.train_file={tmp_path / 'long.csv'}", "dataset.max_length=128", "trainer.max_steps=1"]
-    common = [*base, *long_rows, "rank=r2", "target_layers=qv", "num_threads=1", "rerun=never"]
+    common = [*base, *long_rows(tmp_path), "rank=r2", "target_layers=qv", "num_threads=1", "rerun=never"]
     limit = forked.address_space_bytes + 2**30
     code, output = sweep(
         tmp_path / "runs", *common, "trainer.batch_size=8,2048,4", "hydra.launcher.pack=3", address_space=limit
