@@ -35,7 +35,7 @@ from harness.config.composing import compose, from_composed, register
 from harness.config.validation import ConfigError
 from harness.content.identity import PlannedRun, identify, planned
 from harness.results.claims import Claim, Owner, current_owner, read_owner
-from harness.results.schema import Status, read_result
+from harness.results.schema import RunResult, Status, read_result
 from hydra_plugins.lora_harness import _workers as workers_module
 from hydra_plugins.lora_harness import launcher as launcher_module
 
@@ -467,6 +467,17 @@ def long_rows(folder: Path) -> list[str]:
     return [f"dataset.train_file={folder / 'long.csv'}", "dataset.max_length=128", "trainer.max_steps=1"]
 
 
+def all_but_one_fit(runs_dir: Path) -> dict[int, RunResult]:
+    """The results by batch size, of which 2048 does not fit."""
+    found = {result.config["trainer"]["batch_size"]: result for result in results(runs_dir).values()}
+    assert {size: result.status for size, result in found.items()} == {
+        8: Status.FINISHED,
+        2048: Status.OUT_OF_MEMORY,
+        4: Status.FINISHED,
+    }
+    return found
+
+
 def test_memory_runs_out_in_one_run_and_the_next_measures_what_it_measures_alone(
     base: list[str], forked: Forked, sweep_here: SweepHere, tmp_path: Path
 ) -> None:
@@ -476,12 +487,7 @@ def test_memory_runs_out_in_one_run_and_the_next_measures_what_it_measures_alone
 
     code, output = sweep(tmp_path / "after", *common, "trainer.batch_size=8,2048,4", address_space=limit)
     assert code == 1, output
-    after = {result.config["trainer"]["batch_size"]: result for result in results(tmp_path / "after").values()}
-    assert {size: result.status for size, result in after.items()} == {
-        8: Status.FINISHED,
-        2048: Status.OUT_OF_MEMORY,
-        4: Status.FINISHED,
-    }
+    after = all_but_one_fit(tmp_path / "after")
     assert "can't allocate memory" in after[2048].error
 
     sweep_here(tmp_path / "alone", *common, "trainer.batch_size=4")
@@ -498,12 +504,7 @@ def test_what_does_not_fit_into_a_pack_is_computed_alone(base: list[str], forked
         tmp_path / "runs", *common, "trainer.batch_size=8,2048,4", "hydra.launcher.pack=3", address_space=limit
     )
     assert code == 1, output
-    found = {result.config["trainer"]["batch_size"]: result for result in results(tmp_path / "runs").values()}
-    assert {size: result.status for size, result in found.items()} == {
-        8: Status.FINISHED,
-        2048: Status.OUT_OF_MEMORY,
-        4: Status.FINISHED,
-    }
+    found = all_but_one_fit(tmp_path / "runs")
     assert output.count("there was not enough memory in its pack; it is computed alone") == 1
     assert "3/3 runs: 2 finished, 1 out_of_memory" in output
     assert "packed" not in found[2048].environment, "the result is that of the attempt alone"

@@ -571,8 +571,8 @@ def test_runs_that_end_leave_and_waiting_ones_enter() -> None:
         assert furthest(run, alone(run.spec)) <= 1e-10
 
 
-def test_a_run_enters_when_memory_allows(caplog: pytest.LogCaptureFixture) -> None:
-    """Three were decided on; then there is no room for a third, until the first has ended."""
+def test_a_run_enters_when_memory_allows() -> None:
+    """Three were decided on; then there is no room beside others, and those that wait are computed one by one."""
     free = [2**40]
     together: list[int] = []
 

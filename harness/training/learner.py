@@ -201,9 +201,8 @@ class Learner:
         if self._is_sharded:  # a part of a matrix has no storage that could be followed
             self._rehearse_scoring()
         else:
-            known = {} if known is None else known
-            key = step_key(self._model, self._optimizer, (shortest(), longest()))
-            memory = known.get(key)
+            key = "" if known is None else step_key(self._model, self._optimizer, (shortest(), longest()))
+            memory = None if known is None else known.get(key)
 
             def fits() -> None:
                 self._rehearse_scoring()
@@ -216,7 +215,9 @@ class Learner:
                 )
             if memory is None:
                 reset_device_peaks(self._accelerator.device)
-                known[key] = memory = self.step_peak(shortest=shortest, longest=longest)
+                memory = self.step_peak(shortest=shortest, longest=longest)
+                if known is not None:
+                    known[key] = memory
             measured |= memory.as_metrics()
             self._own_bytes = memory.total_bytes - memory.weights_bytes
             if self._config.compile is not Compile.none:  # which it is now, before the clock starts

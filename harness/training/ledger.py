@@ -60,7 +60,7 @@ class Spending:
     def resume(self, earlier: dict[str, float], *, has_trained: bool = False) -> None:
         """Adds what earlier attempts took, as `so_far` gave it; of several reports the latest counts.
 
-        `has_trained`: whether this attempt goes on with their training.
+        `has_trained`: whether this attempt continues their training.
         """
         if earlier.get("wall_seconds", 0.0) >= self._earlier.get("wall_seconds", 0.0):
             self._earlier = {name: value for name, value in earlier.items() if name != _PACKED}
@@ -108,7 +108,7 @@ class Spending:
         }
 
     def _of_all(self) -> dict[str, float]:
-        """The same of this process and those of earlier attempts, whoever shared them."""
+        """Metrics by name, those of a process that others shared included."""
         total = dict(self._earlier)
         seconds = {
             "wall_seconds": time.perf_counter() - self._started - self._preparation.seconds,

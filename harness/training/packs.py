@@ -294,7 +294,7 @@ class Pack(Generic[Name, Outcome]):
             known[:] = [one for one in known if id(one) in used]
         if all(other.base != member.base for other in self._members):  # whose identity may come again
             self.memory.clear()
-        member.micro_batch, member.model, member.parameters = None, None, []  # whoever still knows the run
+        member.micro_batch, member.model, member.parameters = None, None, []  # a caller may still hold the member
 
     def _release(self, keys: Iterable[tuple[int, ...]]) -> None:
         for key in keys:

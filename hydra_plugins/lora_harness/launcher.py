@@ -218,7 +218,7 @@ class Queue:
         self._todo = deque(runs)
         self._pack = pack  # None: as many as make it faster
         self._num_slots = len(slots)
-        # Runs that are computed in no pack, because they cannot be or because the process of their pack died.
+        # Runs that are computed in no pack, because they cannot be or because they did not end in one.
         self._alone = {run.run_id for run in runs if pack == 1 or why_alone(run.config) is not None}
         self._after_packs: list[PlannedRun] = []
         self._elsewhere: list[PlannedRun] = []
